@@ -1,0 +1,74 @@
+"""The way back: a converted model as a Hugging Face folder of safetensors."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+from safetensors.numpy import save_file
+
+from jdllm import checkpoint
+from jdllm.configs import ModelConfig
+from jdllm.convert.families import FAMILIES
+from jdllm.convert.shards import INDEX, SINGLE
+from jdllm.convert.table import restore_sources
+from jdllm.tokenizer import copy_tokenizer
+
+
+def tensors(folder: Path, config: ModelConfig) -> Iterator[dict[str, np.ndarray]]:
+    """Hugging Face tensors of one unit after the other, in the config's dtype."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        for unit, leaves in checkpoint.units(config).items():
+            like = {name: np.empty(leaf.shape, config.dtype) for name, leaf in leaves.items()}
+            arrays = checkpointer.restore(folder.absolute() / "weights" / unit, like)
+            yield restore_sources(FAMILIES[config.family], config, arrays)
+
+
+def export(source: Path, output: Path, dtype: str | None, shard_bytes: int) -> None:
+    """Writes `output` with config.json, safetensors shards and the tokenizer's files.
+
+    Tensors are bit-identical to those the model was converted from when no dtype was changed. A
+    tensor larger than `shard_bytes` gets a shard of its own.
+    """
+    config = checkpoint.read_config(source)
+    config = dataclasses.replace(config, dtype=dtype or config.dtype)
+    with checkpoint.atomic_folder(output) as folder:
+        files: list[list[str]] = []
+        pending: dict[str, np.ndarray] = {}
+        for unit in tensors(source, config):
+            for name, tensor in unit.items():
+                if pending and _bytes(pending) + tensor.nbytes > shard_bytes:
+                    files.append(_save(folder, len(files), pending))
+                    pending = {}
+                pending[name] = tensor
+        files.append(_save(folder, len(files), pending))
+        _finish(folder, files)
+        hf = FAMILIES[config.family].hf_config(config)
+        (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+        copy_tokenizer(source, folder)
+
+
+def _bytes(arrays: dict[str, np.ndarray]) -> int:
+    return sum(array.nbytes for array in arrays.values())
+
+
+def _save(folder: Path, number: int, arrays: dict[str, np.ndarray]) -> list[str]:
+    save_file(arrays, folder / f"shard-{number}", metadata={"format": "pt"})
+    return list(arrays)
+
+
+def _finish(folder: Path, files: list[list[str]]) -> None:
+    """Gives the shards their names, which hold the number of shards."""
+    if len(files) == 1:
+        (folder / "shard-0").rename(folder / SINGLE)
+        return
+    weight_map, total = {}, 0
+    for number, names in enumerate(files):
+        path = folder / f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
+        (folder / f"shard-{number}").rename(path)
+        weight_map |= dict.fromkeys(names, path.name)
+        total += path.stat().st_size
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,32 @@
+"""Where checkpoints come from: a folder as it is, or a Hugging Face id downloaded once."""
+
+import os
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+PATTERNS = ("*.json", "*.safetensors", "*.jinja")
+
+
+def home() -> Path:
+    """The folder for converted models and compilation caches: JDLLM_HOME or ~/.cache/jdllm."""
+    return Path(os.environ.get("JDLLM_HOME", Path.home() / ".cache" / "jdllm"))
+
+
+def fetch(source: str) -> Path:
+    """The folder of `source`; an id such as GSAI-ML/LLaDA-1.5 is downloaded or found in the cache.
+
+    FileNotFoundError, in one sentence, where it is neither a folder nor can be downloaded.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    if source.count("/") != 1 or source.startswith((".", "/")):
+        raise FileNotFoundError(f"{source} is neither a folder nor a Hugging Face id (owner/name)")
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(PATTERNS)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(
+            f"{source} is no folder here and could not be downloaded: {reason}"
+        ) from None

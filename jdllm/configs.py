@@ -1,0 +1,128 @@
+"""ModelConfig: every fact about a model, as data. And the table of named real configurations."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+FORMAT = "jdllm-1"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The facts of one model; frozen and hashable, so that it can be static under jit.
+
+    After conversion nobody asks which family a model came from: behaviour follows these fields.
+    """
+
+    layers: int
+    embed: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    vocab: int
+    """Rows of the embedding and columns of the head (padding rows included)."""
+    max_length: int
+    """Longest canvas, in tokens, that the model was trained for."""
+    rope_theta: float
+    norm_eps: float
+    mask_id: int
+    eos_id: int
+    pad_id: int
+    stop_ids: tuple[int, ...]
+    """Ids that end a completion's text: eos, and the family's end-of-turn id."""
+    dtype: str = "bfloat16"
+    """Storage dtype of the weights."""
+    family: str = "llada"
+    """The conversion table that knows this model's Hugging Face form. Only exporting reads it."""
+
+    def __post_init__(self):
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"query heads must be a multiple of key/value heads, got heads={self.heads} and "
+                f"kv_heads={self.kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"rotary embedding needs an even head_dim, got {self.head_dim}")
+
+    def to_json(self) -> str:
+        """JSON text for config.json beside converted weights."""
+        return json.dumps({"format": FORMAT} | dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "ModelConfig":
+        """The inverse of `to_json`; an unknown or a missing key is a ValueError that names it."""
+        facts = json.loads(text)
+        if facts.pop("format", None) != FORMAT:
+            raise ValueError(f"not a converted config: the key 'format' must be '{FORMAT}'")
+        names = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(facts) - names):
+            raise ValueError(f"unknown keys in the converted config: {', '.join(unknown)}")
+        facts["stop_ids"] = tuple(facts["stop_ids"])
+        try:
+            return cls(**facts)
+        except TypeError as error:
+            raise ValueError(f"the converted config is incomplete: {error}") from None
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether `folder` holds a checkpoint in our own format."""
+    try:
+        return json.loads((folder / "config.json").read_text()).get("format") == FORMAT
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Number of weights of the model that `config` describes."""
+    attention = config.embed * config.head_dim * 2 * (config.heads + config.kv_heads)
+    layer = attention + 3 * config.embed * config.mlp + 2 * config.embed
+    return config.layers * layer + 2 * config.vocab * config.embed + config.embed
+
+
+LLADA_8B = ModelConfig(
+    layers=32,
+    embed=4096,
+    heads=32,
+    kv_heads=32,
+    head_dim=128,
+    mlp=12288,
+    vocab=126464,
+    max_length=4096,
+    rope_theta=500000.0,
+    norm_eps=1e-5,
+    mask_id=126336,
+    eos_id=126081,
+    pad_id=126081,
+    stop_ids=(126081, 126348),
+)
+
+# The shape of the model that ships inside the package; ids are those of its tokenizer.
+BUNDLED = ModelConfig(
+    layers=8,
+    embed=256,
+    heads=8,
+    kv_heads=8,
+    head_dim=32,
+    mlp=768,
+    vocab=1024,
+    max_length=512,
+    rope_theta=10000.0,
+    norm_eps=1e-5,
+    mask_id=5,
+    eos_id=1,
+    pad_id=1,
+    stop_ids=(1, 2),
+)
+
+# What `model=random:<name>` may be. "tiny" has no published counterpart; it is there so that
+# every path that takes random weights can be tried on a laptop.
+NAMED: dict[str, ModelConfig] = {
+    "llada-8b": LLADA_8B,
+    "llada-1.5": LLADA_8B,
+    "bundled": BUNDLED,
+    "tiny": dataclasses.replace(
+        LLADA_8B, layers=2, embed=64, heads=4, kv_heads=2, head_dim=16, mlp=128, vocab=320,
+        max_length=512, mask_id=316, eos_id=315, pad_id=315, stop_ids=(315, 314), dtype="float32",
+    ),
+}  # fmt: skip

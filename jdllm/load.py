@@ -1,0 +1,71 @@
+"""Everything that `model=` may be: bundled, a folder, random:<name>, or a Hugging Face id."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from jdllm import checkpoint
+from jdllm.configs import NAMED, ModelConfig, is_converted
+from jdllm.convert.families import open_source
+from jdllm.convert.fetch import fetch, home
+from jdllm.tokenizer import copy_tokenizer
+
+BUNDLED = Path(__file__).parent / "bundled"
+CONVERT_ABOVE = 2_000_000_000  # bytes: a larger download is converted once and kept
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def compute_dtype(dtype: str, stored: str) -> str:
+    """Resolves dtype=auto: the stored dtype, except that a CPU computes in float32.
+
+    XLA has no native bfloat16 matrix products on most CPUs and would convert at every use.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype} must be one of {', '.join(DTYPES)}")
+    if dtype != "auto":
+        return dtype
+    return "float32" if jax.default_backend() == "cpu" else stored
+
+
+def locate(model: str) -> Path | None:
+    """The folder with the files of `model`, downloaded where it is an id; None for random:."""
+    if model.startswith("random:"):
+        return None
+    return BUNDLED if model == "bundled" else fetch(model)
+
+
+def load_parts(
+    model: str, mesh: Mesh, dtype: str = "auto", seed: int = 0
+) -> tuple[ModelConfig, nnx.GraphDef, nnx.State]:
+    """Config, static graph and parameters of `model`, placed on `mesh`.
+
+    `dtype` is what the weights become (auto: see `compute_dtype`). ValueError or OSError, in one
+    sentence, where there is no such model or it cannot be loaded.
+    """
+    folder = locate(model)
+    if folder is None:
+        name = model.removeprefix("random:")
+        if name not in NAMED:
+            raise ValueError(f"model={model}: there is no such shape; try {', '.join(NAMED)}")
+        config = NAMED[name]
+        config = dataclasses.replace(config, dtype=compute_dtype(dtype, config.dtype))
+        return config, *checkpoint.random_model(config, mesh, seed)
+    if not is_converted(folder):
+        source = open_source(folder)
+        stored = source.config.dtype
+        wanted = dataclasses.replace(source.config, dtype=compute_dtype(dtype, stored))
+        converted = home() / "models" / model.replace("/", "--")
+        if source.shards.bytes <= CONVERT_ABOVE or Path(model).is_dir():
+            source = dataclasses.replace(source, config=wanted)
+            return wanted, *checkpoint.place_stream(wanted, mesh, source.units())
+        if not converted.exists():
+            with checkpoint.atomic_folder(converted) as partial:
+                checkpoint.write_model(partial, source.config, source.units())
+                copy_tokenizer(folder, partial)
+        folder = converted
+    stored = checkpoint.read_config(folder).dtype
+    return checkpoint.restore_model(folder, mesh, compute_dtype(dtype, stored))
+

@@ -1,0 +1,205 @@
+"""The forward pass: one transformer, whose facts are in ModelConfig.
+
+Shape letters, in suffixes and einsums: B batch, T canvas, S keys, L layers, D embed, H query
+heads, G key/value heads, K head dim, F mlp, V vocab, N block.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jdllm.cache import Cache, write
+from jdllm.configs import ModelConfig
+from jdllm.kernels.attention import attention
+
+
+def weight(
+    rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str], dtype: str, fan_in: int
+) -> nnx.Param:
+    """A weight with its logical axes; truncated normal of variance 1/fan_in, ones for fan_in 0."""
+    if fan_in == 0:
+        return nnx.Param(jnp.ones(shape, dtype), axes=tuple(axes))
+    init = jax.random.truncated_normal(rngs.params(), -3, 3, tuple(shape), jnp.float32)
+    return nnx.Param((init / math.sqrt(fan_in)).astype(dtype), axes=tuple(axes))
+
+
+def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm: float32 statistics, cast back, then the scale (LLaDA's order)."""
+    x = x_BTD.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    return x.astype(x_BTD.dtype) * scale_D.astype(x_BTD.dtype)
+
+
+def rotate(x_BTHK: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
+    """Rotary embedding over the halves of the head dim, computed in float32."""
+    half = x_BTHK.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    a, b = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHK.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention. Multi-head models hold q, k, v as one weight, others q and kv."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        D, H, G, K = config.embed, config.heads, config.kv_heads, config.head_dim
+        kind = config.dtype
+        if H == G:
+            self.qkv = weight(rngs, (D, 3, H, K), ("embed", "stack", "heads", "head_dim"), kind, D)
+        else:
+            self.q = weight(rngs, (D, H, K), ("embed", "heads", "head_dim"), kind, D)
+            self.kv = weight(
+                rngs, (D, 2, G, K), ("embed", "stack", "kv_heads", "head_dim"), kind, D
+            )
+        self.out = weight(rngs, (H, K, D), ("heads", "head_dim", "embed"), kind, H * K)
+        self.fused = H == G
+        self.theta = config.rope_theta
+
+    def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, T, H, K], keys and values [B, T, G, K]."""
+        kind = x_BTD.dtype
+        if self.fused:
+            qkv = jnp.einsum("BTD,DCHK->CBTHK", x_BTD, self.qkv[...].astype(kind))
+            return qkv[0], qkv[1], qkv[2]
+        kv = jnp.einsum("BTD,DCGK->CBTGK", x_BTD, self.kv[...].astype(kind))
+        return jnp.einsum("BTD,DHK->BTHK", x_BTD, self.q[...].astype(kind)), kv[0], kv[1]
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        visible_BS: jax.Array,
+        past: tuple[jax.Array, jax.Array] | None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """The attention branch, and this layer's keys and values after the write."""
+        q, k, v = self.project(x_BTD)
+        q, k = rotate(q, positions_BT, self.theta), rotate(k, positions_BT, self.theta)
+        if past is not None:
+            k, v = write(past[0], k, positions_BT), write(past[1], v, positions_BT)
+        mixed = attention(q, k.astype(q.dtype), v.astype(q.dtype), visible_BS)
+        return jnp.einsum("BTHK,HKD->BTD", mixed, self.out[...].astype(q.dtype)), (k, v)
+
+
+class MLP(nnx.Module):
+    """SwiGLU feed-forward; gate and up are one weight."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        D, F = config.embed, config.mlp
+        self.gate_up = weight(rngs, (D, 2, F), ("embed", "stack", "mlp"), config.dtype, D)
+        self.down = weight(rngs, (F, D), ("mlp", "embed"), config.dtype, F)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        gate_up = jnp.einsum("BTD,DCF->CBTF", x_BTD, self.gate_up[...].astype(x_BTD.dtype))
+        hidden = jax.nn.silu(gate_up[0]) * gate_up[1]
+        return jnp.einsum("BTF,FD->BTD", hidden, self.down[...].astype(x_BTD.dtype))
+
+
+class Layer(nnx.Module):
+    """Pre-norm residual layer."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.attention_norm = weight(rngs, (config.embed,), ("embed",), config.dtype, 0)
+        self.attention = Attention(config, rngs)
+        self.mlp_norm = weight(rngs, (config.embed,), ("embed",), config.dtype, 0)
+        self.mlp = MLP(config, rngs)
+        self.eps = config.norm_eps
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        visible_BS: jax.Array,
+        past: tuple[jax.Array, jax.Array] | None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        with jax.named_scope("attention"):
+            h = rms_norm(x_BTD, self.attention_norm[...], self.eps)
+            mixed, present = self.attention(h, positions_BT, visible_BS, past)
+        x_BTD = x_BTD + mixed
+        with jax.named_scope("mlp"):
+            return x_BTD + self.mlp(rms_norm(x_BTD, self.mlp_norm[...], self.eps)), present
+
+
+class Transformer(nnx.Module):
+    """A thin container of parameters: split it once into a static graph and a pytree."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        D, V = config.embed, config.vocab
+        self.config = config
+        self.embedding = weight(rngs, (V, D), ("vocab", "embed"), config.dtype, D)
+        self.layers = nnx.List([Layer(config, rngs) for _ in range(config.layers)])
+        self.norm = weight(rngs, (D,), ("embed",), config.dtype, 0)
+        self.head = weight(rngs, (D, V), ("embed", "vocab"), config.dtype, D)
+
+    def embed(self, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Input embeddings [B, T, D] in the compute dtype."""
+        return self.embedding[...].astype(dtype)[tokens_BT]
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        visible_BS: jax.Array,
+        cache: Cache | None = None,
+        remat: bool = False,
+    ) -> tuple[jax.Array, Cache]:
+        """Final-normed hidden states [B, T, D] of embedded tokens, and the keys and values.
+
+        Without a cache the T columns attend to each other (S = T). With one, they are first written
+        to its columns `positions_BT` (those beyond S are dropped), then attend to all S columns.
+        `visible_BS` is bool; a hidden key gets no weight. Attention is bidirectional. `remat`
+        computes each layer again in the backward pass instead of keeping its activations.
+        """
+        run = jax.checkpoint(Layer.__call__) if remat else Layer.__call__
+        presents = []
+        for i, layer in enumerate(self.layers):
+            past = None if cache is None else (cache.keys[i], cache.values[i])
+            with jax.named_scope(f"layer{i}"):
+                x_BTD, present = run(layer, x_BTD, positions_BT, visible_BS, past)
+            presents.append(present)
+        keys, values = zip(*presents, strict=True)
+        return rms_norm(x_BTD, self.norm[...], self.config.norm_eps), Cache(keys, values)
+
+    def logits(self, hidden_BND: jax.Array) -> jax.Array:
+        """Float32 logits [B, N, V] of final-normed hidden states."""
+        head = self.head[...].astype(hidden_BND.dtype)
+        return jnp.einsum("BND,DV->BNV", hidden_BND, head, preferred_element_type=jnp.float32)
+
+
+def abstract(config: ModelConfig) -> Transformer:
+    """The model with shapes and dtypes in place of arrays: nothing is allocated."""
+    return nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0)))
+
+
+def named(params: nnx.State) -> dict[str, nnx.Param]:
+    """Parameters by dotted name, for example "layers.0.attention.qkv", in a stable order."""
+    return {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(params)}
+
+
+def assemble(config: ModelConfig, arrays: dict[str, jax.Array]) -> tuple[nnx.GraphDef, nnx.State]:
+    """Static graph and parameters of a model whose arrays are given by dotted name.
+
+    Raises ValueError for a name or a shape that is not the model's.
+    """
+    graph, params = nnx.split(abstract(config))
+    expected = named(params)
+    if set(expected) != set(arrays):
+        raise ValueError(f"parameters do not match: {sorted(set(expected) ^ set(arrays))}")
+    for name, leaf in expected.items():
+        if leaf.shape != arrays[name].shape:
+            raise ValueError(f"{name} must have shape {leaf.shape}, got {arrays[name].shape}")
+        leaf.set_value(arrays[name])
+    return graph, params
+
+
+def forward(
+    model: Transformer, tokens_BT: jax.Array, visible_BT: jax.Array, dtype: jnp.dtype
+) -> jax.Array:
+    """Float32 logits [B, T, V] of whole canvases, without a cache. What training and tests call."""
+    columns_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    hidden_BTD, _ = model(model.embed(tokens_BT, dtype), columns_BT, visible_BT)
+    return model.logits(hidden_BTD)
