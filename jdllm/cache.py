@@ -48,3 +48,22 @@ def write(
         )
 
     return jax.vmap(one)(old_BSGK, new_BTGK.astype(old_BSGK.dtype), columns_BT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a step recomputes, and what it reads from the cache."""
+
+    window: str
+    """Columns fed in a step: the whole canvas, the block and all behind it, or the block."""
+    refresh: bool
+    """Whether a full pass, which also decodes, fills the cache when a block opens."""
+
+
+# none: exact. prefix: keys left of the block are those of the pass that opened it. dual: so are
+# those right of it (Fast-dLLM). Both are approximations for a bidirectional model.
+PLANS: dict[str, Plan] = {
+    "none": Plan(window="canvas", refresh=False),
+    "prefix": Plan(window="suffix", refresh=True),
+    "dual": Plan(window="block", refresh=True),
+}

@@ -213,7 +213,7 @@ def main(config: SFTConfig) -> None:
     print(f"{len(rows.tokens)} examples, {jax.tree.reduce(np.add, jax.tree.map(np.size, params)):,}"
           " parameters")
     optimizer = train.make_optimizer(config.recipe)
-    state = fit(config, rows, graph, train.create_state(params, optimizer), optimizer, mesh)
+    state = fit(config, rows, graph, train.create_state(params, optimizer, mesh), optimizer, mesh)
     final = config.output / "model"
     if final.exists():
         print(f"{final} is there already; nothing to write")

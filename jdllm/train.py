@@ -13,6 +13,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from jax.sharding import Mesh
+
+from jdllm import sharding
 from jdllm.model import Transformer
 
 T_MIN = 1e-3  # the smallest masking probability, so that 1/t stays finite
@@ -159,10 +162,18 @@ def batch_loss(
     return weighted_loss(nll_BT, masked_BT, t_B, response_columns(batch)), plain
 
 
-def create_state(params: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
-    """A fresh TrainState: float32 master weights, zero moments, step 0."""
+def create_state(
+    params: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """A fresh TrainState: float32 master weights, zero moments (placed alike), step 0.
+
+    Scalars are put on the mesh here, so that the second step finds the first one's program.
+    """
     master = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-    return TrainState(master, optimizer.init(master), jnp.zeros((), jnp.int32))
+    state = TrainState(master, optimizer.init(master), jnp.zeros((), jnp.int32))
+    return jax.tree.map(
+        lambda x: x if x.ndim else jax.device_put(x, sharding.replicated(mesh)), state
+    )
 
 
 @partial(

@@ -1,0 +1,397 @@
+"""The only decode loop: block diffusion, jitted whole, no host round trip between steps.
+
+A row is [prompt | generated columns | padding]: its first block starts right behind its own
+prompt, so rows of unequal prompts share a batch without touching each other. Blocks are the outer
+`while_loop`, denoising steps the inner one; a finished row is frozen, and its NFE stops counting.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jdllm import stop as stops
+from jdllm import unmask
+from jdllm.cache import PLANS, Cache
+from jdllm.configs import ModelConfig
+from jdllm.model import Transformer
+from jdllm.unmask import split_quota
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """How to decode. The defaults are Fast-dLLM's: threshold 0.9 with the dual cache."""
+
+    gen_length: int | None = None
+    """Columns to generate (default: the model's own, else 128)."""
+    block_length: int | None = None
+    """Columns of a block; must divide gen_length (default: the model's own, else 32)."""
+    rule: Literal["threshold", "factor", "quota"] = "threshold"
+    """threshold and factor: as many tokens a step as are confident. quota: a fixed number."""
+    threshold: float = 0.9
+    """threshold: a token is taken once its probability is at least this (the best one always)."""
+    factor: float = 1.0
+    """factor: the r-th best needs probability 1 - factor/(r + 1)."""
+    steps: int | None = None
+    """quota: steps in all, spread evenly over blocks (default: one token a step)."""
+    remasking: Literal["low_confidence", "random"] = "low_confidence"
+    """What ranks positions: the probability of their token, or chance."""
+    temperature: float = 0.0
+    """Scale of the Gumbel noise on the logits; 0 takes the most likely token."""
+    cfg_scale: float = 0.0
+    """Classifier-free guidance against the prompt masked out; 0 is off."""
+    cache: Literal["none", "prefix", "dual"] = "dual"
+    """Which keys and values are reused within a block; none is exact."""
+    stop: Literal["eos", "eos_fill", "none"] = "eos"
+    """When a row ends before its canvas is full (eos_fill: dInfer's early_stop)."""
+    logits_eos_inf: bool = False
+    """LLaDA: never predict eos."""
+    confidence_eos_eot_inf: bool = False
+    """LLaDA: take eos and end-of-turn last (at temperature > 0, as there, only end-of-turn)."""
+    seed: int = 0
+    run_all_steps: bool = False
+    """LLaDA's own loop: run every step of the quota, even when nothing is left to do."""
+    check_late: bool = False
+    """Fast-dLLM's own loop: one cached pass a block even if the full pass finished it."""
+    earlier_masks: bool = False
+    """LLaDA's own loop: masks left of the block, the prompt's included, compete too."""
+
+    def __post_init__(self):
+        checks = {
+            "gen_length": (self.gen_length or 1) >= 1,
+            "block_length": (self.block_length or 1) >= 1,
+            "threshold": 0 <= self.threshold <= 1,
+            "factor": self.factor >= 0,
+            "temperature": self.temperature >= 0,
+            "cfg_scale": self.cfg_scale >= 0,
+        }
+        if bad := [name for name, good in checks.items() if not good]:
+            raise ValueError(
+                f"{bad[0]}={getattr(self, bad[0])} is out of range (lengths from 1, threshold in "
+                "[0, 1], the others from 0)"
+            )
+        if self.rule != "quota" and (self.steps is not None or self.run_all_steps):
+            raise ValueError(f"steps and run_all_steps belong to rule=quota, not rule={self.rule}")
+        if self.earlier_masks and self.cache != "none":
+            raise ValueError(f"earlier_masks needs cache=none, not cache={self.cache}")
+
+    def resolve(self, gen_length: int = 128, block_length: int = 32) -> "DecodeConfig":
+        """Fills in lengths and steps that were left open; ValueError where they do not divide."""
+        gen = self.gen_length or gen_length
+        block = self.block_length or min(block_length, gen)
+        steps = self.steps or gen
+        if gen % block:
+            raise ValueError(f"block_length={block} must divide gen_length={gen}")
+        if steps % (gen // block):
+            raise ValueError(
+                f"steps={steps} must be a multiple of the {gen // block} blocks of "
+                f"gen_length={gen} and block_length={block}"
+            )
+        steps = steps if self.rule == "quota" else None
+        return dataclasses.replace(self, gen_length=gen, block_length=block, steps=steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A resolved DecodeConfig for one model: the rules as objects, static under jit."""
+
+    unmasker: unmask.Unmasker
+    stop: stops.Stop
+    cache: str
+    blocks: int
+    block_length: int
+    quota_steps: int | None
+    """Steps of a block under a quota; None where confidence decides."""
+    cfg_scale: float
+    run_all_steps: bool
+    check_late: bool
+    earlier_masks: bool
+
+    @property
+    def step_limit(self) -> int:
+        """A bound on the steps of a block for any weights: each unmasks at least one position."""
+        return self.quota_steps or self.block_length + 1
+
+
+def make_unmasker(config: DecodeConfig, model: ModelConfig) -> unmask.Unmasker:
+    """The rule that `config` describes, for the special ids of `model`."""
+    greedy = config.temperature == 0
+    end_of_turn = tuple(i for i in model.stop_ids if i != model.eos_id)
+    # The reference writes -inf into both tensors, which are one and the same at temperature 0.
+    ends = ((model.eos_id, *end_of_turn) if greedy else end_of_turn)
+    suppressed = ends if config.confidence_eos_eot_inf else ()
+    selections = {
+        "quota": unmask.Quota(),
+        "threshold": unmask.Threshold(config.threshold),
+        "factor": unmask.Factor(config.factor),
+    }
+    chance = config.remasking == "random"
+    return unmask.Unmasker(
+        candidate=unmask.Argmax(model.mask_id)
+        if greedy
+        else unmask.Gumbel(model.mask_id, config.temperature),
+        confidence=unmask.Random() if chance else unmask.Probability(suppressed),
+        selection=selections[config.rule],
+        forbidden=(model.eos_id,) if config.logits_eos_inf else (),
+    )
+
+
+def make_setup(config: DecodeConfig, model: ModelConfig) -> Setup:
+    """Static description of the loop for a resolved `config` and `model`."""
+    if config.gen_length is None or config.block_length is None:
+        raise ValueError("lengths are still open: call DecodeConfig.resolve first")
+    blocks = config.gen_length // config.block_length
+    endings = {
+        "none": stops.NoStop(),
+        "eos": stops.EosStop(model.eos_id),
+        "eos_fill": stops.EosFill(model.eos_id),
+    }
+    return Setup(
+        unmasker=make_unmasker(config, model),
+        stop=endings[config.stop],
+        cache=config.cache,
+        blocks=blocks,
+        block_length=config.block_length,
+        quota_steps=config.steps // blocks if config.steps else None,
+        cfg_scale=config.cfg_scale,
+        run_all_steps=config.run_all_steps,
+        check_late=config.check_late,
+        earlier_masks=config.earlier_masks,
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What decoding starts from: one row a prompt."""
+
+    tokens: jax.Array
+    """int32 [B, T]: prompt, then gen_length masks, then padding."""
+    prompt_lengths: jax.Array
+    """int32 [B]."""
+    keys: jax.Array
+    """Random keys [B], one a row, so that draws do not depend on batch mates."""
+    idle: jax.Array
+    """bool [B]: rows that only fill up the batch."""
+    recorded: jax.Array | None = None
+    """Uniform draws to use instead of the keys: [forwards, B, T] or [forwards, B, T, V]."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """What a step changes."""
+
+    tokens: jax.Array
+    """int32 [B, T]."""
+    done: jax.Array
+    """bool [B]."""
+    nfe: jax.Array
+    """int32 [B]: model evaluations made while the row was unfinished."""
+    forwards: jax.Array
+    """int32: model calls of the batch."""
+    block: jax.Array
+    """int32: number of the block."""
+    step: jax.Array
+    """int32: step within the block, the opening full pass included."""
+    cache: Cache | None
+    trace: jax.Array | None
+    """int32 [limit + 1, B, T]: the canvas before every model call, where asked for."""
+
+
+@partial(jax.jit, static_argnames=("graph", "setup", "trace"))
+def decode(
+    graph: nnx.GraphDef, params: nnx.State, request: Request, setup: Setup, trace: bool = False
+) -> DecodeState:
+    """Runs a request to its end; the result holds canvases, NFE and forwards.
+
+    Rows never influence each other. It ends for any weights: a block has at most
+    `setup.step_limit` steps besides its opening pass. With `trace` the canvas before every model
+    call is kept.
+    """
+    model = nnx.merge(graph, params)
+    loop = Loop(model, request, setup)
+    state = loop.start(trace)
+    state = jax.lax.while_loop(
+        lambda s: (s.block < setup.blocks) & ~jnp.all(s.done), loop.run_block, state
+    )
+    if state.trace is None:
+        return state
+    return dataclasses.replace(state, trace=state.trace.at[state.forwards].set(state.tokens))
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """The parts of the loop that stay the same while it runs."""
+
+    model: Transformer
+    request: Request
+    setup: Setup
+
+    def start(self, trace: bool) -> DecodeState:
+        """The state before the first block."""
+        request, setup = self.request, self.setup
+        B, T = request.tokens.shape
+        zero = jnp.zeros((), jnp.int32)
+        kind = self.model.embedding[...].dtype
+        rows = 2 * B if setup.cfg_scale else B
+        needs_cache = PLANS[setup.cache].refresh
+        limit = setup.blocks * (setup.step_limit + 1)
+        return DecodeState(
+            tokens=request.tokens,
+            done=request.idle,
+            nfe=jnp.zeros(B, jnp.int32),
+            forwards=zero,
+            block=zero,
+            step=zero,
+            cache=Cache.zeros(self.model.config, rows, T, kind) if needs_cache else None,
+            trace=jnp.zeros((limit + 1, B, T), jnp.int32) if trace else None,
+        )
+
+    @property
+    def columns_T(self) -> jax.Array:
+        return jnp.arange(self.request.tokens.shape[1])
+
+    @property
+    def generated_BT(self) -> jax.Array:
+        """Columns behind the prompt, before the padding."""
+        start_B1 = self.request.prompt_lengths[:, None]
+        end_B1 = start_B1 + self.setup.blocks * self.setup.block_length
+        return (self.columns_T >= start_B1) & (self.columns_T < end_B1)
+
+    def block_start(self, block: jax.Array) -> jax.Array:
+        """First column of the block, by row [B]."""
+        return self.request.prompt_lengths + block * self.setup.block_length
+
+    def block_masks(self, tokens_BT: jax.Array, block: jax.Array) -> jax.Array:
+        """How many masks each row's block holds [B]."""
+        columns_BN = _span(self.block_start(block), self.setup.block_length)
+        ids_BN = jnp.take_along_axis(tokens_BT, columns_BN, axis=1)
+        return jnp.sum(ids_BN == self.model.config.mask_id, axis=1)
+
+    def active(self, state: DecodeState) -> jax.Array:
+        """Rows for which the coming call counts and may write [B]."""
+        wanted_B = self.block_masks(state.tokens, state.block) > 0
+        if self.setup.run_all_steps:
+            wanted_B = jnp.ones_like(wanted_B)
+        if self.setup.check_late:
+            wanted_B |= state.step == 1
+        return wanted_B & ~state.done
+
+    def run_block(self, state: DecodeState) -> DecodeState:
+        """One block: the opening pass where the cache plan has one, then steps until it is clean."""
+        masks_B = self.block_masks(state.tokens, state.block)
+        refresh = PLANS[self.setup.cache].refresh
+        state = dataclasses.replace(state, step=jnp.zeros((), jnp.int32))
+        if refresh:
+            state = self.call(state, masks_B, opening=True)
+        last = self.setup.step_limit + (refresh and self.setup.check_late)
+
+        def unfinished(s: DecodeState) -> jax.Array:
+            return (s.step < last) & jnp.any(self.active(s))
+
+        state = jax.lax.while_loop(unfinished, lambda s: self.call(s, masks_B, False), state)
+        return dataclasses.replace(state, block=state.block + 1)
+
+    def call(self, state: DecodeState, masks_B: jax.Array, opening: bool) -> DecodeState:
+        """One model call and what follows from it: unmask, stop, count."""
+        setup, mask_id = self.setup, self.model.config.mask_id
+        active_B = ~state.done if opening else self.active(state)
+        trace = state.trace
+        if trace is not None:
+            trace = trace.at[state.forwards].set(state.tokens)
+        view_BN = self.view(state.block)
+        logits_BNV, cache = self.logits(state, view_BN, opening)
+        before_BN = jnp.take_along_axis(state.tokens, view_BN, axis=1)
+        end_B1 = self.block_start(state.block + 1)[:, None]
+        masked_BN = (before_BN == mask_id) & (view_BN < end_B1) & active_B[:, None]
+        quota_B = split_quota(masks_B, setup.quota_steps or 1, state.step)
+        ids_BN, chosen_BN = setup.unmasker(logits_BNV, masked_BN, quota_B, self.draw(state, view_BN))
+        tokens_BT = _put(state.tokens, jnp.where(chosen_BN, ids_BN, before_BN), view_BN)
+        clean_B = self.block_masks(tokens_BT, state.block) == 0
+        look = stops.Look(self.generated_BT, clean_B, mask_id, opening)
+        stopped_BT, ended_B = setup.stop(tokens_BT, look)
+        return DecodeState(
+            tokens=jnp.where(active_B[:, None], stopped_BT, tokens_BT),
+            done=state.done | (ended_B & active_B),
+            nfe=state.nfe + active_B,
+            forwards=state.forwards + 1,
+            block=state.block,
+            step=state.step + 1,
+            cache=cache,
+            trace=trace,
+        )
+
+    def view(self, block: jax.Array) -> jax.Array:
+        """Columns whose logits are wanted [B, N]: the block, or with earlier_masks the canvas."""
+        if self.setup.earlier_masks:
+            return jnp.broadcast_to(self.columns_T, self.request.tokens.shape)
+        return _span(self.block_start(block), self.setup.block_length)
+
+    def logits(
+        self, state: DecodeState, view_BN: jax.Array, opening: bool
+    ) -> tuple[jax.Array, Cache | None]:
+        """Logits [B, N, V] of the columns in view, and the cache after the call."""
+        tokens_BT, scale = state.tokens, self.setup.cfg_scale
+        B, T = tokens_BT.shape
+        end_B1 = (self.request.prompt_lengths + self.setup.blocks * self.setup.block_length)[:, None]
+        visible_BT = self.columns_T < end_B1
+        window_BT = self.window(state.block, opening)
+        if scale:
+            tokens_BT = _interleave(tokens_BT, self.without_prompt(tokens_BT))
+            visible_BT, window_BT, view_BN = (
+                _interleave(x, x) for x in (visible_BT, window_BT, view_BN)
+            )
+        fed_BT = jnp.take_along_axis(tokens_BT, window_BT, axis=1, mode="clip")
+        x_BTD = self.model.embed(fed_BT, self.model.embedding[...].dtype)
+        hidden_BTD, cache = self.model(x_BTD, window_BT, visible_BT, state.cache)
+        inside_BN = view_BN - window_BT[:, :1]
+        logits_BNV = self.model.logits(_rows(hidden_BTD, inside_BN))
+        if scale:
+            pair = logits_BNV.reshape(B, 2, *logits_BNV.shape[1:])
+            logits_BNV = pair[:, 1] + (scale + 1) * (pair[:, 0] - pair[:, 1])
+        return logits_BNV, None if state.cache is None else cache
+
+    def window(self, block: jax.Array, opening: bool) -> jax.Array:
+        """Columns to feed; those beyond the canvas are neither kept nor seen."""
+        B, T = self.request.tokens.shape
+        kind = "canvas" if opening else PLANS[self.setup.cache].window
+        if kind == "canvas":
+            return jnp.broadcast_to(self.columns_T, (B, T))
+        length = self.setup.block_length
+        return _span(self.block_start(block), length if kind == "block" else length * self.setup.blocks)
+
+    def without_prompt(self, tokens_BT: jax.Array) -> jax.Array:
+        """The unconditional canvas: every column that was given is masked."""
+        given_BT = self.request.tokens != self.model.config.mask_id
+        return jnp.where(given_BT, self.model.config.mask_id, tokens_BT)
+
+    def draw(self, state: DecodeState, view_BN: jax.Array) -> unmask.Draw:
+        """Uniform draws of this call: from each row's key and NFE, or as recorded."""
+        recorded = self.request.recorded
+        if recorded is not None:
+            return lambda shape: _rows(recorded[state.forwards], view_BN)
+        keys_B = jax.vmap(jax.random.fold_in)(self.request.keys, state.nfe)
+        return lambda shape: jax.vmap(lambda key: jax.random.uniform(key, shape))(keys_B)
+
+
+def _span(start_B: jax.Array, length: int) -> jax.Array:
+    return start_B[:, None] + jnp.arange(length)
+
+
+def _rows(x_BTX: jax.Array, columns_BN: jax.Array) -> jax.Array:
+    return jax.vmap(lambda x, columns: x[columns])(x_BTX, columns_BN)
+
+
+def _put(tokens_BT: jax.Array, new_BN: jax.Array, columns_BN: jax.Array) -> jax.Array:
+    return jax.vmap(lambda row, new, columns: row.at[columns].set(new))(
+        tokens_BT, new_BN, columns_BN
+    )
+
+
+def _interleave(a_BX: jax.Array, b_BX: jax.Array) -> jax.Array:
+    """Rows a0, b0, a1, b1, ...: pairs stay on one shard of the batch."""
+    return jnp.stack([a_BX, b_BX], axis=1).reshape(-1, *a_BX.shape[1:])

@@ -1,0 +1,69 @@
+"""The tasks jdllm trains and is graded on: a prompt, a training answer, a grader and documents.
+
+TASKS maps a name to its Task; a document is a plain dict. One file per task.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from jdllm.tasks import countdown, sudoku
+
+Doc = dict
+
+
+class Generate(Protocol):
+    """Draw n documents from a seed: training documents, or held-out ones never trained on."""
+
+    def __call__(self, n: int, seed: int, *, held_out: bool) -> list[Doc]: ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything an entry point needs to know about a task.
+
+    prompt, response and target turn a document into the user's message, the training answer and
+    the gold text; grade scores a completion with metrics in [0, 1], metric being the one to quote.
+    gen_length is the default number of tokens to generate. generate draws documents; a task with a
+    read is graded on the file that read finds in a folder, and generate is for training alone.
+    """
+
+    name: str
+    prompt: Callable[[Doc], str]
+    response: Callable[[Doc], str]
+    target: Callable[[Doc], str]
+    grade: Callable[[Doc, str], dict[str, float]]
+    metric: str
+    gen_length: int
+    generate: Generate
+    read: Callable[[Path | None], list[Doc]] | None = None
+
+
+_SUDOKU = Task(
+    name="sudoku",
+    prompt=sudoku.prompt,
+    response=sudoku.response,
+    target=sudoku.target,
+    grade=sudoku.grade,
+    metric="solved",
+    gen_length=sudoku.GEN_LENGTH,
+    generate=sudoku.generate,
+)
+_COUNTDOWN = Task(
+    name="countdown",
+    prompt=countdown.prompt,
+    response=countdown.response,
+    target=countdown.target,
+    grade=countdown.grade,
+    metric="solved",
+    gen_length=countdown.GEN_LENGTH,
+    generate=countdown.generate,
+)
+
+TASKS: dict[str, Task] = {
+    "sudoku": _SUDOKU,
+    "sudoku_d1": replace(_SUDOKU, name="sudoku_d1", read=sudoku.read),
+    "countdown": _COUNTDOWN,
+    "countdown_d1": replace(_COUNTDOWN, name="countdown_d1", read=countdown.read),
+}
