@@ -146,7 +146,7 @@ def make_setup(config: DecodeConfig, model: ModelConfig) -> Setup:
     blocks = config.gen_length // config.block_length
     endings = {
         "none": stops.NoStop(),
-        "eos": stops.EosStop(model.eos_id),
+        "eos": stops.EosStop(model.eos_id, model.stop_ids),
         "eos_fill": stops.EosFill(model.eos_id),
     }
     return Setup(
@@ -311,8 +311,10 @@ class Loop:
         quota_B = split_quota(masks_B, setup.quota_steps or 1, state.step)
         ids_BN, chosen_BN = setup.unmasker(logits_BNV, masked_BN, quota_B, self.draw(state, view_BN))
         tokens_BT = _put(state.tokens, jnp.where(chosen_BN, ids_BN, before_BN), view_BN)
-        clean_B = self.block_masks(tokens_BT, state.block) == 0
-        look = stops.Look(self.generated_BT, clean_B, mask_id, opening)
+        block_BT = (self.columns_T >= self.block_start(state.block)[:, None]) & (
+            self.columns_T < end_B1
+        )
+        look = stops.Look(self.generated_BT, block_BT, mask_id, opening)
         stopped_BT, ended_B = setup.stop(tokens_BT, look)
         return DecodeState(
             tokens=jnp.where(active_B[:, None], stopped_BT, tokens_BT),

@@ -30,6 +30,13 @@ def compute_dtype(dtype: str, stored: str) -> str:
     return "float32" if jax.default_backend() == "cpu" else stored
 
 
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs in JDLLM_HOME, so that the second start of a command is quick."""
+    jax.config.update("jax_compilation_cache_dir", str(home() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
 def locate(model: str) -> Path | None:
     """The folder with the files of `model`, downloaded where it is an id; None for random:."""
     if model.startswith("random:"):

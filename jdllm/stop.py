@@ -13,8 +13,8 @@ class Look:
 
     generated_BT: jax.Array
     """Columns behind the prompt."""
-    block_clean_B: jax.Array
-    """Rows without a mask in the current block."""
+    block_BT: jax.Array
+    """Columns of the current block."""
     mask_id: int
     opening: bool
     """Whether this was the full pass that opens a block."""
@@ -38,14 +38,16 @@ class NoStop:
 
 @dataclasses.dataclass(frozen=True)
 class EosStop:
-    """A row ends once its first generated eos has no mask before it; what follows becomes eos.
+    """A row ends once its first generated end id has no mask before it; eos fills the rest.
 
-    The text up to that eos can change no more, so stopping here never changes a completion.
+    The text up to that id can change no more, so stopping here never changes a completion.
     """
 
     eos_id: int
+    end_ids: tuple[int, ...]
+    """Ids that end a text: eos and the end of a turn."""
     def __call__(self, tokens_BT: jax.Array, look: Look) -> tuple[jax.Array, jax.Array]:
-        ends_BT = look.generated_BT & (tokens_BT == self.eos_id)
+        ends_BT = look.generated_BT & jnp.isin(tokens_BT, jnp.array(self.end_ids))
         open_BT = look.generated_BT & (tokens_BT == look.mask_id)
         done_B = jnp.any(ends_BT, 1) & (_first(ends_BT) < _first(open_BT))
         after_BT = _after(ends_BT) & look.generated_BT & done_B[:, None]
@@ -66,7 +68,8 @@ class EosFill:
         ends_BT = tokens_BT == self.eos_id
         behind_BT = _after(ends_BT) & look.generated_BT & (not look.opening)
         filled_BT = jnp.where(behind_BT, self.eos_id, tokens_BT)
-        return filled_BT, jnp.any(ends_BT, 1) & look.block_clean_B
+        open_B = jnp.any(look.block_BT & (filled_BT == look.mask_id), 1)
+        return filled_BT, jnp.any(ends_BT, 1) & ~open_B
 
 
 def _first(hit_BT: jax.Array) -> jax.Array:

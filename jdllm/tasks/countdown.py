@@ -16,7 +16,7 @@ from jdllm.tasks import expression, jsonl
 from jdllm.tasks import held_out as holdout
 
 LARGEST = 100  # numbers and targets lie in 1 to 100, as in d1's test file
-GEN_LENGTH = 40
+GEN_LENGTH = 256
 D1_FILE = Path("countdown") / "d1_cd3_test.jsonl"
 
 INSTRUCTION = (

@@ -18,7 +18,7 @@ from jdllm.tasks import jsonl
 
 CELLS = 16
 CLUES = 8  # every puzzle of d1's test file has eight
-GEN_LENGTH = 32
+GEN_LENGTH = 256
 D1_FILE = Path("sudoku4x4") / "d1_test.jsonl"
 
 # No commas or digits: the bundled tokenizer keeps those apart, so each would cost two tokens.
