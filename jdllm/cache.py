@@ -34,9 +34,7 @@ class Cache:
         return cls(keys, values)
 
 
-def write(
-    old_BSGK: jax.Array, new_BTGK: jax.Array, columns_BT: jax.Array
-) -> jax.Array:
+def write(old_BSGK: jax.Array, new_BTGK: jax.Array, columns_BT: jax.Array) -> jax.Array:
     """Writes T new columns of each row in place; columns at or beyond S are dropped.
 
     Written as a vmap, so that the batch stays a batch dimension of the scatter and shards.

@@ -38,12 +38,15 @@ def parse[T](
 ) -> T:
     """Parses `words` (default: the process's arguments) into an instance of the dataclass `config`.
 
-    `default` supplies other defaults than the class. Exits with status 2 and the nearest names where a word is misspelt, and with status 0 after
-    `--help`, which lists every field with its default.
+    `default` supplies other defaults than the class. Exits with status 2 and the nearest names
+    where a word is misspelt, and with status 0 after `--help`, which lists every field with its
+    default.
     """
     options = to_options(sys.argv[1:] if words is None else words)
     try:
-        return tyro.cli(config, args=options, prog=prog, default=default, config=CONF)
+        if default is None:
+            return tyro.cli(config, args=options, prog=prog, config=CONF)
+        return tyro.cli(config, args=options, prog=prog, config=CONF, default=default)
     except ValueError as error:  # a rule between fields, raised by the dataclass itself
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

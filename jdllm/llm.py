@@ -1,7 +1,7 @@
 """LLM: strings in, completions out. Tokenises, buckets and batches; the device does the rest.
 
-    from jdllm import LLM, DecodeConfig
-    LLM.load("bundled").generate(["..."], DecodeConfig(threshold=0.9))
+from jdllm import LLM, DecodeConfig
+LLM.load("bundled").generate(["..."], DecodeConfig(threshold=0.9))
 """
 
 import dataclasses
@@ -200,9 +200,7 @@ class LLM:
             ]
             yield Batch(index, completions, int(forwards), seconds, compile_seconds)
 
-    def _request(
-        self, rows: list[list[int]], seeds: list[int], config: DecodeConfig
-    ) -> Request:
+    def _request(self, rows: list[list[int]], seeds: list[int], config: DecodeConfig) -> Request:
         """Canvases on the mesh, filled up with idle rows to a multiple of the data axis."""
         gen_length = config.gen_length or 0
         replicas = self.mesh.shape["data"]
@@ -217,8 +215,9 @@ class LLM:
         numbers = np.array(seeds + [0] * (height - len(rows)), np.uint32)
         base = jax.random.key(config.seed)
         keys = jax.vmap(lambda n: jax.random.fold_in(base, n))(numbers)
-        request = Request(tokens, lengths, keys, np.arange(height) >= len(rows))
-        return jax.device_put(request, sharding.by_row(self.mesh))
+        idle = np.arange(height) >= len(rows)
+        placed = jax.device_put((tokens, lengths, keys, idle), sharding.by_row(self.mesh))
+        return Request(*placed)
 
     def _program(self, request: Request, setup: Setup) -> tuple[Any, float]:
         """The compiled loop for this shape and these rules, and the seconds spent compiling."""

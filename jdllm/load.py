@@ -75,4 +75,3 @@ def load_parts(
         folder = converted
     stored = checkpoint.read_config(folder).dtype
     return checkpoint.restore_model(folder, mesh, compute_dtype(dtype, stored))
-

@@ -6,6 +6,7 @@ Weights name their logical axes in model.py; this file alone knows the mesh.
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,7 +30,7 @@ RULES: dict[str, str | None] = {
 REPLICATE_IF_INDIVISIBLE = {"kv_heads"}
 
 
-def parse_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def parse_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
     """Builds the mesh that `text` describes: "auto", "AxB" (data x model) or "data:A,model:B".
 
     "auto" puts every device on the data axis. Raises ValueError where the text has another form

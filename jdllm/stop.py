@@ -46,6 +46,7 @@ class EosStop:
     eos_id: int
     end_ids: tuple[int, ...]
     """Ids that end a text: eos and the end of a turn."""
+
     def __call__(self, tokens_BT: jax.Array, look: Look) -> tuple[jax.Array, jax.Array]:
         ends_BT = look.generated_BT & jnp.isin(tokens_BT, jnp.array(self.end_ids))
         open_BT = look.generated_BT & (tokens_BT == look.mask_id)
@@ -64,6 +65,7 @@ class EosFill:
     """
 
     eos_id: int
+
     def __call__(self, tokens_BT: jax.Array, look: Look) -> tuple[jax.Array, jax.Array]:
         ends_BT = tokens_BT == self.eos_id
         behind_BT = _after(ends_BT) & look.generated_BT & (not look.opening)

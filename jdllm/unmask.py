@@ -108,7 +108,7 @@ class Quota:
 
 @dataclasses.dataclass(frozen=True)
 class Threshold:
-    """Every candidate whose probability is at least `threshold`, and always the best (Fast-dLLM)."""
+    """Candidates whose probability is at least `threshold`, and always the best (Fast-dLLM)."""
 
     threshold: float
 
