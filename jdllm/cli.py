@@ -3,9 +3,11 @@
 Every entry point is `def main(config)`, run as `main(parse(EvalConfig))`.
 """
 
+import dataclasses
 import difflib
 import re
 import sys
+import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +15,53 @@ import tyro
 
 WORD = re.compile(r"[A-Za-z_][\w.-]*=")
 CONF = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
+TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+REGISTRY = tyro.constructors.ConstructorRegistry()
+
+
+@REGISTRY.primitive_rule
+def _truth(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
+    """Booleans in any of the usual spellings; tyro itself takes only True and False."""
+    if info.type is not bool:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{true,false}",
+        instance_from_str=lambda words: _read_truth(words[0]),
+        is_instance=lambda value: isinstance(value, bool),
+        str_from_instance=lambda value: [str(value).lower()],
+    )
+
+
+def _read_truth(word: str) -> bool:
+    if word.lower() not in TRUTH:
+        raise ValueError(f"expected true or false, got {word}")
+    return TRUTH[word.lower()]
+
+
+def field_names(config: type, prefix: str = "") -> list[str]:
+    """Every setting of a dataclass by its dotted name, nested dataclasses included."""
+    names = []
+    hints = typing.get_type_hints(config)
+    for field in dataclasses.fields(config):
+        kind = hints[field.name]
+        names.append(prefix + field.name)
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            names += field_names(kind, f"{prefix}{field.name}.")
+    return names
+
+
+def check_names(config: type, options: Sequence[str], prog: str | None) -> None:
+    """Exits with status 2 and the nearest names where an option is none of the settings."""
+    names = field_names(config)
+    for option in options:
+        name = option.removeprefix("--").partition("=")[0].replace("-", "_")
+        if not option.startswith("--") or name in (*names, "help"):
+            continue
+        near = difflib.get_close_matches(name, names, n=3)
+        hint = f"did you mean {', or '.join(near)}?" if near else f"there are {', '.join(names)}."
+        print(f"error: {prog or 'this command'} has no setting {name!r}; {hint}", file=sys.stderr)
+        raise SystemExit(2)
 
 
 def to_options(words: Sequence[str]) -> list[str]:
@@ -43,10 +92,12 @@ def parse[T](
     default.
     """
     options = to_options(sys.argv[1:] if words is None else words)
+    check_names(config, options, prog)
+    shared: Any = {"args": options, "prog": prog, "config": CONF, "registry": REGISTRY}
     try:
         if default is None:
-            return tyro.cli(config, args=options, prog=prog, config=CONF)
-        return tyro.cli(config, args=options, prog=prog, config=CONF, default=default)
+            return tyro.cli(config, **shared)
+        return tyro.cli(config, default=default, **shared)
     except ValueError as error:  # a rule between fields, raised by the dataclass itself
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -81,7 +81,7 @@ class Row:
             block[i] = ids[i]
 
     def finished(self) -> bool:
-        """With stop=eos: whether the first end id has no mask before it; then eos fills the rest."""
+        """With stop=eos: does the first end id have no mask before it? Then eos fills the rest."""
         if self.config.stop == "none":
             return False
         for i in range(self.start, len(self.tokens)):

@@ -54,7 +54,7 @@ def canvases(llm: LLM, config: DecodeConfig, prompts: list[list[int]]):
     request = llm._request(prompts, [0] * len(prompts), config)
     state = decode(llm._graph, llm._params, request, make_setup(config, llm.config))
     gen = config.gen_length or 0
-    rows = [row[: len(p) + gen].tolist() for row, p in zip(np.asarray(state.tokens), prompts)]
+    rows = [row[: len(p) + gen].tolist() for row, p in zip(np.asarray(state.tokens), prompts, strict=False)]
     return rows, state.nfe.tolist(), int(state.forwards)
 
 

@@ -1,0 +1,71 @@
+"""Every attention implementation against the reference, over one list of shapes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jdllm.kernels import attention as room
+from jdllm.kernels.attention import IMPLEMENTATIONS, attention, reference
+
+# B, T queries, S keys, H, G, K
+SHAPES = [(1, 5, 5, 4, 4, 8), (2, 3, 9, 4, 2, 16), (2, 8, 8, 6, 1, 4)]
+
+
+def random_inputs(shape: tuple[int, ...], seed: int):
+    B, T, S, H, G, K = shape
+    rng = np.random.default_rng(seed)
+    q, k, v = (rng.normal(size=s) for s in ((B, T, H, K), (B, S, G, K), (B, S, G, K)))
+    visible = rng.random((B, S)) < 0.7
+    visible[:, 0] = True
+    return *(jnp.array(x, jnp.float32) for x in (q, k, v)), jnp.array(visible)
+
+
+def by_hand(q, k, v, visible):
+    """One query and one head at a time, in float64."""
+    B, T, H, K = q.shape
+    group = H // k.shape[2]
+    out = np.zeros(q.shape)
+    for b in range(B):
+        keys = np.flatnonzero(visible[b])
+        for h in range(H):
+            for t in range(T):
+                scores = np.float64(k[b, keys, h // group]) @ np.float64(q[b, t, h]) / K**0.5
+                weights = np.exp(scores - scores.max())
+                out[b, t, h] = weights / weights.sum() @ np.float64(v[b, keys, h // group])
+    return out
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_reference_equals_the_definition(shape):
+    inputs = random_inputs(shape, 0)
+    np.testing.assert_allclose(reference(*inputs), by_hand(*map(np.asarray, inputs)), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in IMPLEMENTATIONS if name != "reference"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_implementations_equal_the_reference(name, shape, monkeypatch):
+    """On a CPU the GPU's choice is made to serve, so that its mathematics are checked here too."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    inputs = random_inputs(shape, 1)
+    np.testing.assert_allclose(attention(*inputs, name), reference(*inputs), atol=1e-5)
+
+
+def test_a_row_that_sees_nothing_is_finite():
+    q, k, v, _ = random_inputs(SHAPES[0], 2)
+    out = reference(q, k, v, jnp.zeros((1, 5), bool))
+    np.testing.assert_allclose(out, jnp.broadcast_to(v.mean(1, keepdims=True), v.shape), atol=1e-5)
+
+
+def test_the_next_one_is_tried_where_one_does_not_serve(monkeypatch):
+    def never(*_):
+        raise NotImplementedError
+
+    table = {"never": never, "reference": reference}
+    monkeypatch.setattr(room, "IMPLEMENTATIONS", table)
+    inputs = random_inputs(SHAPES[1], 3)
+    np.testing.assert_array_equal(attention(*inputs), reference(*inputs))
+    with pytest.raises(NotImplementedError):
+        attention(*inputs, "never")
+    with pytest.raises(ValueError, match="must be one of never, reference"):
+        attention(*inputs, "fast")
