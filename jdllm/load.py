@@ -38,10 +38,28 @@ def enable_compilation_cache() -> None:
 
 
 def locate(model: str) -> Path | None:
-    """The folder with the files of `model`, downloaded where it is an id; None for random:."""
+    """The local folder with the files of `model`; None for random:<name>.
+
+    A Hugging Face id is downloaded; one larger than CONVERT_ABOVE is converted once, into
+    JDLLM_HOME/models, and found there from then on.
+    """
     if model.startswith("random:"):
         return None
-    return BUNDLED if model == "bundled" else fetch(model)
+    if model == "bundled":
+        return BUNDLED
+    if Path(model).is_dir():
+        return Path(model)
+    converted = home() / "models" / model.replace("/", "--")
+    if is_converted(converted):
+        return converted
+    folder = fetch(model)
+    source = open_source(folder)
+    if source.shards.bytes <= CONVERT_ABOVE:
+        return folder
+    with checkpoint.atomic_folder(converted) as partial:
+        checkpoint.write_model(partial, source.config, source.units())
+        copy_tokenizer(folder, partial)
+    return converted
 
 
 def load_parts(
@@ -60,18 +78,10 @@ def load_parts(
         config = NAMED[name]
         config = dataclasses.replace(config, dtype=compute_dtype(dtype, config.dtype))
         return config, *checkpoint.random_model(config, mesh, seed)
-    if not is_converted(folder):
-        source = open_source(folder)
-        stored = source.config.dtype
-        wanted = dataclasses.replace(source.config, dtype=compute_dtype(dtype, stored))
-        converted = home() / "models" / model.replace("/", "--")
-        if source.shards.bytes <= CONVERT_ABOVE or Path(model).is_dir():
-            source = dataclasses.replace(source, config=wanted)
-            return wanted, *checkpoint.place_stream(wanted, mesh, source.units())
-        if not converted.exists():
-            with checkpoint.atomic_folder(converted) as partial:
-                checkpoint.write_model(partial, source.config, source.units())
-                copy_tokenizer(folder, partial)
-        folder = converted
-    stored = checkpoint.read_config(folder).dtype
-    return checkpoint.restore_model(folder, mesh, compute_dtype(dtype, stored))
+    if is_converted(folder):
+        stored = checkpoint.read_config(folder).dtype
+        return checkpoint.restore_model(folder, mesh, compute_dtype(dtype, stored))
+    source = open_source(folder)
+    wanted = compute_dtype(dtype, source.config.dtype)
+    source = dataclasses.replace(source, config=dataclasses.replace(source.config, dtype=wanted))
+    return source.config, *checkpoint.place_stream(source.config, mesh, source.units())
