@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import orbax.checkpoint as ocp
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from jdllm import checkpoint
-from jdllm.configs import ModelConfig
+from jdllm.configs import ModelConfig, count_parameters
 from jdllm.convert.families import FAMILIES
 from jdllm.convert.shards import INDEX, SINGLE
-from jdllm.convert.table import restore_sources
+from jdllm.convert.table import ConversionError, restore_sources
 from jdllm.tokenizer import copy_tokenizer
 
 
@@ -33,8 +34,15 @@ def export(source: Path, output: Path, dtype: str | None, shard_bytes: int) -> N
     tensor larger than `shard_bytes` gets a shard of its own.
     """
     config = checkpoint.read_config(source)
+    if config.family not in FAMILIES:
+        raise ConversionError(
+            f"{source} is of the family {config.family}, which cannot be exported; "
+            f"supported are {', '.join(FAMILIES)}"
+        )
     config = dataclasses.replace(config, dtype=dtype or config.dtype)
     with checkpoint.atomic_folder(output) as folder:
+        size = count_parameters(config) * np.dtype(config.dtype).itemsize
+        checkpoint.require_space(folder, int(size * 1.02))
         files: list[list[str]] = []
         pending: dict[str, np.ndarray] = {}
         for unit in tensors(source, config):
@@ -55,7 +63,10 @@ def _bytes(arrays: dict[str, np.ndarray]) -> int:
 
 
 def _save(folder: Path, number: int, arrays: dict[str, np.ndarray]) -> list[str]:
-    save_file(arrays, folder / f"shard-{number}", metadata={"format": "pt"})
+    try:
+        save_file(arrays, folder / f"shard-{number}", metadata={"format": "pt"})
+    except SafetensorError as error:  # how the library reports a full disk
+        raise OSError(f"cannot write to {folder}: {error}") from None
     return list(arrays)
 
 

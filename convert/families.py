@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from jdllm.checkpoint import LazyArray
 from jdllm.configs import ModelConfig
 from jdllm.convert import llada
 from jdllm.convert.shards import Shards
@@ -24,39 +23,48 @@ class Source:
     config: ModelConfig
     shards: Shards
 
-    def units(self) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    def units(self) -> Iterator[tuple[str, dict[str, LazyArray]]]:
         """Our parameters in the config's dtype, one unit at a time."""
-        return stream(FAMILIES[self.family], self.config, self.shards, self.config.dtype)
+        return stream(FAMILIES[self.family], self.config, self.shards)
 
 
 def recognise(hf: dict[str, Any], folder: Path) -> str:
     """The family that the `architectures` key of a config.json names."""
-    names = hf.get("architectures") or ["(none)"]
+    names = hf.get("architectures")
+    if not isinstance(names, list) or not names:
+        names = ["(none)"]
     for family, entry in FAMILIES.items():
         if entry.architecture in names:
             return family
     supported = ", ".join(f"{e.architecture} ({name})" for name, e in FAMILIES.items())
     raise ConversionError(
-        f"{folder} is of architecture {', '.join(names)}, which is not supported; "
+        f"{folder} is of architecture {', '.join(map(str, names))}, which is not supported; "
         f"supported are {supported}"
     )
 
 
 def check_keys(family: Family, hf: dict[str, Any], allow_unknown: Sequence[str] = ()) -> None:
     """Refuses any key of config.json that is neither used nor known to change nothing."""
-    for key, value in hf.items():
-        if key in family.used or key in allow_unknown:
-            continue
-        if key not in family.inert:
-            raise ConversionError(
-                f"config.json has the key {key}={value!r}, whose meaning is not known here; if "
-                f"it changes nothing, pass allow_unknown={key}"
-            )
+    if hf.get("quantization_config"):
+        raise ConversionError(
+            "config.json has a quantization_config: quantised checkpoints cannot be converted, use "
+            "the one it was made from"
+        )
+    known = family.used | set(family.inert) | set(allow_unknown)
+    if unknown := [key for key in hf if key not in known]:
+        option = f"allow_unknown={unknown[0]}"
+        if len(unknown) > 1:
+            option = f"--allow_unknown {' '.join(unknown)}"
+        raise ConversionError(
+            f"config.json has {', '.join(f'{key}={hf[key]!r}' for key in unknown)}, whose meaning "
+            f"is not known here; if it changes nothing, pass {option}"
+        )
+    for key in sorted(set(hf) & set(family.inert) - set(allow_unknown)):
         allowed = family.inert[key]
-        if allowed is not ANY and value not in allowed:
+        if allowed is not ANY and hf[key] not in allowed:
             raise ConversionError(
-                f"config.json has {key}={value!r}; supported is "
-                f"{' or '.join(repr(v) for v in allowed)}"
+                f"config.json has {key}={hf[key]!r}; supported is "
+                f"{' or '.join(repr(value) for value in allowed)}"
             )
 
 
@@ -65,8 +73,37 @@ def special_tokens(folder: Path) -> dict[str, int]:
     path = folder / "tokenizer.json"
     if not path.exists():
         return {}
-    added = json.loads(path.read_text(encoding="utf-8")).get("added_tokens", [])
+    added = _read_json(path).get("added_tokens", [])
     return {token["content"]: token["id"] for token in added}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConversionError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path} must hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def _read_facts(family: Family, hf: dict[str, Any], folder: Path) -> ModelConfig:
+    """The ModelConfig; ConversionError for a missing key or a value that cannot be."""
+    path = folder / "config.json"
+    try:
+        config = family.facts(hf, special_tokens(folder))
+    except KeyError as error:
+        raise ConversionError(f"{path} lacks the key {error}") from None
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ConversionError(f"{path} describes no model of this family: {error}") from None
+    for name, value in dataclasses.asdict(config).items():
+        lowest = 0 if name.endswith("_id") else 1
+        numeric = ModelConfig.__annotations__[name] is int
+        if numeric and (type(value) is not int or value < lowest):
+            raise ConversionError(
+                f"{path} gives {name}={value!r}, which must be a whole number of {lowest} or more"
+            )
+    return config
 
 
 def open_source(
@@ -77,25 +114,20 @@ def open_source(
 ) -> Source:
     """Checks a Hugging Face folder completely, from its headers, and returns it ready to stream.
 
-    `family` insists on one; `dtype` defaults to the one most weights are stored in. Raises
-    ConversionError or ShardError, in one sentence, for anything that would load wrongly.
+    `family` insists on one; `dtype` defaults to that of the weights, which then must not lose
+    precision. Raises ConversionError or ShardError, in one sentence, for anything that would load
+    wrongly.
     """
     path = folder / "config.json"
     if not path.exists():
         raise ConversionError(f"{folder} has no config.json: it is not a Hugging Face model")
-    try:
-        hf = json.loads(path.read_text())
-    except ValueError as error:
-        raise ConversionError(f"{path} is not valid JSON: {error}") from None
+    hf = _read_json(path)
     found = recognise(hf, folder)
     if family not in (None, found):
         raise ConversionError(f"{folder} holds a model of the family {found}, not {family}")
     entry = FAMILIES[found]
     check_keys(entry, hf, allow_unknown)
-    try:
-        config = entry.facts(hf, special_tokens(folder))
-    except KeyError as error:
-        raise ConversionError(f"{path} lacks the key {error}") from None
+    config = _read_facts(entry, hf, folder)
     shards = Shards(folder)
     check(entry, config, shards)
-    return Source(found, dataclasses.replace(config, dtype=dtype or shards.dtype), shards)
+    return Source(found, dataclasses.replace(config, dtype=shards.resolve_dtype(dtype)), shards)

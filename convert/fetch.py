@@ -14,6 +14,13 @@ def home() -> Path:
     return Path(os.environ.get("JDLLM_HOME", Path.home() / ".cache" / "jdllm"))
 
 
+def converted_folder(source: str) -> Path:
+    """Where the conversion of a folder or an id is kept when no output is named."""
+    path = Path(source)
+    name = path.resolve().name if path.is_dir() else source.replace("/", "--")
+    return home() / "models" / name
+
+
 def fetch(source: str) -> Path:
     """The folder of `source`; an id such as GSAI-ML/LLaDA-1.5 is downloaded or found in the cache.
 
@@ -26,7 +33,7 @@ def fetch(source: str) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=list(PATTERNS)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise FileNotFoundError(
             f"{source} is no folder here and could not be downloaded: {reason}"
         ) from None

@@ -13,6 +13,7 @@ EOT_ID, EOT_VOCAB = 126348, 126464  # the published tokenizer, where the folder 
 def facts(hf: dict[str, Any], special: dict[str, int]) -> ModelConfig:
     """Reads LLaDA's config.json. Text ends at eos, and at the chat template's end of turn."""
     heads, vocab = hf["n_heads"], hf.get("embedding_size") or hf["vocab_size"]
+    pad = hf.get("pad_token_id")
     eot = special.get(EOT, EOT_ID if vocab == EOT_VOCAB else None)
     stops = (hf["eos_token_id"],) + ((eot,) if eot is not None else ())
     return ModelConfig(
@@ -28,7 +29,7 @@ def facts(hf: dict[str, Any], special: dict[str, int]) -> ModelConfig:
         norm_eps=float(hf.get("rms_norm_eps", 1e-5)),
         mask_id=hf["mask_token_id"],
         eos_id=hf["eos_token_id"],
-        pad_id=hf.get("pad_token_id", hf["eos_token_id"]),
+        pad_id=hf["eos_token_id"] if pad is None else pad,
         stop_ids=stops,
     )
 
@@ -104,9 +105,22 @@ FAMILY = Family(
     rows=rows,
     hf_config=hf_config,
     used=frozenset(
-        "d_model n_heads n_kv_heads n_layers mlp_hidden_size mlp_ratio vocab_size embedding_size "
-        "max_sequence_length rope_theta rms_norm_eps mask_token_id eos_token_id "
-        "pad_token_id".split()
+        [
+            "d_model",
+            "embedding_size",
+            "eos_token_id",
+            "mask_token_id",
+            "max_sequence_length",
+            "mlp_hidden_size",
+            "mlp_ratio",
+            "n_heads",
+            "n_kv_heads",
+            "n_layers",
+            "pad_token_id",
+            "rms_norm_eps",
+            "rope_theta",
+            "vocab_size",
+        ]
     ),
     inert={
         # bookkeeping

@@ -7,11 +7,12 @@ lines, whatever the family.
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from jdllm.checkpoint import unit_of
+from jdllm.checkpoint import Index, LazyArray, unit_of
 from jdllm.configs import ModelConfig
 from jdllm.convert.shards import Shards
 
@@ -119,30 +120,32 @@ def _some(names: list[str]) -> str:
 
 
 def stream(
-    family: Family, config: ModelConfig, shards: Shards, dtype: str
-) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """Yields our parameters as (unit, {name: array}), holding one unit in memory at a time."""
-    size = sizes(config)
-    unit: dict[str, np.ndarray] = {}
-    current = ""
+    family: Family, config: ModelConfig, shards: Shards
+) -> Iterator[tuple[str, dict[str, LazyArray]]]:
+    """Yields our parameters in the config's dtype as (unit, {name: array}), nothing read yet."""
+    size, dtype = sizes(config), np.dtype(config.dtype)
+    grouped: dict[str, dict[str, LazyArray]] = {}
     for row in family.rows(config):
-        if unit and unit_of(row.name) != current:
-            yield current, unit
-            unit = {}
-        current = unit_of(row.name)
-        unit[row.name] = _convert(row, shards, size, dtype)
-    yield current, unit
+        shape = tuple(size[letter] for letter in _letters(row.rule)[1])
+        if len(row.sources) > 1:
+            shape = shape[:STACK_AXIS] + (len(row.sources),) + shape[STACK_AXIS:]
+        read = partial(_read, row, shards, size, dtype)
+        grouped.setdefault(unit_of(row.name), {})[row.name] = LazyArray(shape, dtype, read)
+    yield from grouped.items()
 
 
-def _convert(row: Row, shards: Shards, size: dict[str, int], dtype: str) -> np.ndarray:
-    parts = [apply(row.rule, shards.read(source), size) for source in row.sources]
-    if len(parts) == 1:
-        return np.ascontiguousarray(parts[0]).astype(dtype, copy=False)
-    shape = parts[0].shape[:STACK_AXIS] + (len(parts),) + parts[0].shape[STACK_AXIS:]
-    out = np.empty(shape, dtype)
-    for i, part in enumerate(parts):
-        out[:, i] = part
-    return out
+def _read(
+    row: Row, shards: Shards, size: dict[str, int], dtype: np.dtype, index: Index
+) -> np.ndarray:
+    """One piece of a parameter; one source is mapped at a time."""
+    if len(row.sources) == 1:
+        whole = apply(row.rule, shards.map(row.sources[0]), size)
+        return np.array(whole[index], dtype, order="C")
+    parts = []
+    for source in row.sources[index[STACK_AXIS]]:
+        whole = apply(row.rule, shards.map(source), size)
+        parts.append(np.array(whole[index[:STACK_AXIS] + index[STACK_AXIS + 1 :]], dtype))
+    return np.stack(parts, STACK_AXIS)
 
 
 def restore_sources(

@@ -1,20 +1,26 @@
 """Weights on disk: a folder with config.json and one Orbax checkpoint a layer.
 
-One checkpoint a layer lets a conversion write a model that does not fit into host memory, and a
-restore put every weight straight into its sharding. A folder is complete or it is not there: it is
-written under a temporary name and renamed at the end.
+Weights that come from elsewhere are written piece by piece, so a conversion never holds one whole
+weight, and a restore puts every weight straight into its sharding. A folder is complete or it is
+not there: it is written under a temporary name and renamed at the end.
 """
 
 import contextlib
 import dataclasses
+import fcntl
+import itertools
+import math
+import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
@@ -23,6 +29,64 @@ from jdllm.configs import ModelConfig, is_converted
 from jdllm.model import abstract, assemble, named
 
 PARTIAL = ".partial-"
+PIECE_BYTES = 4 << 20  # how much of a weight is read, encoded and written at a time
+
+Index = tuple[slice, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyArray:
+    """An array that is read in pieces when it is written or placed, never as a whole."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[Index], np.ndarray]
+    """One slice an axis -> that piece, as a fresh contiguous array of `dtype`."""
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def __deepcopy__(self, memo: Any) -> "LazyArray":
+        return self  # Orbax copies host arrays before it writes them; this one cannot change
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self.read((slice(None),) * len(self.shape)).astype(dtype or self.dtype, copy=False)
+
+
+class LazyHandler(ocp.type_handlers.NumpyHandler):
+    """Writes LazyArrays as Orbax writes numpy arrays, but one piece after the other.
+
+    Handed whole arrays, Orbax copies them and encodes all their chunks at once: several times
+    their size. Should a later Orbax not call the methods below, they are written that way.
+    """
+
+    async def _background_serialize(
+        self, values: Sequence[Any], infos: Sequence[Any], args: Sequence[Any] | None = None
+    ) -> None:
+        args = args or [ocp.SaveArgs()] * len(values)
+        for value, info, arg in zip(values, infos, args, strict=True):  # none left after an error
+            await super()._background_serialize([value], [info], [arg])
+
+    async def _open_and_write(self, value: LazyArray, tspec: dict, ts_context: Any) -> None:
+        store = await tensorstore.open(
+            tensorstore.Spec(tspec), create=True, open=True, context=ts_context
+        )
+        chunk: Any = store.chunk_layout.write_chunk.shape
+        for index in pieces(value.shape, chunk, PIECE_BYTES // value.dtype.itemsize):
+            await store[index].write(value.read(index))
+
+
+def pieces(shape: Sequence[int], chunk: Sequence[int], limit: int) -> Iterator[Index]:
+    """Indices that tile `shape` in whole chunks, of `limit` elements at most or one chunk each."""
+    steps = list(chunk)
+    for axis, size in reversed(list(enumerate(shape))):
+        rest = math.prod(steps) // steps[axis]
+        whole = limit // (rest * chunk[axis]) * chunk[axis]
+        steps[axis] = min(size, max(chunk[axis], whole))
+    for start in itertools.product(*map(range, [0] * len(shape), shape, steps)):
+        yield tuple(slice(a, min(a + s, n)) for a, s, n in zip(start, steps, shape, strict=True))
 
 
 def unit_of(name: str) -> str:
@@ -39,36 +103,92 @@ def units(config: ModelConfig) -> dict[str, dict[str, nnx.Param]]:
     return grouped
 
 
+def refuse_existing(folder: Path) -> None:
+    """FileExistsError where `folder` is already there: results are never overwritten."""
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already: remove it or name another output")
+
+
+def require_space(folder: Path, size: int) -> None:
+    """OSError where the disk of an existing folder has less than `size` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise OSError(
+            f"{size / 1e9:.2f} GB are needed, but the disk of {folder.parent} has "
+            f"{free / 1e9:.2f} GB free: make room or name another output"
+        )
+
+
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yields a fresh folder beside `folder` that takes its name when the block ends without error.
 
     What an interrupted earlier attempt left behind is removed first. FileExistsError where
-    `folder` is already there.
+    `folder` is already there, or where another process is writing it now.
     """
     folder = folder.absolute()
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists already: remove it or name another output")
+    refuse_existing(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for stale in folder.parent.glob(f"{folder.name}{PARTIAL}*"):
-        shutil.rmtree(stale)
+    for stale in folder.parent.iterdir():
+        if stale.name.startswith(folder.name + PARTIAL):
+            _remove_stale(stale, folder)
     partial = folder.with_name(f"{folder.name}{PARTIAL}{uuid.uuid4().hex[:8]}")
     partial.mkdir()
+    lock = _lock(partial)
     try:
         yield partial
+        refuse_existing(folder)  # rename would replace a folder that is empty
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        os.close(lock)
+
+
+def _lock(folder: Path) -> int:
+    """Locks a folder until the descriptor is closed or the process dies; BlockingIOError."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _remove_stale(partial: Path, folder: Path) -> None:
+    try:
+        os.close(_lock(partial))
+    except BlockingIOError:
+        raise FileExistsError(
+            f"another process is writing {folder} now: wait for it or name another output"
+        ) from None
+    shutil.rmtree(partial)
 
 
 def write_model(
-    folder: Path, config: ModelConfig, stream: Iterable[tuple[str, dict[str, np.ndarray]]]
+    folder: Path,
+    config: ModelConfig,
+    stream: Iterable[tuple[str, dict[str, LazyArray] | dict[str, jax.Array]]],
 ) -> None:
     """Writes config.json and the units of `stream`, one at a time, into an existing folder."""
-    with ocp.StandardCheckpointer() as checkpointer:
+    handlers = ocp.type_handlers.create_type_handler_registry(
+        (LazyArray, LazyHandler()),
+        (jax.Array, ocp.type_handlers.get_type_handler(jax.Array)),
+    )
+    writer = ocp.PyTreeCheckpointHandler(type_handler_registry=handlers)
+    with ocp.Checkpointer(writer) as checkpointer:
         for unit, arrays in stream:
-            checkpointer.save(folder.absolute() / "weights" / unit, arrays)
-            checkpointer.wait_until_finished()
+            save_args = {name: ocp.SaveArgs(chunk_byte_size=PIECE_BYTES) for name in arrays}
+            args = ocp.args.PyTreeSave(arrays, save_args=save_args)
+            try:
+                checkpointer.save(folder.absolute() / "weights" / unit, args=args)
+            except (OSError, ValueError) as error:  # tensorstore has one type for every failure
+                if "No space left" not in str(error):
+                    raise
+                raise OSError(
+                    f"the disk of {folder.parent} filled up while {unit} was written: make room "
+                    "and start again"
+                ) from error
     (folder / "config.json").write_text(config.to_json())
 
 
@@ -84,7 +204,13 @@ def read_config(folder: Path) -> ModelConfig:
     """The ModelConfig of a folder written by this module; ValueError where it is not one."""
     if not is_converted(folder):
         raise ValueError(f"{folder} is not a converted model: it has no config.json of ours")
-    return ModelConfig.from_json((folder / "config.json").read_text())
+    path = folder / "config.json"
+    try:
+        return ModelConfig.from_json(path.read_text())
+    except KeyError as error:
+        raise ValueError(f"{path}: the converted config lacks the key {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def placements(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
@@ -96,12 +222,29 @@ def placements(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
     }
 
 
+def _check_shapes(
+    checkpointer: ocp.StandardCheckpointer, path: Path, wanted: dict[str, jax.ShapeDtypeStruct]
+) -> None:
+    """ValueError, naming a weight, where a unit is missing or is not what config.json says."""
+    if not path.is_dir():
+        raise ValueError(f"{path} is missing, which config.json asks for; convert the model again")
+    stored = checkpointer.metadata(path).item_metadata or {}
+    for name, leaf in wanted.items():
+        shape = stored[name].shape if name in stored else None
+        if shape != leaf.shape:
+            raise ValueError(
+                f"{path} holds {name} with shape {shape}, but config.json asks for {leaf.shape}; "
+                "convert the model again"
+            )
+
+
 def restore_model(
     folder: Path, mesh: Mesh, dtype: str | None = None
 ) -> tuple[ModelConfig, nnx.GraphDef, nnx.State]:
     """Reads a converted model straight into its sharding on `mesh`, as `dtype` (default: stored).
 
-    Every device reads only its own slices.
+    Every device reads only its own slices. ValueError, naming the folder, where it is not a
+    converted model or its weights do not fit.
     """
     config = read_config(folder)
     config = dataclasses.replace(config, dtype=dtype or config.dtype)
@@ -113,25 +256,31 @@ def restore_model(
                 name: jax.ShapeDtypeStruct(leaf.shape, config.dtype, sharding=targets[name])
                 for name, leaf in leaves.items()
             }
-            arrays |= checkpointer.restore(folder.absolute() / "weights" / unit, wanted)
+            path = folder.absolute() / "weights" / unit
+            _check_shapes(checkpointer, path, wanted)
+            arrays |= checkpointer.restore(path, wanted)
     return config, *assemble(config, arrays)
 
 
 def place_stream(
-    config: ModelConfig, mesh: Mesh, stream: Iterable[tuple[str, dict[str, np.ndarray]]]
+    config: ModelConfig, mesh: Mesh, stream: Iterable[tuple[str, dict[str, LazyArray]]]
 ) -> tuple[nnx.GraphDef, nnx.State]:
-    """Puts streamed units onto `mesh`, one at a time, in the config's dtype."""
+    """Puts streamed weights onto `mesh`; for each device only its own slices are read.
+
+    The stream's arrays have the config's dtype.
+    """
     targets = placements(config, mesh)
     arrays: dict[str, jax.Array] = {}
     for _, unit in stream:
-        for name, array in unit.items():
-            arrays[name] = jax.device_put(array.astype(config.dtype), targets[name])
+        for name, lazy in unit.items():
+            if name not in targets:
+                raise ValueError(f"{name} is no parameter of the model")
+            read: Any = lazy.read  # called with one slice an axis, for each device
+            arrays[name] = jax.make_array_from_callback(lazy.shape, targets[name], read)
     return assemble(config, arrays)
 
 
-def random_model(
-    config: ModelConfig, mesh: Mesh, seed: int = 0
-) -> tuple[nnx.GraphDef, nnx.State]:
+def random_model(config: ModelConfig, mesh: Mesh, seed: int = 0) -> tuple[nnx.GraphDef, nnx.State]:
     """Random weights made directly on the devices, in the target sharding."""
     from jdllm.model import Transformer
 

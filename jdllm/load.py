@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jdllm import checkpoint
 from jdllm.configs import NAMED, ModelConfig, is_converted
 from jdllm.convert.families import open_source
-from jdllm.convert.fetch import fetch, home
+from jdllm.convert.fetch import converted_folder, fetch, home
 from jdllm.tokenizer import copy_tokenizer
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -49,7 +49,7 @@ def locate(model: str) -> Path | None:
         return BUNDLED
     if Path(model).is_dir():
         return Path(model)
-    converted = home() / "models" / model.replace("/", "--")
+    converted = converted_folder(model)
     if is_converted(converted):
         return converted
     folder = fetch(model)
@@ -81,7 +81,6 @@ def load_parts(
     if is_converted(folder):
         stored = checkpoint.read_config(folder).dtype
         return checkpoint.restore_model(folder, mesh, compute_dtype(dtype, stored))
-    source = open_source(folder)
-    wanted = compute_dtype(dtype, source.config.dtype)
-    source = dataclasses.replace(source, config=dataclasses.replace(source.config, dtype=wanted))
+    wanted = compute_dtype(dtype, "")  # empty: as stored
+    source = open_source(folder, dtype=wanted or None)
     return source.config, *checkpoint.place_stream(source.config, mesh, source.units())
