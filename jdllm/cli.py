@@ -3,12 +3,13 @@
 Every entry point is `def main(config)`, run as `main(parse(EvalConfig))`.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import re
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tyro
@@ -101,6 +102,29 @@ def parse[T](
     except ValueError as error:  # a rule between fields, raised by the dataclass itself
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def run[T](main: Callable[[T], Any], config: type[T], prog: str) -> None:
+    """An entry point: parses the process's arguments and runs `main`.
+
+    What the user asked for and cannot be done (ValueError, OSError) becomes one sentence and exit
+    status 1; `python -X dev` shows where it came from.
+    """
+    settings = parse(config, prog=prog)
+    with one_sentence():
+        main(settings)
+
+
+@contextlib.contextmanager
+def one_sentence() -> Iterator[None]:
+    """Turns ValueError and OSError into "error: ..." and exit status 1."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if sys.flags.dev_mode:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def dispatch(

@@ -3,14 +3,17 @@
 A row is prompt ids, response ids, then padding with eos, which is trained on (it teaches length).
 """
 
+import contextlib
 import dataclasses
+import difflib
+import functools
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import batched
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
@@ -34,20 +37,50 @@ class Rows:
         """The rows at `index` (any shape), tokens widened to int32."""
         return self.tokens[index].astype(np.int32), self.prompt_lengths[index], self.lengths[index]
 
+    def digest(self) -> str:
+        """A short hash of the content, the same wherever and whenever the rows were made."""
+        whole = hashlib.sha256()
+        for array in (self.tokens, self.prompt_lengths, self.lengths):
+            whole.update(f"{array.dtype} {array.shape}".encode())
+            whole.update(np.ascontiguousarray(array).data)
+        return whole.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Yields a file that takes the name `path` when the block ends without error, whole or not."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
 
 def parse_mixture(text: str) -> list[tuple[str, float]]:
-    """Reads "sudoku:1,countdown:3" into names and weights; ValueError for an unknown task."""
+    """Reads "sudoku:1,countdown:3" into names and shares (1 where none is given).
+
+    ValueError, with the nearest names, for an unknown task, and for a share that is not above 0.
+    """
     mixture = []
     for part in text.split(","):
-        name, _, share = part.partition(":")
+        name, colon, share = part.strip().partition(":")
         if name not in TASKS:
-            raise ValueError(f"task={name} is unknown; there are {', '.join(sorted(TASKS))}")
-        mixture.append((name, float(share or 1)))
+            near = difflib.get_close_matches(name, TASKS)
+            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            raise ValueError(f"task={name} is unknown; {hint}there are {', '.join(sorted(TASKS))}")
+        try:
+            weight = float(share) if colon else 1.0
+        except ValueError:
+            weight = 0.0
+        if not 0 < weight < float("inf"):
+            raise ValueError(f"task={part}: a share must be a number above 0, for example {name}:2")
+        mixture.append((name, weight))
     return mixture
 
 
 def generated_pairs(mixture: str, examples: int, seed: int) -> Iterator[tuple[str, str]]:
-    """Prompt and response of `examples` generated docs, split over tasks by weight."""
+    """Prompt and response of `examples` generated docs, split over tasks by share."""
     parsed = parse_mixture(mixture)
     total = sum(share for _, share in parsed)
     for name, share in parsed:
@@ -56,32 +89,80 @@ def generated_pairs(mixture: str, examples: int, seed: int) -> Iterator[tuple[st
             yield task.prompt(doc), task.response(doc)
 
 
+def check_file(path: Path) -> None:
+    """FileNotFoundError where there is no file, ValueError where its name ends in another way."""
+    if not path.is_file():
+        raise FileNotFoundError(f"data={path}: there is no such file")
+    if path.suffix not in (".jsonl", ".txt"):
+        raise ValueError(
+            f"data={path} must end in .jsonl (one example a line) or .txt (plain text)"
+        )
+
+
 def file_pairs(path: Path) -> Iterator[tuple[str, str]]:
     """Prompt and response of every row of a .jsonl file; a .txt file is one response.
 
     A row has the keys prompt and response, or messages (the last one is the response, the user
-    turn before it the prompt), or text. ValueError, naming the line, for any other row.
+    turn before it the prompt, earlier ones are left out with a note), or text; empty lines are
+    skipped. An empty prompt means plain text. ValueError, naming the line, for any other row;
+    FileNotFoundError where there is no such file.
     """
-    if path.suffix != ".jsonl":
-        yield "", path.read_text(encoding="utf-8")
-        return
-    with path.open(encoding="utf-8") as lines:
+    check_file(path)
+    try:
+        if path.suffix == ".jsonl":
+            yield from _jsonl_pairs(path)
+        else:
+            yield "", _not_blank(path, path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data={path} must be UTF-8 text: {error.reason}") from None
+
+
+def _not_blank(path: Path, text: str) -> str:
+    if not text.strip():
+        raise ValueError(f"data={path} holds no text")
+    return text
+
+
+def _jsonl_pairs(path: Path) -> Iterator[tuple[str, str]]:
+    shortened = 0
+    with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
-            row = json.loads(line) if line.strip() else None
-            match row:
-                case None:
-                    continue
-                case {"prompt": str(prompt), "response": str(response)}:
-                    yield prompt, response
-                case {"messages": [*_, {"content": str(prompt)}, {"content": str(response)}]}:
-                    yield prompt, response
-                case {"text": str(text)}:
-                    yield "", text
-                case _:
-                    raise ValueError(
-                        f"{path}, line {number}: a row needs the keys prompt and response, or "
-                        f"messages, or text; it has {', '.join(row)}"
-                    )
+            if not line.strip():
+                continue
+            try:
+                prompt, response, earlier = _parse_row(json.loads(line))
+            except json.JSONDecodeError as error:
+                reason = f"not valid JSON: {error.msg} at column {error.colno}"
+                raise ValueError(f"{path}, line {number}: {reason}") from None
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from None
+            shortened += earlier > 0
+            yield prompt, response
+    if shortened:
+        print(f"note: of {shortened} conversations only the last question and answer are used")
+
+
+def _parse_row(row: Any) -> tuple[str, str, int]:
+    """Prompt, response and the number of earlier turns of one row."""
+    match row:
+        case {"prompt": str(prompt), "response": str(response)}:
+            return prompt, response, 0
+        case {
+            "messages": [
+                *earlier,
+                {"role": "user", "content": str(prompt)},
+                {"role": "assistant", "content": str(response)},
+            ]
+        }:
+            return prompt, response, len(earlier)
+        case {"text": str(text)}:
+            return "", text, 0
+    rule = (
+        "a row needs the strings prompt and response, or messages that end with a user and an "
+        "assistant turn, or the string text"
+    )
+    keys = f"it has the keys {', '.join(row) or '(none)'}" if isinstance(row, dict) else ""
+    raise ValueError(f"{rule}; {keys or f'it is of type {type(row).__name__}'}")
 
 
 def _encode(
@@ -95,17 +176,17 @@ def _encode(
 
 def _canvases(
     prompt: list[int], response: list[int], length: int, response_length: int | None
-) -> Iterator[tuple[list[int], int, bool]]:
-    """Canvases (ids, end column, whether the end was lost) of one example.
+) -> Iterator[tuple[list[int], int]]:
+    """Canvases of one example: all its ids, which may be too many, and the end column.
 
-    Plain text longer than a canvas becomes several; an answer is never split, but cut.
+    Plain text longer than a canvas becomes several; an answer is never split, but cut. Nothing
+    where the prompt leaves no room.
     """
-    step = length if not prompt else max(len(response), 1)
-    for start in range(0, len(response), step):
-        ids = prompt + response[start : start + step]
-        end = min(length, len(prompt) + (response_length or length))
-        if len(prompt) < end:
-            yield ids[:end], end, len(ids) > end
+    end = min(length, len(prompt) + (response_length or length))
+    step = len(response) if prompt else end
+    if len(prompt) < end:
+        for start in range(0, len(response), step):
+            yield prompt + response[start : start + step], end
 
 
 def encode_rows(
@@ -119,32 +200,51 @@ def encode_rows(
 
     With `response_length` the canvas of a row ends that many columns after its prompt (as in
     decoding with that gen_length) and the rest is hidden; without it every row fills all `length`
-    columns, as in LLaDA's and EDIT's recipe. Longer examples lose their end. ValueError where no
-    example leaves room for a response.
+    columns, as in LLaDA's and EDIT's recipe. Longer examples lose their end, and those whose
+    prompt leaves no room are left out; a note counts both. ValueError where no example is left,
+    or where the tokenizer is not the model's.
     """
+    if len(tokenizer) > config.vocab:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} ids, but the model knows only {config.vocab}; "
+            "name the model's own with tokenizer="
+        )
     kind = np.uint16 if config.vocab <= 1 << 16 else np.int32
     parts: list[tuple[np.ndarray, list[int], list[int]]] = []
-    cut = 0
+    cut = dropped = 0
     with tqdm(desc="encoding", unit=" examples", unit_scale=True, mininterval=1.0) as bar:
         for chunk in batched(pairs, CHUNK):
             canvases, starts, ends = [], [], []
             for prompt, response in _encode(tokenizer, chunk, config.stop_ids[-1]):
-                for ids, end, lost in _canvases(prompt, response, length, response_length):
-                    canvases.append(ids)
+                before = len(canvases)
+                for ids, end in _canvases(prompt, response, length, response_length):
+                    canvases.append(ids[:end])
                     starts.append(len(prompt))
                     ends.append(end)
-                    cut += lost
+                    cut += len(ids) > end
+                dropped += len(canvases) == before
             tokens = np.full((len(canvases), length), config.pad_id, kind)
             for row, ids in zip(tokens, canvases, strict=True):
                 row[: len(ids)] = ids
             parts.append((tokens, starts, ends))
             bar.update(len(chunk))
-    tokens, starts, ends = (np.concatenate(column) for column in zip(*parts, strict=True))
-    if not len(tokens):
-        raise ValueError(f"no example leaves room for a response within length={length}")
+    if not sum(len(tokens) for tokens, _, _ in parts):
+        reason = f"{dropped} prompts leave none within length={length}" if parts else "it is empty"
+        raise ValueError(f"no example has room for a response in the training text: {reason}")
     if cut:
         print(f"note: {cut} examples are longer than their canvas and lose their end")
+    if dropped:
+        print(f"note: {dropped} examples are left out: their prompt fills length={length}")
+    tokens, starts, ends = (np.concatenate(column) for column in zip(*parts, strict=True))
     return Rows(tokens, starts.astype(np.int32), ends.astype(np.int32))
+
+
+def fingerprint(path: Path) -> str:
+    """A hash of a file's content; "" where there is no file."""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cached_rows(folder: Path, key: dict[str, Any], build: Callable[[], Rows]) -> Rows:
@@ -154,11 +254,15 @@ def cached_rows(folder: Path, key: dict[str, Any], build: Callable[[], Rows]) ->
     if not path.exists():
         rows = build()
         folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial.npz")
-        np.savez(partial, **dataclasses.asdict(rows))
-        os.replace(partial, path)
+        with atomic_file(path) as file:
+            np.savez(file, **dataclasses.asdict(rows))
     with np.load(path) as stored:
         return Rows(**stored)
+
+
+@functools.lru_cache(maxsize=1)
+def _order(rows: int, epoch: int, seed: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(rows)
 
 
 def batch_index(rows: int, size: int, step: int, seed: int) -> np.ndarray:
@@ -169,5 +273,5 @@ def batch_index(rows: int, size: int, step: int, seed: int) -> np.ndarray:
     """
     per_epoch = max(rows // size, 1)
     epoch, place = divmod(step, per_epoch)
-    order = np.random.default_rng((seed, epoch)).permutation(rows)
+    order = _order(rows, epoch, seed)
     return np.take(order, np.arange(place * size, (place + 1) * size), mode="wrap")

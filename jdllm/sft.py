@@ -2,27 +2,47 @@
 
 python -m jdllm.sft data=chats.jsonl model=GSAI-ML/LLaDA-8B-Instruct output=runs/mine
 python -m jdllm.sft task=sudoku model=random:bundled tokenizer=bundled output=runs/sudoku
+
+A killed run is continued by the same command and ends in the same bits. docs/training.md explains.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 from tqdm import tqdm
 
 from jdllm import checkpoint, cli, sharding, train
-from jdllm.configs import ModelConfig
-from jdllm.data import Rows, batch_index, cached_rows, encode_rows, file_pairs, generated_pairs
+from jdllm.configs import ModelConfig, count_parameters
+from jdllm.data import (
+    Rows,
+    atomic_file,
+    batch_index,
+    cached_rows,
+    check_file,
+    encode_rows,
+    file_pairs,
+    fingerprint,
+    generated_pairs,
+    parse_mixture,
+)
 from jdllm.load import compute_dtype, load_parts, locate
-from jdllm.tokenizer import copy_tokenizer, load_tokenizer
+from jdllm.tokenizer import FILES, copy_tokenizer, load_tokenizer
+
+SAVE_DTYPES = ("float32", "bfloat16", "float16")
+# Settings that a resumed run may change; on another mesh sums are ordered differently, so its loss
+# curve goes on alike, but not bit for bit.
+FREE = {"output", "save_every", "log_every", "mesh"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +77,9 @@ class SFTConfig:
     remat: bool = False
     """Compute layers again in the backward pass: less memory, a third more time."""
     mesh: str = "auto"
+    """data x model, for example 4x1; auto puts every device on the data axis."""
     seed: int = 0
+    """Of random weights, generated examples, the order of rows and the corruption."""
     save_every: int = 500
     """Steps between checkpoints."""
     log_every: int = 10
@@ -66,37 +88,106 @@ class SFTConfig:
     def __post_init__(self):
         if (self.data is None) == (self.task is None):
             raise ValueError("name exactly one source of training text: data=FILE or task=NAME")
+        counts = ("examples", "length", "batch", "accumulation", "save_every", "log_every")
+        for name in counts + ("response_length",) * (self.response_length is not None):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must not be negative")
         if self.batch % self.accumulation:
             raise ValueError(
                 f"accumulation={self.accumulation} must divide batch={self.batch}: "
                 "micro-batches have equal size"
             )
+        if self.save_dtype not in SAVE_DTYPES:
+            names = ", ".join(SAVE_DTYPES)
+            raise ValueError(f"save_dtype={self.save_dtype} must be one of {names}")
+        compute_dtype(self.dtype, "bfloat16")
+        if self.task is not None:
+            parse_mixture(self.task)
 
 
-def settle(config: SFTConfig) -> None:
-    """Writes the resolved config into the output folder, or refuses to resume under another one.
+def flatten(facts: dict[str, Any]) -> dict[str, Any]:
+    """Settings by dotted name: recipe.steps stands for facts["recipe"]["steps"]."""
+    flat = {}
+    for name, value in facts.items():
+        inner = flatten(value) if isinstance(value, dict) else {"": value}
+        flat |= {f"{name}.{k}" if k else name: v for k, v in inner.items()}
+    return flat
 
-    Only the number of steps between saves and logs may differ from the interrupted run.
+
+def settle(config: SFTConfig, rows: Rows | None = None) -> None:
+    """Refuses an output folder whose run has other settings; with `rows`, writes config.json.
+
+    It is written when everything could be loaded, so that a mistyped first start blocks nobody.
+    Settings that the old run did not know yet are taken to agree. ValueError names each change.
     """
-    config.output.mkdir(parents=True, exist_ok=True)
-    path = config.output / "config.json"
     facts = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    free = {"output", "save_every", "log_every"}
+    if rows is not None:
+        facts["training_text"] = rows.digest()
+    path = config.output / "config.json"
     if path.exists():
-        old = json.loads(path.read_text())
-        changed = sorted(k for k in facts.keys() | old if k not in free and facts.get(k) != old.get(k))
+        try:
+            old = flatten(json.loads(path.read_text()))
+            old["recipe.steps"]
+        except (ValueError, KeyError, AttributeError):
+            raise ValueError(f"{path} is not of a training run; name another output") from None
+        new = flatten(facts)
+        changed = [
+            f"{name}={new[name]} (there {old[name]})"
+            for name in sorted(new.keys() & old.keys() - FREE)
+            if new[name] != old[name]
+        ]
         if changed:
-            raise SystemExit(
-                f"{config.output} holds a run with another {', '.join(changed)}; "
-                "resume it with its own settings or name another output"
+            raise ValueError(
+                f"{config.output} holds a run with other settings: {', '.join(changed)}; "
+                "resume it with its own or name another output"
             )
-    path.write_text(json.dumps(facts, indent=2) + "\n")
+    if rows is not None:
+        with atomic_file(path) as file:
+            file.write(json.dumps(facts, indent=2).encode() + b"\n")
 
 
-def load_rows(config: SFTConfig, model: ModelConfig, tokenizer: Any) -> Rows:
-    """Encodes the training text once; later starts of the same run read it back."""
+@contextlib.contextmanager
+def alone(output: Path) -> Iterator[None]:
+    """Makes `output` and holds its lock, which ends with the process at the latest.
+
+    BlockingIOError, in one sentence, where another run holds it.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(
+                f"another run is writing to {output}; wait for it or name another output"
+            ) from None
+        except OSError:
+            pass  # a file system without locks: carry on as if alone
+        yield
+
+
+def split_rows(config: SFTConfig, mesh: jax.sharding.Mesh) -> int:
+    """Rows of a micro-batch; ValueError where the data axis of the mesh does not divide them."""
+    micro = config.batch // config.accumulation
+    if micro % mesh.shape["data"]:
+        raise ValueError(
+            f"a micro-batch of {micro} rows (batch / accumulation) cannot be split over "
+            f"{mesh.shape['data']} devices; change batch, accumulation or mesh"
+        )
+    return micro
+
+
+def load_rows(config: SFTConfig, model: ModelConfig, source: Path) -> Rows:
+    """Encodes the training text once; later starts of the same run read it back.
+
+    `source` is the tokenizer's folder. The cache goes by the content of the files, not their age.
+    """
     if config.length > model.max_length:
-        raise SystemExit(f"length={config.length} exceeds the model's {model.max_length} columns")
+        raise ValueError(f"length={config.length} exceeds the model's {model.max_length} columns")
+    tokenizer = load_tokenizer(source)
+    if tokenizer is None:
+        raise ValueError(f"{source} has no tokenizer.json; name a tokenizer's folder: tokenizer=")
 
     def build() -> Rows:
         if config.data is not None:
@@ -105,11 +196,14 @@ def load_rows(config: SFTConfig, model: ModelConfig, tokenizer: Any) -> Rows:
             pairs = generated_pairs(config.task or "", config.examples, config.seed)
         return encode_rows(tokenizer, pairs, model, config.length, config.response_length)
 
-    stamp = config.data.stat().st_mtime if config.data else None
     key = {
-        name: str(getattr(config, name))
-        for name in ("data", "task", "examples", "seed", "length", "response_length", "tokenizer")
-    } | {"stamp": stamp, "model": config.model}
+        name: getattr(config, name)
+        for name in ("task", "examples", "seed", "length", "response_length")
+    } | {
+        "data": (config.data.suffix, fingerprint(config.data)) if config.data else None,
+        "tokenizer": [fingerprint(source / name) for name in FILES],
+        "model": [model.vocab, model.pad_id, *model.stop_ids],
+    }
     return cached_rows(config.output / "cache", key, build)
 
 
@@ -117,29 +211,27 @@ def batches(
     config: SFTConfig, rows: Rows, mesh: jax.sharding.Mesh, start: int
 ) -> Iterator[train.Batch]:
     """Batches [A, B, ...] from step `start` on, rows split over the data axis."""
-    micro = config.batch // config.accumulation
+    shape = config.accumulation, split_rows(config, mesh)
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "data"))
-    if micro % mesh.shape["data"]:
-        raise SystemExit(
-            f"a micro-batch of {micro} rows cannot be split over {mesh.shape['data']} devices; "
-            "change batch, accumulation or mesh"
-        )
     for step in range(start, config.recipe.steps):
         index = batch_index(len(rows.tokens), config.batch, step, config.seed)
-        arrays = rows.take(index.reshape(config.accumulation, micro))
-        yield train.Batch(*jax.device_put(arrays, place))
+        yield train.Batch(*jax.device_put(rows.take(index.reshape(shape)), place))
 
 
 class Metrics:
     """metrics.jsonl: one line every `every` steps. Values are fetched one line late, so that the
-    device never waits for the host."""
+    device never waits for the host.
+
+    Opening it drops the lines after step `start` (the run will write them again) and a torn one.
+    """
 
     def __init__(self, path: Path, every: int, start: int):
         kept = []
         if path.exists():
-            lines = path.read_text().splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
-        path.write_text("".join(line + "\n" for line in kept))
+            lines = (line for line in path.read_text().splitlines() if line.endswith("}"))
+            kept = [line for line in lines if json.loads(line)["step"] <= start]
+        with atomic_file(path) as file:
+            file.write("".join(line + "\n" for line in kept).encode())
         self.file = path.open("a")
         self.every = every
         self.pending: tuple[int, float, dict[str, jax.Array]] | None = None
@@ -152,11 +244,12 @@ class Metrics:
             self.pending = (step, time.time(), values)
 
     def flush(self) -> None:
-        """Writes what was noted last."""
+        """Writes what was noted last; a value that is not finite becomes null, which is JSON."""
         if self.pending:
             step, now, values = self.pending
             self.last = {name: float(value) for name, value in values.items()}
-            self.file.write(json.dumps({"step": step, "time": now} | self.last) + "\n")
+            line = {k: v if math.isfinite(v) else None for k, v in self.last.items()}
+            self.file.write(json.dumps({"step": step, "time": now} | line) + "\n")
             self.file.flush()
         self.pending = None
 
@@ -169,13 +262,16 @@ def fit(
     optimizer: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
 ) -> train.TrainState:
-    """Runs the remaining steps, saving as it goes; picks up the newest checkpoint in the output."""
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=2, save_interval_steps=config.save_every, enable_async_checkpointing=True
-    )
+    """Runs the remaining steps, saving as it goes; picks up the newest checkpoint in the output.
+
+    A checkpoint is a state of the run: its metrics are on disk before it is, and its name says
+    after how many updates it was taken. Orbax writes it beside and renames it when it is complete.
+    """
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
     key = jax.random.key(config.seed)
     dtype = compute_dtype(config.dtype, "bfloat16")
     folder = config.output.absolute() / "checkpoints"
+    steps = config.recipe.steps
     with ocp.CheckpointManager(folder, options=options) as manager:
         latest = manager.latest_step()
         if latest is not None:
@@ -184,48 +280,90 @@ def fit(
             print(f"resumed at step {latest}")
         start = latest or 0
         metrics = Metrics(config.output / "metrics.jsonl", config.log_every, start)
-        bar = tqdm(total=config.recipe.steps, initial=start, unit="step", mininterval=1.0)
-        for step, batch in enumerate(batches(config, rows, mesh, start), start + 1):
-            state, values = train.train_step(
-                state, batch, key, graph=graph, optimizer=optimizer, dtype=dtype, remat=config.remat
-            )
-            metrics.add(step, values)
-            bar.update()
-            bar.set_postfix({k: f"{v:.4f}" for k, v in metrics.last.items()}, refresh=False)
-            last = step == config.recipe.steps
-            manager.save(step, args=ocp.args.StandardSave(state), force=last)
-        metrics.flush()
-        bar.close()
+        bar = tqdm(total=steps, initial=start, unit="step", mininterval=1.0)
+        with metrics.file, bar:
+            for step, batch in enumerate(batches(config, rows, mesh, start), start + 1):
+                state, values = train.train_step(
+                    state, batch, key,
+                    graph=graph, optimizer=optimizer, dtype=dtype, remat=config.remat,
+                )  # fmt: skip
+                metrics.add(step, values)
+                bar.update()
+                bar.set_postfix({k: f"{v:.4f}" for k, v in metrics.last.items()}, refresh=False)
+                if step % config.save_every == 0 or step == steps:
+                    metrics.flush()
+                    manager.save(step, args=ocp.args.StandardSave(state), force=True)
+            metrics.flush()
     return state
 
 
-def main(config: SFTConfig) -> None:
-    """Trains, then writes the weights to output/model."""
+def write_model(
+    folder: Path, model: ModelConfig, state: train.TrainState, dtype: str, source: Path
+) -> None:
+    """Writes the trained weights as `dtype`, with the tokenizer from `source`, or nothing."""
+    with checkpoint.atomic_folder(folder) as partial:
+        params = jax.tree.map(lambda x: x.astype(dtype), state.params)
+        checkpoint.save_model(partial, dataclasses.replace(model, dtype=dtype), params)
+        copy_tokenizer(source, partial)
+    print(f"wrote {folder}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Everything that training needs, loaded and checked."""
+
+    mesh: jax.sharding.Mesh
+    model: ModelConfig
+    graph: nnx.GraphDef
+    params: nnx.State
+    rows: Rows
+    tokenizer: Path
+
+
+def prepare(config: SFTConfig) -> Job | None:
+    """Loads the model and the rows, and settles the output folder; None for a finished run.
+
+    ValueError or OSError, in one sentence, for whatever is wrong with the input.
+    """
     settle(config)
+    if (config.output / "model").exists():
+        return None
     mesh = sharding.parse_mesh(config.mesh)
     print(sharding.describe(mesh))
-    model, graph, params = load_parts(config.model, mesh, dtype="float32", seed=config.seed)
+    split_rows(config, mesh)
+    if config.data is not None:
+        check_file(config.data)  # before a large model is loaded
     source = locate(config.tokenizer or config.model)
-    tokenizer = load_tokenizer(source) if source else None
-    if tokenizer is None:
-        raise SystemExit(f"{source or config.model} has no tokenizer; name one with tokenizer=")
-    rows = load_rows(config, model, tokenizer)
-    print(f"{len(rows.tokens)} examples, {jax.tree.reduce(np.add, jax.tree.map(np.size, params)):,}"
-          " parameters")
-    optimizer = train.make_optimizer(config.recipe)
-    state = fit(config, rows, graph, train.create_state(params, optimizer, mesh), optimizer, mesh)
+    if source is None:
+        raise ValueError(f"model={config.model} has no tokenizer of its own; add tokenizer=bundled")
+    model, graph, params = load_parts(config.model, mesh, dtype="float32", seed=config.seed)
+    rows = load_rows(config, model, source)
+    settle(config, rows)
+    print(f"{len(rows.tokens)} examples, {count_parameters(model):,} parameters")
+    return Job(mesh, model, graph, params, rows, source)
+
+
+def main(config: SFTConfig) -> None:
+    """Trains, then writes the weights to output/model; a finished run is left as it is.
+
+    ValueError or OSError, in one sentence, where the input or the disk is at fault.
+    """
     final = config.output / "model"
-    if final.exists():
-        print(f"{final} is there already; nothing to write")
-        return
-    with checkpoint.atomic_folder(final) as folder:
-        model = dataclasses.replace(model, dtype=config.save_dtype)
-        params = jax.tree.map(lambda x: x.astype(config.save_dtype), state.params)
-        checkpoint.save_model(folder, model, params)
-        if source:
-            copy_tokenizer(source, folder)
-    print(f"wrote {final}")
+    with alone(config.output):
+        job = prepare(config)
+        if job is None:
+            print(f"{final} is there already: this run is finished, nothing to do")
+            return
+        optimizer = train.make_optimizer(config.recipe)
+        state = train.create_state(job.params, optimizer, job.mesh)
+        try:
+            state = fit(config, job.rows, job.graph, state, optimizer, job.mesh)
+        except KeyboardInterrupt:
+            raise SystemExit(
+                "interrupted: the same command goes on from the last checkpoint"
+            ) from None
+        write_model(final, job.model, state, config.save_dtype, job.tokenizer)
 
 
 if __name__ == "__main__":
-    main(cli.parse(SFTConfig, prog="python -m jdllm.sft"))
+    cli.run(main, SFTConfig, "python -m jdllm.sft")

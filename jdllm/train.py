@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-
 from jax.sharding import Mesh
 
 from jdllm import sharding
 from jdllm.model import Transformer
 
 T_MIN = 1e-3  # the smallest masking probability, so that 1/t stays finite
+SCHEDULES = ("linear", "cosine")
 LOGIT_BYTES = 256 << 20  # cross entropy is chunked so that no logits array grows beyond this
 
 
@@ -62,6 +62,17 @@ class Recipe:
     clip: float = 1.0
     """Largest global norm of the gradient."""
 
+    def __post_init__(self):
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule={self.schedule} must be one of {', '.join(SCHEDULES)}")
+        if self.steps < 1 or not 0 <= self.warmup <= self.steps:
+            raise ValueError(
+                f"steps={self.steps} must be at least 1 and warmup={self.warmup} between 0 and it"
+            )
+        for name in ("learning_rate", "clip", "epsilon"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)} must be a number above 0")
+
 
 def learning_rate(recipe: Recipe) -> optax.Schedule:
     """Learning rate by update count (from 0): linear warm-up, then linear or cosine decay to 0."""
@@ -70,8 +81,6 @@ def learning_rate(recipe: Recipe) -> optax.Schedule:
         "linear": optax.linear_schedule(recipe.learning_rate, 0.0, decay),
         "cosine": optax.cosine_decay_schedule(recipe.learning_rate, decay),
     }
-    if recipe.schedule not in tails:
-        raise ValueError(f"schedule={recipe.schedule} must be one of {', '.join(tails)}")
     rise = optax.linear_schedule(0.0, recipe.learning_rate, max(recipe.warmup, 1))
     return optax.join_schedules([rise, tails[recipe.schedule]], [recipe.warmup])
 
@@ -130,21 +139,23 @@ def weighted_loss(
 def cross_entropy(model: Transformer, hidden_BTD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     """Negative log likelihood [B, T] in float32, without ever holding all logits.
 
-    Positions are taken in chunks whose logits are computed again in the backward pass.
+    Columns are taken in chunks whose logits are computed again in the backward pass. A chunk
+    keeps all its rows, so that on a mesh every device works on its own.
     """
     B, T, D = hidden_BTD.shape
-    count = -(-B * T * model.config.vocab * 4 // LOGIT_BYTES)
-    size = -(-B * T // count)
-    pad = count * size - B * T
-    hidden = jnp.pad(hidden_BTD.reshape(-1, D), ((0, pad), (0, 0))).reshape(count, 1, size, D)
-    tokens = jnp.pad(tokens_BT.reshape(-1), (0, pad)).reshape(count, size)
+    count = min(-(-B * T * model.config.vocab * 4 // LOGIT_BYTES), T)
+    size = -(-T // count)
+    pad = count * size - T
+    hidden = jnp.pad(hidden_BTD, ((0, 0), (0, pad), (0, 0))).reshape(B, count, size, D)
+    tokens = jnp.pad(tokens_BT, ((0, 0), (0, pad))).reshape(B, count, size)
 
     @jax.checkpoint
     def chunk(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
-        logits = model.logits(pair[0])[0]
+        logits = model.logits(pair[0])
         return optax.softmax_cross_entropy_with_integer_labels(logits, pair[1])
 
-    return jax.lax.map(chunk, (hidden, tokens)).reshape(-1)[: B * T].reshape(B, T)
+    nll = jax.lax.map(chunk, (jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(tokens, 1, 0)))
+    return jnp.moveaxis(nll, 0, 1).reshape(B, -1)[:, :T]
 
 
 def batch_loss(
@@ -209,6 +220,6 @@ def train_step(
     total, _ = jax.lax.scan(add, zero, (batch, keys))
     gradient, loss, plain = jax.tree.map(lambda x: x / accumulation, total)
     update, moments = optimizer.update(gradient, state.moments, state.params)
-    params = optax.apply_updates(state.params, update)
+    params: Any = optax.apply_updates(state.params, update)
     metrics = {"loss": loss, "nll": plain, "gradient_norm": optax.tree.norm(gradient)}
     return TrainState(params, moments, state.step + 1), metrics
