@@ -1,12 +1,11 @@
 """Text to ids and back: the Hugging Face tokenizer beside the weights, and its chat template."""
 
 import functools
+import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from transformers import AutoTokenizer
 
 FILES = (
     "tokenizer.json",
@@ -22,7 +21,18 @@ def load_tokenizer(folder: Path) -> Any | None:
     """The tokenizer in `folder`, or None where the folder has none (no code from it is run)."""
     if not (folder / "tokenizer.json").exists():
         return None
+    # Only the tokenizer is wanted: neither the absence of PyTorch nor that transformers does not
+    # know the model's type need worry anybody. The import takes half a second, hence its place.
+    logging.getLogger("transformers").addFilter(_worth_saying)
+    from transformers import AutoTokenizer
+
+    logging.getLogger("transformers.configuration_utils").addFilter(_worth_saying)
     return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    text = str(record.msg)
+    return "PyTorch was not" not in text and "You are using a model of type" not in text
 
 
 def copy_tokenizer(source: Path, output: Path) -> list[str]:

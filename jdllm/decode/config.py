@@ -1,7 +1,7 @@
 """DecodeConfig, what a user may set, and Setup, what it means for one model."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from jdllm import stop as stops
 from jdllm import unmask
@@ -13,7 +13,7 @@ class DecodeConfig:
     """How to decode. The defaults are Fast-dLLM's: threshold 0.9 with the dual cache."""
 
     gen_length: int | None = None
-    """Columns to generate (default: the model's own, else 128)."""
+    """Columns to generate (default: the model's own, else the task's, else 128)."""
     block_length: int | None = None
     """Columns of a block; must divide gen_length (default: the model's own, else 32)."""
     rule: Literal["threshold", "factor", "quota"] = "threshold"
@@ -47,6 +47,10 @@ class DecodeConfig:
     """LLaDA's own loop: masks left of the block, the prompt's included, compete too."""
 
     def __post_init__(self):
+        for name, kind in get_type_hints(DecodeConfig).items():
+            choices = get_args(kind) if get_origin(kind) is Literal else ()
+            if choices and getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)} must be {' or '.join(choices)}")
         checks = {
             "gen_length": (self.gen_length or 1) >= 1,
             "block_length": (self.block_length or 1) >= 1,

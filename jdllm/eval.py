@@ -1,0 +1,307 @@
+"""Evaluates a model on tasks through lm-eval; without arguments, the bundled one on 100 sudokus.
+
+python -m jdllm.eval
+python -m jdllm.eval task=sudoku_d1,countdown_d1 data=FOLDER model=FOLDER output=results/d1
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import platform
+import subprocess
+import textwrap
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import jdllm
+from jdllm import cli, sharding
+from jdllm.configs import ModelConfig, count_parameters
+from jdllm.decode import DecodeConfig
+from jdllm.load import enable_compilation_cache
+from jdllm.tasks import TASKS, Doc, Task
+
+GENERATED = 100  # documents of a generated task, where limit= does not say
+SHOWN = ("solved", "exact_match")  # the table's metrics; results.json has all
+PACKAGES = ("jax", "jaxlib", "flax", "lm_eval")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation of a model on one or more tasks."""
+
+    task: str = "sudoku"
+    """One or more of sudoku, countdown, sudoku_d1, countdown_d1, separated by commas."""
+    model: str = "bundled"
+    """bundled, a converted folder, random:<name>, or a Hugging Face folder or id."""
+    limit: int | None = None
+    """Documents of each task (default: 100 generated ones, or the whole file)."""
+    data: Path | None = None
+    """Folder with the files of sudoku_d1 and countdown_d1."""
+    decode: DecodeConfig = DecodeConfig()
+    mesh: str = "auto"
+    """data x model, for example 4x1; auto puts every device on the data axis."""
+    dtype: str = "auto"
+    """Compute dtype; auto keeps the stored one, on a CPU float32."""
+    batch_size: int = 32
+    """Most rows of a batch."""
+    seed: int = 0
+    """Seed of the generated documents, and of the weights of random:<name>."""
+    output: Path | None = None
+    """Folder for results.json and samples.jsonl (default: print only)."""
+
+    def __post_init__(self):
+        for name in self.tasks:
+            if name not in TASKS:
+                near = difflib.get_close_matches(name, TASKS)
+                hint = f"did you mean {' or '.join(near)}? " if near else ""
+                raise ValueError(f"task={name} is unknown; {hint}There are {', '.join(TASKS)}")
+            if (read := TASKS[name].read) and self.data is None:
+                try:
+                    read(None)  # says which folder and which file are wanted
+                except FileNotFoundError as error:
+                    raise ValueError(str(error)) from None
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ValueError(f"task={self.task} names a task twice")
+        if self.output and self.output.exists() and not self.output.is_dir():
+            raise ValueError(f"output={self.output} is a file; name a folder")
+        for name in ("limit", "batch_size"):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise ValueError(f"{name}={number} must be 1 or more")
+
+    @property
+    def tasks(self) -> list[str]:
+        """The names in `task`."""
+        return [name.strip() for name in self.task.split(",")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One line of samples.jsonl."""
+
+    task: str
+    doc_id: int
+    prompt: str
+    completion: str
+    target: str
+    metrics: dict[str, float]
+    nfe: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskResult:
+    """One task's scores, samples in document order, and cost (a jdllm.harness.Speed)."""
+
+    task: Task
+    metrics: dict[str, float]
+    stderr: dict[str, float | None]
+    samples: list[Sample]
+    speed: Any
+
+    @property
+    def nfe_mean(self) -> float:
+        """Model evaluations for each document."""
+        return sum(sample.nfe for sample in self.samples) / len(self.samples)
+
+
+def documents(task: Task, config: EvalConfig) -> list[Doc]:
+    """The documents to grade `task` on: held-out generated ones, or those of its file."""
+    if task.read is None:
+        return task.generate(config.limit or GENERATED, config.seed, held_out=True)
+    docs = task.read(config.data)
+    if not docs:
+        raise ValueError(f"the file of {task.name} in data={config.data} has no documents")
+    return docs[: config.limit]
+
+
+def run(task: Task, docs: Sequence[Doc], lm: Any) -> TaskResult:
+    """Evaluates one task with a fresh JdllmLM."""
+    from jdllm.harness import run_task
+
+    score = run_task(lm, task, docs)
+    records = {record.doc_id: record for record in lm.records}
+    samples = []
+    for row in score.samples:
+        record = records[row["doc_id"]]
+        sample = Sample(
+            task=task.name,
+            doc_id=row["doc_id"],
+            prompt=record.prompt,
+            completion=record.completion.text or "",
+            target=row["target"],
+            metrics={name: row[name] for name in score.metrics},
+            nfe=record.completion.nfe,
+        )
+        samples.append(sample)
+    return TaskResult(task, score.metrics, score.stderr, samples, lm.speed)
+
+
+def commit() -> str | None:
+    """The git commit of the package's own checkout, marked -dirty where files differ from it.
+
+    None where there is no git, or where the package is not one of the checkout's own files (an
+    environment may lie inside some other project's checkout).
+    """
+    here = Path(jdllm.__file__)
+    git = ["git", "-C", str(here.parent)]
+    own = [*git, "ls-files", "--error-unmatch", here.name]
+    name = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        subprocess.run(own, check=True, capture_output=True)
+        return subprocess.run(name, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    devices = jax.devices()
+    return {
+        "jdllm": jdllm.__version__,
+        **{name: version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "device": devices[0].device_kind,
+        "device_count": len(devices),
+        "commit": commit(),
+    }
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns under the first row: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in [rows[0], ["-" * width for width in widths], *rows[1:]]:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def score(result: TaskResult, metric: str) -> str:
+    """A metric in percent with its standard error, as far as there are such."""
+    if metric not in result.metrics:
+        return "-"
+    error = result.stderr[metric]
+    spread = "" if error is None else f" ± {100 * error:.1f}"
+    return f"{100 * result.metrics[metric]:.1f}{spread} %"
+
+
+def summary(results: Sequence[TaskResult]) -> str:
+    """The table of scores and costs, a line a task."""
+    header = ["task", "n", *(name.replace("_", " ") for name in SHOWN)]
+    rows = [[*header, "NFE/sample", "tokens/forward", "tokens/s"]]
+    for result in results:
+        costs = [
+            f"{result.nfe_mean:.1f}",
+            f"{result.speed.tokens_per_forward:.2f}",
+            f"{result.speed.tokens_per_second:.1f}",
+        ]
+        scores = [score(result, name) for name in SHOWN]
+        rows.append([result.task.name, str(len(result.samples)), *scores, *costs])
+    return table(rows)
+
+
+def example(result: TaskResult) -> str:
+    """The first sample as it went: prompt, completion, target and verdict."""
+    sample = result.samples[0]
+    scores = ", ".join(f"{name}={value:g}" for name, value in sample.metrics.items())
+    verdict = "right" if sample.metrics[result.task.metric] == 1 else "wrong"
+    parts = {
+        "prompt": sample.prompt,
+        "completion": sample.completion,
+        "target": sample.target,
+        "verdict": f"{verdict} ({scores}), NFE {sample.nfe}",
+    }
+    lines = [f"one worked example ({sample.task}, document {sample.doc_id})"]
+    for name, text in parts.items():
+        shown = [part for line in text.splitlines() for part in textwrap.wrap(line, 84) or [""]]
+        lines.append(f"  {name:<12}" + ("\n" + " " * 14).join(shown))
+    return "\n".join(lines)
+
+
+def write(path: Path, lines: Iterable[str]) -> None:
+    """Writes a file under another name first, so that a half-written one is never found."""
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    partial.replace(path)
+
+
+def save(folder: Path, facts: dict[str, Any], results: Sequence[TaskResult]) -> None:
+    """Writes samples.jsonl, a line a sample, and results.json."""
+    samples = [sample for result in results for sample in result.samples]
+    write(
+        folder / "samples.jsonl",
+        (json.dumps(dataclasses.asdict(sample), ensure_ascii=False) for sample in samples),
+    )
+    write(folder / "results.json", [json.dumps(facts, indent=2, default=str)])
+    print(f"wrote {folder / 'results.json'} and samples.jsonl")
+
+
+def evaluate(config: EvalConfig) -> tuple[dict[str, Any], list[TaskResult]]:
+    """Runs every task; returns what results.json holds, and the results themselves."""
+    from jdllm.harness import JdllmLM
+    from jdllm.llm import LLM
+
+    docs = {name: documents(TASKS[name], config) for name in config.tasks}
+    llm = LLM.load(config.model, config.mesh, config.dtype, config.seed)
+    length = max(TASKS[name].gen_length for name in docs)
+    decode = llm.resolve(config.decode, gen_length=length)
+    parameters = count_parameters(llm.config)
+    print(f"model {config.model}: {parameters:,} parameters in {llm.config.dtype}")
+    print(f"{sharding.describe(llm.mesh)} ({os.cpu_count()} CPU cores, jax {jax.__version__})")
+    results = []
+    for name, chosen in docs.items():
+        lm = JdllmLM(llm, decode=decode, batch_size=config.batch_size)
+        results.append(run(TASKS[name], chosen, lm))
+    return report(dataclasses.replace(config, decode=decode), llm.config, results), results
+
+
+def report(config: EvalConfig, model: ModelConfig, results: Sequence[TaskResult]) -> dict[str, Any]:
+    """What results.json holds; `config` with its lengths resolved."""
+    speed = sum((result.speed for result in results[1:]), results[0].speed)
+    rates = ("tokens_per_second", "tokens_per_forward", "forwards_per_second")
+    costs = ("completion_tokens", "forwards", "seconds", "compile_seconds", *rates)
+    return {
+        "config": dataclasses.asdict(config),
+        "model": {
+            "name": config.model,
+            "parameters": count_parameters(model),
+            "config": dataclasses.asdict(model),
+        },
+        "tasks": {
+            result.task.name: {
+                "n": len(result.samples),
+                "metrics": result.metrics,
+                "stderr": result.stderr,
+                "nfe_mean": result.nfe_mean,
+            }
+            for result in results
+        },
+        "speed": {name: getattr(speed, name) for name in costs},
+        "environment": environment(),
+    }
+
+
+def main(config: EvalConfig) -> None:
+    """Evaluates, prints the table and an example, and writes the output folder if there is one."""
+    enable_compilation_cache()
+    if config.output:
+        config.output.mkdir(parents=True, exist_ok=True)  # fails now rather than after the run
+    facts, results = evaluate(config)
+    speed = facts["speed"]
+    print(f"\n{summary(results)}\n\n{example(results[0])}\n")
+    print(
+        f"{speed['completion_tokens']} completion tokens, {speed['forwards']} forwards in "
+        f"{speed['seconds']:.1f} s ({speed['forwards_per_second']:.1f} forwards/s), "
+        f"after {speed['compile_seconds']:.1f} s of compilation"
+    )
+    if config.output:
+        save(config.output, facts, results)
+
+
+if __name__ == "__main__":
+    cli.run(main, EvalConfig, "python -m jdllm.eval")
