@@ -136,8 +136,12 @@ class Transformer(nnx.Module):
         self.head = weight(rngs, (D, V), ("embed", "vocab"), config.dtype, D)
 
     def embed(self, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """Input embeddings [B, T, D] in the compute dtype."""
-        return self.embedding[...].astype(dtype)[tokens_BT]
+        """Input embeddings [B, T, D] in the compute dtype.
+
+        Gathered as stored and cast then, so that in training the gradient of a row that many
+        tokens share (the mask's) is summed in the weights' dtype.
+        """
+        return self.embedding[...][tokens_BT].astype(dtype)
 
     def __call__(
         self,

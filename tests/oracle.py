@@ -20,7 +20,7 @@ def softmax(logits_NV: np.ndarray) -> np.ndarray:
 
 def pick(p_N: np.ndarray, masked_N: np.ndarray, config: DecodeConfig, quota: int) -> list[int]:
     """Positions to unmask, best first; the lowest index wins ties."""
-    order = sorted(np.flatnonzero(masked_N), key=lambda i: (-p_N[i], i))
+    order = sorted(np.flatnonzero(masked_N).tolist(), key=lambda i: (-p_N[i], i))
     if config.rule == "quota":
         return order[:quota]
     if config.rule == "threshold":

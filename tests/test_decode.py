@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,10 @@ def canvases(llm: LLM, config: DecodeConfig, prompts: list[list[int]]):
     request = llm._request(prompts, [0] * len(prompts), config)
     state = decode(llm._graph, llm._params, request, make_setup(config, llm.config))
     gen = config.gen_length or 0
-    rows = [row[: len(p) + gen].tolist() for row, p in zip(np.asarray(state.tokens), prompts, strict=False)]
+    rows = [
+        row[: len(p) + gen].tolist()
+        for row, p in zip(np.asarray(state.tokens), prompts, strict=False)
+    ]
     return rows, state.nfe.tolist(), int(state.forwards)
 
 
@@ -108,7 +112,7 @@ def test_loop_equals_twin_at_length(**case):
 
 @pytest.mark.parametrize("cache", ["none", "dual"])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_row_is_the_same_alone_and_in_company(cache: str, temperature: float):
+def test_row_is_the_same_alone_and_in_company(cache: Any, temperature: float):
     config = DecodeConfig(
         gen_length=16, block_length=8, cache=cache, temperature=temperature, threshold=0.5
     )
@@ -131,7 +135,7 @@ def test_repeated_prompts_draw_differently_and_runs_repeat():
 
 
 @pytest.mark.parametrize("rule", ["threshold", "factor", "quota"])
-def test_it_ends_for_a_model_that_predicts_masks(rule: str):
+def test_it_ends_for_a_model_that_predicts_masks(rule: Any):
     """[MASK] is by far the most likely token everywhere; every position is still filled."""
     llm = tiny(1.0, 30.0)
     config = DecodeConfig(gen_length=16, block_length=4, rule=rule, cache="dual", stop="none")
@@ -248,6 +252,7 @@ def test_gumbel_agrees_with_the_float64_rule():
     ("settings_", "message"),
     [
         ({"threshold": 1.5}, "threshold=1.5 is out of range"),
+        ({"rule": "treshold"}, "rule=treshold must be threshold or factor or quota"),
         ({"steps": 4}, "belong to rule=quota"),
         ({"earlier_masks": True}, "needs cache=none"),
         ({"gen_length": 0, "block_length": -1}, "block_length=-1 is out of range"),

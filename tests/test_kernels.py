@@ -1,5 +1,7 @@
 """Every attention implementation against the reference, over one list of shapes."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from jdllm.kernels.attention import IMPLEMENTATIONS, attention, reference
 SHAPES = [(1, 5, 5, 4, 4, 8), (2, 3, 9, 4, 2, 16), (2, 8, 8, 6, 1, 4)]
 
 
-def random_inputs(shape: tuple[int, ...], seed: int):
+def random_inputs(shape: tuple[int, ...], seed: int) -> Any:
     B, T, S, H, G, K = shape
     rng = np.random.default_rng(seed)
     q, k, v = (rng.normal(size=s) for s in ((B, T, H, K), (B, S, G, K), (B, S, G, K)))
@@ -30,9 +32,9 @@ def by_hand(q, k, v, visible):
         keys = np.flatnonzero(visible[b])
         for h in range(H):
             for t in range(T):
-                scores = np.float64(k[b, keys, h // group]) @ np.float64(q[b, t, h]) / K**0.5
+                scores = k[b, keys, h // group].astype(float) @ q[b, t, h].astype(float) / K**0.5
                 weights = np.exp(scores - scores.max())
-                out[b, t, h] = weights / weights.sum() @ np.float64(v[b, keys, h // group])
+                out[b, t, h] = weights / weights.sum() @ v[b, keys, h // group].astype(float)
     return out
 
 
@@ -48,7 +50,9 @@ def test_implementations_equal_the_reference(name, shape, monkeypatch):
     """On a CPU the GPU's choice is made to serve, so that its mathematics are checked here too."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     inputs = random_inputs(shape, 1)
-    np.testing.assert_allclose(attention(*inputs, name), reference(*inputs), atol=1e-5)
+    np.testing.assert_allclose(
+        attention(*inputs, implementation=name), reference(*inputs), atol=1e-5
+    )
 
 
 def test_a_row_that_sees_nothing_is_finite():
@@ -64,8 +68,9 @@ def test_the_next_one_is_tried_where_one_does_not_serve(monkeypatch):
     table = {"never": never, "reference": reference}
     monkeypatch.setattr(room, "IMPLEMENTATIONS", table)
     inputs = random_inputs(SHAPES[1], 3)
-    np.testing.assert_array_equal(attention(*inputs), reference(*inputs))
+    q, k, v, visible = inputs
+    np.testing.assert_array_equal(attention(q, k, v, visible), reference(q, k, v, visible))
     with pytest.raises(NotImplementedError):
-        attention(*inputs, "never")
+        attention(q, k, v, visible, "never")
     with pytest.raises(ValueError, match="must be one of never, reference"):
-        attention(*inputs, "fast")
+        attention(q, k, v, visible, "fast")

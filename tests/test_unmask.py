@@ -23,7 +23,7 @@ MASK = 9
 
 def odds(p: list[float]) -> jnp.ndarray:
     with np.errstate(divide="ignore"):
-        values = np.log(np.float64(p)) - np.log1p(-np.float64(p))
+        values = np.log(np.array(p)) - np.log1p(-np.array(p))
     return jnp.array(values, jnp.float32)[None]
 
 
