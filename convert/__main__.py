@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from jdllm import checkpoint, cli
+from jdllm import checkpoint, cli, files
 from jdllm.checkpoint import LazyArray
 from jdllm.convert.export import export
 from jdllm.convert.families import FAMILIES, Source, open_source
@@ -58,8 +58,8 @@ class ExportConfig:
 def convert(source: Source, tokenizer_files: Path, output: Path) -> None:
     """Streams `source` into `output`; OSError where its disk has no room for it."""
     needed = int(source.shards.count * np.dtype(source.config.dtype).itemsize * 1.02)
-    with checkpoint.atomic_folder(output) as folder:
-        checkpoint.require_space(folder, needed)
+    with files.atomic_folder(output) as folder:
+        files.require_space(folder, needed)
         if "tokenizer.json" not in copy_tokenizer(tokenizer_files, folder):
             print(
                 f"warning: {tokenizer_files} has no tokenizer.json, so the model will take "
@@ -83,7 +83,7 @@ def run_convert(family: str, words: Sequence[str]) -> None:
     default = ConvertConfig(source=FAMILIES[family].source)
     config = cli.parse(ConvertConfig, words, f"{PROG} {family}", default)
     output = config.output or converted_folder(config.source)
-    checkpoint.refuse_existing(output)
+    files.refuse_existing(output)
     folder = fetch(config.source)
     source = open_source(folder, family, config.dtype, config.allow_unknown)
     convert(source, folder, output)

@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from jdllm import checkpoint
+from jdllm import checkpoint, files
 from jdllm.configs import ModelConfig, count_parameters
 from jdllm.convert.families import FAMILIES
 from jdllm.convert.shards import INDEX, SINGLE
@@ -40,19 +40,19 @@ def export(source: Path, output: Path, dtype: str | None, shard_bytes: int) -> N
             f"supported are {', '.join(FAMILIES)}"
         )
     config = dataclasses.replace(config, dtype=dtype or config.dtype)
-    with checkpoint.atomic_folder(output) as folder:
+    with files.atomic_folder(output) as folder:
         size = count_parameters(config) * np.dtype(config.dtype).itemsize
-        checkpoint.require_space(folder, int(size * 1.02))
-        files: list[list[str]] = []
+        files.require_space(folder, int(size * 1.02))
+        written: list[list[str]] = []
         pending: dict[str, np.ndarray] = {}
         for unit in tensors(source, config):
             for name, tensor in unit.items():
                 if pending and _bytes(pending) + tensor.nbytes > shard_bytes:
-                    files.append(_save(folder, len(files), pending))
+                    written.append(_save(folder, len(written), pending))
                     pending = {}
                 pending[name] = tensor
-        files.append(_save(folder, len(files), pending))
-        _finish(folder, files)
+        written.append(_save(folder, len(written), pending))
+        _finish(folder, written)
         hf = FAMILIES[config.family].hf_config(config)
         (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
         copy_tokenizer(source, folder)
@@ -70,14 +70,14 @@ def _save(folder: Path, number: int, arrays: dict[str, np.ndarray]) -> list[str]
     return list(arrays)
 
 
-def _finish(folder: Path, files: list[list[str]]) -> None:
+def _finish(folder: Path, written: list[list[str]]) -> None:
     """Gives the shards their names, which hold the number of shards."""
-    if len(files) == 1:
+    if len(written) == 1:
         (folder / "shard-0").rename(folder / SINGLE)
         return
     weight_map, total = {}, 0
-    for number, names in enumerate(files):
-        path = folder / f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
+    for number, names in enumerate(written):
+        path = folder / f"model-{number + 1:05d}-of-{len(written):05d}.safetensors"
         (folder / f"shard-{number}").rename(path)
         weight_map |= dict.fromkeys(names, path.name)
         total += path.stat().st_size

@@ -1,18 +1,12 @@
 """Weights on disk: a folder with config.json and one Orbax checkpoint a layer.
 
 Weights that come from elsewhere are written piece by piece, so a conversion never holds one whole
-weight, and a restore puts every weight straight into its sharding. A folder is complete or it is
-not there: it is written under a temporary name and renamed at the end.
+weight, and a restore puts every weight straight into its sharding.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import itertools
 import math
-import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +22,6 @@ from jdllm import sharding
 from jdllm.configs import ModelConfig, is_converted
 from jdllm.model import abstract, assemble, named
 
-PARTIAL = ".partial-"
 PIECE_BYTES = 4 << 20  # how much of a weight is read, encoded and written at a time
 
 Index = tuple[slice, ...]
@@ -101,68 +94,6 @@ def units(config: ModelConfig) -> dict[str, dict[str, nnx.Param]]:
     for name, leaf in named(nnx.state(abstract(config))).items():
         grouped.setdefault(unit_of(name), {})[name] = leaf
     return grouped
-
-
-def refuse_existing(folder: Path) -> None:
-    """FileExistsError where `folder` is already there: results are never overwritten."""
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists already: remove it or name another output")
-
-
-def require_space(folder: Path, size: int) -> None:
-    """OSError where the disk of an existing folder has less than `size` bytes free."""
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise OSError(
-            f"{size / 1e9:.2f} GB are needed, but the disk of {folder.parent} has "
-            f"{free / 1e9:.2f} GB free: make room or name another output"
-        )
-
-
-@contextlib.contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yields a fresh folder beside `folder` that takes its name when the block ends without error.
-
-    What an interrupted earlier attempt left behind is removed first. FileExistsError where
-    `folder` is already there, or where another process is writing it now.
-    """
-    folder = folder.absolute()
-    refuse_existing(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for stale in folder.parent.iterdir():
-        if stale.name.startswith(folder.name + PARTIAL):
-            _remove_stale(stale, folder)
-    partial = folder.with_name(f"{folder.name}{PARTIAL}{uuid.uuid4().hex[:8]}")
-    partial.mkdir()
-    lock = _lock(partial)
-    try:
-        yield partial
-        refuse_existing(folder)  # rename would replace a folder that is empty
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        os.close(lock)
-
-
-def _lock(folder: Path) -> int:
-    """Locks a folder until the descriptor is closed or the process dies; BlockingIOError."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _remove_stale(partial: Path, folder: Path) -> None:
-    try:
-        os.close(_lock(partial))
-    except BlockingIOError:
-        raise FileExistsError(
-            f"another process is writing {folder} now: wait for it or name another output"
-        ) from None
-    shutil.rmtree(partial)
 
 
 def write_model(

@@ -3,22 +3,21 @@
 A row is prompt ids, response ids, then padding with eos, which is trained on (it teaches length).
 """
 
-import contextlib
 import dataclasses
 import difflib
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import batched
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from jdllm.configs import ModelConfig
+from jdllm.files import atomic_file
 from jdllm.tasks import TASKS
 from jdllm.tokenizer import encode_prompts, encode_responses
 
@@ -44,17 +43,6 @@ class Rows:
             whole.update(f"{array.dtype} {array.shape}".encode())
             whole.update(np.ascontiguousarray(array).data)
         return whole.hexdigest()[:16]
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Yields a file that takes the name `path` when the block ends without error, whole or not."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def parse_mixture(text: str) -> list[tuple[str, float]]:
@@ -166,12 +154,16 @@ def _parse_row(row: Any) -> tuple[str, str, int]:
 
 
 def _encode(
-    tokenizer: Any, pairs: Sequence[tuple[str, str]], end_id: int
+    tokenizer: Any, pairs: Sequence[tuple[str, str]], config: ModelConfig
 ) -> Iterator[tuple[list[int], list[int]]]:
+    """Ids of prompts and responses; an answer ends with the turn, plain text with eos."""
     prompts = encode_prompts(tokenizer, [p for p, _ in pairs])
-    responses = encode_responses(tokenizer, [r for _, r in pairs], end_id)
+    responses = encode_responses(tokenizer, [r for _, r in pairs])
     for (text, _), prompt, response in zip(pairs, prompts, responses, strict=True):
-        yield (prompt if text else []), response
+        if text:
+            yield prompt, [*response, config.stop_ids[-1]]
+        else:
+            yield [], [*response, config.eos_id]
 
 
 def _canvases(
@@ -215,7 +207,7 @@ def encode_rows(
     with tqdm(desc="encoding", unit=" examples", unit_scale=True, mininterval=1.0) as bar:
         for chunk in batched(pairs, CHUNK):
             canvases, starts, ends = [], [], []
-            for prompt, response in _encode(tokenizer, chunk, config.stop_ids[-1]):
+            for prompt, response in _encode(tokenizer, chunk, config):
                 before = len(canvases)
                 for ids, end in _canvases(prompt, response, length, response_length):
                     canvases.append(ids[:end])

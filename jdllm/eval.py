@@ -11,7 +11,7 @@ import os
 import platform
 import subprocess
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import jdllm
 from jdllm import cli, sharding
 from jdllm.configs import ModelConfig, count_parameters
 from jdllm.decode import DecodeConfig
+from jdllm.files import atomic_file
 from jdllm.load import enable_compilation_cache
 from jdllm.tasks import TASKS, Doc, Task
 
@@ -223,21 +224,14 @@ def example(result: TaskResult) -> str:
     return "\n".join(lines)
 
 
-def write(path: Path, lines: Iterable[str]) -> None:
-    """Writes a file under another name first, so that a half-written one is never found."""
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    partial.replace(path)
-
-
 def save(folder: Path, facts: dict[str, Any], results: Sequence[TaskResult]) -> None:
     """Writes samples.jsonl, a line a sample, and results.json."""
-    samples = [sample for result in results for sample in result.samples]
-    write(
-        folder / "samples.jsonl",
-        (json.dumps(dataclasses.asdict(sample), ensure_ascii=False) for sample in samples),
-    )
-    write(folder / "results.json", [json.dumps(facts, indent=2, default=str)])
+    with atomic_file(folder / "samples.jsonl") as file:
+        for sample in (sample for result in results for sample in result.samples):
+            line = json.dumps(dataclasses.asdict(sample), ensure_ascii=False)
+            file.write(line.encode() + b"\n")
+    with atomic_file(folder / "results.json") as file:
+        file.write(json.dumps(facts, indent=2, default=str).encode() + b"\n")
     print(f"wrote {folder / 'results.json'} and samples.jsonl")
 
 

@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from jdllm import checkpoint
+from jdllm import checkpoint, files
 from jdllm.configs import NAMED, ModelConfig, is_converted
 from jdllm.convert.families import open_source
 from jdllm.convert.fetch import converted_folder, fetch, home
@@ -56,7 +56,7 @@ def locate(model: str) -> Path | None:
     source = open_source(folder)
     if source.shards.bytes <= CONVERT_ABOVE:
         return folder
-    with checkpoint.atomic_folder(converted) as partial:
+    with files.atomic_folder(converted) as partial:
         checkpoint.write_model(partial, source.config, source.units())
         copy_tokenizer(folder, partial)
     return converted

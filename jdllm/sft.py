@@ -6,9 +6,7 @@ python -m jdllm.sft task=sudoku model=random:bundled tokenizer=bundled output=ru
 A killed run is continued by the same command and ends in the same bits. docs/training.md explains.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import json
 import math
 import time
@@ -22,11 +20,10 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from tqdm import tqdm
 
-from jdllm import checkpoint, cli, sharding, train
+from jdllm import checkpoint, cli, files, sharding, train
 from jdllm.configs import ModelConfig, count_parameters
 from jdllm.data import (
     Rows,
-    atomic_file,
     batch_index,
     cached_rows,
     check_file,
@@ -144,27 +141,8 @@ def settle(config: SFTConfig, rows: Rows | None = None) -> None:
                 "resume it with its own or name another output"
             )
     if rows is not None:
-        with atomic_file(path) as file:
+        with files.atomic_file(path) as file:
             file.write(json.dumps(facts, indent=2).encode() + b"\n")
-
-
-@contextlib.contextmanager
-def alone(output: Path) -> Iterator[None]:
-    """Makes `output` and holds its lock, which ends with the process at the latest.
-
-    BlockingIOError, in one sentence, where another run holds it.
-    """
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(
-                f"another run is writing to {output}; wait for it or name another output"
-            ) from None
-        except OSError:
-            pass  # a file system without locks: carry on as if alone
-        yield
 
 
 def split_rows(config: SFTConfig, mesh: jax.sharding.Mesh) -> int:
@@ -230,7 +208,7 @@ class Metrics:
         if path.exists():
             lines = (line for line in path.read_text().splitlines() if line.endswith("}"))
             kept = [line for line in lines if json.loads(line)["step"] <= start]
-        with atomic_file(path) as file:
+        with files.atomic_file(path) as file:
             file.write("".join(line + "\n" for line in kept).encode())
         self.file = path.open("a")
         self.every = every
@@ -301,7 +279,7 @@ def write_model(
     folder: Path, model: ModelConfig, state: train.TrainState, dtype: str, source: Path
 ) -> None:
     """Writes the trained weights as `dtype`, with the tokenizer from `source`, or nothing."""
-    with checkpoint.atomic_folder(folder) as partial:
+    with files.atomic_folder(folder) as partial:
         params = jax.tree.map(lambda x: x.astype(dtype), state.params)
         checkpoint.save_model(partial, dataclasses.replace(model, dtype=dtype), params)
         copy_tokenizer(source, partial)
@@ -349,7 +327,7 @@ def main(config: SFTConfig) -> None:
     ValueError or OSError, in one sentence, where the input or the disk is at fault.
     """
     final = config.output / "model"
-    with alone(config.output):
+    with files.alone(config.output):
         job = prepare(config)
         if job is None:
             print(f"{final} is there already: this run is finished, nothing to do")

@@ -66,7 +66,6 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str], chat: bool = True) ->
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
-def encode_responses(tokenizer: Any, responses: Sequence[str], end_id: int) -> list[list[int]]:
-    """Token ids of replies, each closed with the end-of-turn id."""
-    ids = tokenizer(list(responses), add_special_tokens=False)["input_ids"]
-    return [row + [end_id] for row in ids]
+def encode_responses(tokenizer: Any, responses: Sequence[str]) -> list[list[int]]:
+    """Token ids of replies, without an end."""
+    return tokenizer(list(responses), add_special_tokens=False)["input_ids"]

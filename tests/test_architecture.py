@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground up. A room may import rooms of lower floors, and those before it on its own.
 FLOORS: list[list[str]] = [
-    ["jdllm.kernels", "jdllm.sharding", "jdllm.cli"],
+    ["jdllm.kernels", "jdllm.sharding", "jdllm.cli", "jdllm.files"],
     ["jdllm.configs", "jdllm.cache", "jdllm.model"],
     ["jdllm.unmask", "jdllm.stop", "jdllm.checkpoint"],
     ["jdllm.decode", "jdllm.train"],

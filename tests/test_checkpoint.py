@@ -13,8 +13,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jdllm import checkpoint, sharding
-from jdllm.checkpoint import LazyArray, atomic_folder
+from jdllm.checkpoint import LazyArray
 from jdllm.configs import NAMED, is_converted
+from jdllm.files import atomic_folder
 from jdllm.model import named
 
 TINY = dataclasses.replace(NAMED["tiny"], embed=32, head_dim=8, mlp=48, vocab=64)

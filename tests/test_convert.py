@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from jdllm import checkpoint, sharding
+from jdllm import checkpoint, files, sharding
 from jdllm.checkpoint import pieces
 from jdllm.configs import is_converted
 from jdllm.convert import families
@@ -418,7 +418,7 @@ def test_too_small_a_disk(
         source = tmp_path / "ours"
     before = sorted(path.name for path in tmp_path.iterdir())
     usage = type("usage", (), {"free": 1000})
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage)
     message = failure(capsys, [command, f"source={source}", f"output={tmp_path / 'out'}"])
     assert "GB free" in message and "make room" in message
     assert sorted(path.name for path in tmp_path.iterdir()) == before

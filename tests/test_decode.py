@@ -104,7 +104,7 @@ def test_loop_equals_twin(**case):
 
 
 @pytest.mark.slow
-@settings(max_examples=150, **LOOSE)
+@settings(max_examples=60, **LOOSE)
 @given(**TWIN)
 def test_loop_equals_twin_at_length(**case):
     check_against_twin(**case)

@@ -21,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from jdllm import checkpoint, cli, sft, sharding
+from jdllm import checkpoint, cli, files, sft, sharding
 from jdllm.configs import NAMED
 from jdllm.load import BUNDLED, load_parts
 from jdllm.sft import SFTConfig
@@ -38,7 +38,7 @@ CONFIG = dataclasses.replace(
 def tiny(tmp_path_factory) -> Path:
     """A converted folder with random weights and the bundled tokenizer."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    with checkpoint.atomic_folder(folder) as partial:
+    with files.atomic_folder(folder) as partial:
         _, params = checkpoint.random_model(CONFIG, sharding.parse_mesh("1x1"))
         checkpoint.save_model(partial, CONFIG, params)
         copy_tokenizer(BUNDLED, partial)
@@ -260,7 +260,7 @@ def test_cache_follows_content_tokenizer_and_length(tiny, tmp_path, chats):
 
 def test_two_runs_do_not_share_an_output(tiny, tmp_path):
     config = settings(tiny, tmp_path / "run")
-    with sft.alone(config.output):
+    with files.alone(config.output):
         assert "another run is writing to" in refusal(config)
 
 

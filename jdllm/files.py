@@ -1,0 +1,104 @@
+"""Files and folders that are complete or not there, and never written by two at once."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+PARTIAL = ".partial-"
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Yields a file that takes the name `path` when the block ends without error, whole or not."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def refuse_existing(folder: Path) -> None:
+    """FileExistsError where `folder` is already there: results are never overwritten."""
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already: remove it or name another output")
+
+
+def require_space(folder: Path, size: int) -> None:
+    """OSError where the disk of an existing folder has less than `size` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise OSError(
+            f"{size / 1e9:.2f} GB are needed, but the disk of {folder.parent} has "
+            f"{free / 1e9:.2f} GB free: make room or name another output"
+        )
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yields a fresh folder beside `folder` that takes its name when the block ends without error.
+
+    What an interrupted earlier attempt left behind is removed first. FileExistsError where
+    `folder` is already there, or where another process is writing it now.
+    """
+    folder = folder.absolute()
+    refuse_existing(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for stale in folder.parent.iterdir():
+        if stale.name.startswith(folder.name + PARTIAL):
+            _remove_stale(stale, folder)
+    partial = folder.with_name(f"{folder.name}{PARTIAL}{uuid.uuid4().hex[:8]}")
+    partial.mkdir()
+    lock = _lock(partial)
+    try:
+        yield partial
+        refuse_existing(folder)  # rename would replace a folder that is empty
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        os.close(lock)
+
+
+def _lock(folder: Path) -> int:
+    """Locks a folder until the descriptor is closed or the process dies; BlockingIOError."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _remove_stale(partial: Path, folder: Path) -> None:
+    try:
+        os.close(_lock(partial))
+    except BlockingIOError:
+        raise FileExistsError(
+            f"another process is writing {folder} now: wait for it or name another output"
+        ) from None
+    shutil.rmtree(partial)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Makes `folder` and holds its lock, which ends with the process at the latest.
+
+    BlockingIOError, in one sentence, where another run holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(
+                f"another run is writing to {folder}; wait for it or name another output"
+            ) from None
+        except OSError:
+            pass  # a file system without locks: carry on as if alone
+        yield
