@@ -115,11 +115,14 @@ class Loop:
     @property
     def generated_BT(self) -> jax.Array:
         """Columns behind the prompt, before the padding."""
-        start_B1 = self.request.prompt_lengths[:, None]
-        end_B1 = start_B1 + self.setup.blocks * self.setup.block_length
-        return (self.columns_T >= start_B1) & (self.columns_T < end_B1)
+        return (self.columns_T >= self.request.prompt_lengths[:, None]) & self.visible_BT
 
-    def block_start(self, block: jax.Array) -> jax.Array:
+    @property
+    def visible_BT(self) -> jax.Array:
+        """Columns before the padding."""
+        return self.columns_T < self.block_start(self.setup.blocks)[:, None]
+
+    def block_start(self, block: jax.Array | int) -> jax.Array:
         """First column of the block, by row [B]."""
         return self.request.prompt_lengths + block * self.setup.block_length
 
@@ -170,9 +173,8 @@ class Loop:
             logits_BNV, masked_BN, quota_B, self.draw(state, view_BN)
         )
         tokens_BT = _put(state.tokens, jnp.where(chosen_BN, ids_BN, before_BN), view_BN)
-        block_BT = (self.columns_T >= self.block_start(state.block)[:, None]) & (
-            self.columns_T < end_B1
-        )
+        start_B1 = self.block_start(state.block)[:, None]
+        block_BT = (self.columns_T >= start_B1) & (self.columns_T < end_B1)
         look = stops.Look(self.generated_BT, block_BT, mask_id, opening)
         stopped_BT, ended_B = setup.stop(tokens_BT, look)
         return DecodeState(
@@ -198,10 +200,7 @@ class Loop:
         """Logits [B, N, V] of the columns in view, and the cache after the call."""
         tokens_BT, scale = state.tokens, self.setup.cfg_scale
         B, T = tokens_BT.shape
-        end_B1 = (self.request.prompt_lengths + self.setup.blocks * self.setup.block_length)[
-            :, None
-        ]
-        visible_BT = self.columns_T < end_B1
+        visible_BT = self.visible_BT
         window_BT = self.window(state.block, opening)
         if scale:
             tokens_BT = _interleave(tokens_BT, self.without_prompt(tokens_BT))
@@ -224,10 +223,8 @@ class Loop:
         kind = "canvas" if opening else PLANS[self.setup.cache].window
         if kind == "canvas":
             return jnp.broadcast_to(self.columns_T, (B, T))
-        length = self.setup.block_length
-        return _span(
-            self.block_start(block), length if kind == "block" else length * self.setup.blocks
-        )
+        blocks = 1 if kind == "block" else self.setup.blocks
+        return _span(self.block_start(block), blocks * self.setup.block_length)
 
     def without_prompt(self, tokens_BT: jax.Array) -> jax.Array:
         """The unconditional canvas: every column that was given is masked."""
@@ -240,7 +237,14 @@ class Loop:
         if recorded is not None:
             return lambda shape: _rows(recorded[state.forwards], view_BN)
         keys_B = jax.vmap(jax.random.fold_in)(self.request.keys, state.nfe)
-        return lambda shape: jax.vmap(lambda key: jax.random.uniform(key, shape))(keys_B)
+
+        def fresh(shape: tuple[int, ...]) -> jax.Array:
+            # The rank tells candidates' draws from confidences', which must not share numbers.
+            return jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, len(shape)), shape))(
+                keys_B
+            )
+
+        return fresh
 
 
 def _span(start_B: jax.Array, length: int) -> jax.Array:
