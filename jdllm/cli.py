@@ -94,7 +94,13 @@ def parse[T](
     """
     options = to_options(sys.argv[1:] if words is None else words)
     check_names(config, options, prog)
-    shared: Any = {"args": options, "prog": prog, "config": CONF, "registry": REGISTRY}
+    shared: Any = {
+        "args": options,
+        "prog": prog,
+        "config": CONF,
+        "registry": REGISTRY,
+        "use_underscores": True,  # as the settings are written everywhere else
+    }
     try:
         if default is None:
             return tyro.cli(config, **shared)
