@@ -60,10 +60,12 @@ def convert(source: Source, tokenizer_files: Path, output: Path) -> None:
     needed = int(source.shards.count * np.dtype(source.config.dtype).itemsize * 1.02)
     with checkpoint.atomic_folder(output) as folder:
         checkpoint.require_space(folder, needed)
-        if "tokenizer.json" not in copy_tokenizer(tokenizer_files, folder):
+        copied = copy_tokenizer(tokenizer_files, folder)
+        if "tokenizer.json" not in copied:
+            unread = " (vocab.json is copied, but not read)" if "vocab.json" in copied else ""
             print(
-                f"warning: {tokenizer_files} has no tokenizer.json, so the model will take "
-                "token ids only",
+                f"warning: {tokenizer_files} has no tokenizer.json{unread}, so the model will "
+                "take token ids only",
                 file=sys.stderr,
             )
         with contextlib.closing(progress(source)) as units:
