@@ -60,9 +60,9 @@ def convert(source: Source, tokenizer_files: Path, output: Path) -> None:
     needed = int(source.shards.count * np.dtype(source.config.dtype).itemsize * 1.02)
     with checkpoint.atomic_folder(output) as folder:
         checkpoint.require_space(folder, needed)
-        copied = copy_tokenizer(tokenizer_files, folder)
-        if "tokenizer.json" not in copied:
-            unread = " (vocab.json is copied, but not read)" if "vocab.json" in copied else ""
+        if "tokenizer.json" not in copy_tokenizer(tokenizer_files, folder):
+            slow = (folder / "vocab.json").exists()
+            unread = " (vocab.json is copied, but not read)" if slow else ""
             print(
                 f"warning: {tokenizer_files} has no tokenizer.json{unread}, so the model will "
                 "take token ids only",

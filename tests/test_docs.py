@@ -31,7 +31,8 @@ CONFIGS = {
 
 def blocks(page: Path, language: str) -> list[str]:
     """Fenced blocks of a page whose fence names `language`."""
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
+    fences = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.M | re.S)
+    return [text for name, text in fences if name == language]
 
 
 def commands() -> list[str]:

@@ -27,7 +27,7 @@ FACTS = {
 }
 
 
-def random_model(name: str) -> tuple[ModelConfig, dict[str, np.ndarray]]:
+def random_model(name: str) -> tuple[ModelConfig, dict[str, Any]]:
     """A tiny model of these facts, whose biases are not zero."""
     config = dataclasses.replace(NAMED["tiny"], **FACTS[name])
     _, params = checkpoint.random_model(config, sharding.parse_mesh("1x1"), seed=1)
@@ -69,7 +69,7 @@ def test_the_cache_changes_nothing(name: str):
     model = merged(config, arrays)
     tokens, visible = random_tokens()
     expected = forward(model, tokens, visible, jnp.dtype("float32"))
-    empty = Cache.zeros(config, *tokens.shape, jnp.dtype("float32"))
+    empty = Cache.zeros(config, 2, 12, jnp.dtype("float32"))
     whole, full = fed(model, tokens, visible, empty, list(range(12)))
     np.testing.assert_allclose(whole, expected, atol=1e-5)
     again, _ = fed(model, tokens, visible, full, list(range(4, 9)))
