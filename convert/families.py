@@ -8,11 +8,15 @@ from typing import Any
 
 from jdllm.checkpoint import LazyArray
 from jdllm.configs import ModelConfig
-from jdllm.convert import llada
+from jdllm.convert import dream, llada, qwen2
 from jdllm.convert.shards import Shards
 from jdllm.convert.table import ANY, ConversionError, Family, check, stream
 
-FAMILIES: dict[str, Family] = {"llada": llada.FAMILY}
+FAMILIES: dict[str, Family] = {
+    "llada": llada.FAMILY,
+    "dream": dream.FAMILY,
+    "qwen2": qwen2.FAMILY,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +101,8 @@ def _read_facts(family: Family, hf: dict[str, Any], folder: Path) -> ModelConfig
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise ConversionError(f"{path} describes no model of this family: {error}") from None
     for name, value in dataclasses.asdict(config).items():
+        if name == "mask_id" and config.causal:
+            continue  # it has none
         lowest = 0 if name.endswith("_id") else 1
         numeric = ModelConfig.__annotations__[name] is int
         if numeric and (type(value) is not int or value < lowest):

@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-PATTERNS = ("*.json", "*.safetensors", "*.jinja")
+PATTERNS = ("*.json", "*.safetensors", "*.jinja", "merges.txt")
 
 
 def home() -> Path:

@@ -1,7 +1,8 @@
 """Conversion tables as data: which Hugging Face tensors make which of our parameters, and back.
 
 A row names our parameter, its source tensors and a rule such as "(HK)D->DHK", whose letters are
-the sizes of the model. Because a rule is data it is applied, checked and undone by the same few
+the sizes of the model; C on the right side, as in "(HK)D->DCHK", is the axis along which several
+sources are stacked. Because a rule is data it is applied, checked and undone by the same few
 lines, whatever the family.
 """
 
@@ -17,7 +18,7 @@ from jdllm.configs import ModelConfig
 from jdllm.convert.shards import Shards
 
 ANY = object()  # a key whose value cannot matter
-STACK_AXIS = 1  # several sources of one parameter are stacked along this axis of ours
+STACK = "C"  # the axis of a parameter along which its sources are stacked
 
 
 class ConversionError(ValueError):
@@ -31,6 +32,10 @@ class Row:
     name: str
     sources: tuple[str, ...]
     rule: str
+
+    def __post_init__(self):
+        if len(self.sources) > 1 and stack_axis(self.rule) is None:
+            raise ValueError(f"{self.name}: the rule {self.rule} says not where to stack sources")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +70,15 @@ def sizes(config: ModelConfig) -> dict[str, int]:
 
 
 def _letters(rule: str) -> tuple[str, str]:
+    """The axes of one source, and of its part in our parameter."""
     left, right = rule.split("->")
-    return left.replace("(", "").replace(")", ""), right
+    return left.replace("(", "").replace(")", ""), right.replace(STACK, "")
+
+
+def stack_axis(rule: str) -> int | None:
+    """The axis of our parameter along which its sources are stacked; None where it has but one."""
+    right = rule.split("->")[1]
+    return right.index(STACK) if STACK in right else None
 
 
 def source_shape(rule: str, size: dict[str, int]) -> tuple[int, ...]:
@@ -86,7 +98,7 @@ def source_shape(rule: str, size: dict[str, int]) -> tuple[int, ...]:
 
 
 def apply(rule: str, array: np.ndarray, size: dict[str, int]) -> np.ndarray:
-    """A source tensor in our layout (a view)."""
+    """A source tensor in our layout, before it is stacked (a view)."""
     left, right = _letters(rule)
     return array.reshape([size[x] for x in left]).transpose([left.index(x) for x in right])
 
@@ -126,9 +138,8 @@ def stream(
     size, dtype = sizes(config), np.dtype(config.dtype)
     grouped: dict[str, dict[str, LazyArray]] = {}
     for row in family.rows(config):
-        shape = tuple(size[letter] for letter in _letters(row.rule)[1])
-        if len(row.sources) > 1:
-            shape = shape[:STACK_AXIS] + (len(row.sources),) + shape[STACK_AXIS:]
+        stacked = size | {STACK: len(row.sources)}
+        shape = tuple(stacked[letter] for letter in row.rule.split("->")[1])
         read = partial(_read, row, shards, size, dtype)
         grouped.setdefault(unit_of(row.name), {})[row.name] = LazyArray(shape, dtype, read)
     yield from grouped.items()
@@ -138,14 +149,15 @@ def _read(
     row: Row, shards: Shards, size: dict[str, int], dtype: np.dtype, index: Index
 ) -> np.ndarray:
     """One piece of a parameter; one source is mapped at a time."""
-    if len(row.sources) == 1:
+    axis = stack_axis(row.rule)
+    if axis is None:
         whole = apply(row.rule, shards.map(row.sources[0]), size)
         return np.array(whole[index], dtype, order="C")
     parts = []
-    for source in row.sources[index[STACK_AXIS]]:
+    for source in row.sources[index[axis]]:
         whole = apply(row.rule, shards.map(source), size)
-        parts.append(np.array(whole[index[:STACK_AXIS] + index[STACK_AXIS + 1 :]], dtype))
-    return np.stack(parts, STACK_AXIS)
+        parts.append(np.array(whole[index[:axis] + index[axis + 1 :]], dtype))
+    return np.stack(parts, axis)
 
 
 def restore_sources(
@@ -157,9 +169,10 @@ def restore_sources(
     for row in family.rows(config):
         if row.name not in arrays:
             continue
-        array = arrays[row.name]
-        several = len(row.sources) > 1
-        for i, source in enumerate(row.sources):
-            part = array[:, i] if several else array
+        axis = stack_axis(row.rule)
+        parts = np.expand_dims(arrays[row.name], 0)
+        if axis is not None:
+            parts = np.moveaxis(arrays[row.name], axis, 0)
+        for source, part in zip(row.sources, parts, strict=True):
             tensors[source] = np.ascontiguousarray(undo(row.rule, part, size))
     return tensors

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 FORMAT = "jdllm-1"
+NO_ID = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,7 @@ class ModelConfig:
     rope_theta: float
     norm_eps: float
     mask_id: int
+    """The id that stands for a token still to come; NO_ID where the model has none."""
     eos_id: int
     pad_id: int
     stop_ids: tuple[int, ...]
@@ -35,6 +37,14 @@ class ModelConfig:
     """Storage dtype of the weights."""
     family: str = "llada"
     """The conversion table that knows this model's Hugging Face form. Only exporting reads it."""
+    qkv_bias: bool = False
+    """Whether the projections to queries, keys and values add a bias."""
+    causal: bool = False
+    """Whether a column attends to itself and to columns on its left only."""
+    tied_head: bool = False
+    """Whether the embedding serves as the head too."""
+    shift_logits: bool = False
+    """Whether row t of the logits predicts token t + 1. `model.py` returns them unshifted."""
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
@@ -76,8 +86,22 @@ def is_converted(folder: Path) -> bool:
 def count_parameters(config: ModelConfig) -> int:
     """Number of weights of the model that `config` describes."""
     attention = config.embed * config.head_dim * 2 * (config.heads + config.kv_heads)
+    if config.qkv_bias:
+        attention += config.head_dim * (config.heads + 2 * config.kv_heads)
     layer = attention + 3 * config.embed * config.mlp + 2 * config.embed
-    return config.layers * layer + 2 * config.vocab * config.embed + config.embed
+    ends = (1 if config.tied_head else 2) * config.vocab * config.embed
+    return config.layers * layer + ends + config.embed
+
+
+def require_aligned(config: ModelConfig) -> None:
+    """ValueError for a model whose logits stand one row before the token that they predict."""
+    if config.causal or config.shift_logits:
+        fact = "causal" if config.causal else "shift_logits"
+        raise ValueError(
+            f"a model with {fact}=true predicts token t + 1 in row t of its logits, which decoding "
+            "and training do not read yet; use its forward pass alone (jdllm.model.forward), or "
+            "another model"
+        )
 
 
 LLADA_8B = ModelConfig(
@@ -95,6 +119,47 @@ LLADA_8B = ModelConfig(
     eos_id=126081,
     pad_id=126081,
     stop_ids=(126081, 126348),
+)
+
+DREAM_7B = ModelConfig(
+    layers=28,
+    embed=3584,
+    heads=28,
+    kv_heads=4,
+    head_dim=128,
+    mlp=18944,
+    vocab=152064,
+    max_length=131072,  # as the published config says; trained on 2048
+    rope_theta=1e6,
+    norm_eps=1e-6,
+    mask_id=151666,
+    eos_id=151643,
+    pad_id=151643,
+    stop_ids=(151643, 151645),
+    family="dream",
+    qkv_bias=True,
+    shift_logits=True,
+)
+
+QWEN2_5_HALF_B = ModelConfig(
+    layers=24,
+    embed=896,
+    heads=14,
+    kv_heads=2,
+    head_dim=64,
+    mlp=4864,
+    vocab=151936,
+    max_length=32768,
+    rope_theta=1e6,
+    norm_eps=1e-6,
+    mask_id=NO_ID,
+    eos_id=151643,
+    pad_id=151643,
+    stop_ids=(151643, 151645),
+    family="qwen2",
+    qkv_bias=True,
+    causal=True,
+    tied_head=True,
 )
 
 # The shape of the model that ships inside the package; ids are those of its tokenizer.
@@ -120,6 +185,9 @@ BUNDLED = ModelConfig(
 NAMED: dict[str, ModelConfig] = {
     "llada-8b": LLADA_8B,
     "llada-1.5": LLADA_8B,
+    "dream-7b": DREAM_7B,
+    "diffucoder-7b": DREAM_7B,
+    "qwen2.5-0.5b": QWEN2_5_HALF_B,
     "bundled": BUNDLED,
     "tiny": dataclasses.replace(
         LLADA_8B, layers=2, embed=64, heads=4, kv_heads=2, head_dim=16, mlp=128, vocab=320,

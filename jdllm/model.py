@@ -26,6 +26,11 @@ def weight(
     return nnx.Param((init / math.sqrt(fan_in)).astype(dtype), axes=tuple(axes))
 
 
+def bias(shape: Sequence[int], axes: Sequence[str], dtype: str) -> nnx.Param:
+    """A bias with its logical axes; it starts at zero."""
+    return nnx.Param(jnp.zeros(shape, dtype), axes=tuple(axes))
+
+
 def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     """Root-mean-square norm: float32 statistics, cast back, then the scale (LLaDA's order)."""
     x = x_BTD.astype(jnp.float32)
@@ -43,6 +48,11 @@ def rotate(x_BTHK: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Arra
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHK.dtype)
 
 
+def causal_mask(visible_BS: jax.Array, columns_BT: jax.Array, keys_BS: jax.Array) -> jax.Array:
+    """[B, T, S]: the visible keys whose column is not to the right of the query's."""
+    return visible_BS[:, None, :] & (keys_BS[:, None, :] <= columns_BT[:, :, None])
+
+
 class Attention(nnx.Module):
     """Grouped-query attention. Multi-head models hold q, k, v as one weight, others q and kv."""
 
@@ -57,7 +67,14 @@ class Attention(nnx.Module):
                 rngs, (D, 2, G, K), ("embed", "stack", "kv_heads", "head_dim"), kind, D
             )
         self.out = weight(rngs, (H, K, D), ("heads", "head_dim", "embed"), kind, H * K)
+        if config.qkv_bias and H == G:
+            self.qkv_bias = bias((3, H, K), ("stack", "heads", "head_dim"), kind)
+        elif config.qkv_bias:
+            self.q_bias = bias((H, K), ("heads", "head_dim"), kind)
+            self.kv_bias = bias((2, G, K), ("stack", "kv_heads", "head_dim"), kind)
         self.fused = H == G
+        self.biased = config.qkv_bias
+        self.causal = config.causal
         self.theta = config.rope_theta
 
     def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -65,9 +82,15 @@ class Attention(nnx.Module):
         kind = x_BTD.dtype
         if self.fused:
             qkv = jnp.einsum("BTD,DCHK->CBTHK", x_BTD, self.qkv[...].astype(kind))
+            if self.biased:
+                qkv += self.qkv_bias[...].astype(kind)[:, None, None]
             return qkv[0], qkv[1], qkv[2]
+        q = jnp.einsum("BTD,DHK->BTHK", x_BTD, self.q[...].astype(kind))
         kv = jnp.einsum("BTD,DCGK->CBTGK", x_BTD, self.kv[...].astype(kind))
-        return jnp.einsum("BTD,DHK->BTHK", x_BTD, self.q[...].astype(kind)), kv[0], kv[1]
+        if self.biased:
+            q += self.q_bias[...].astype(kind)
+            kv += self.kv_bias[...].astype(kind)[:, None, None]
+        return q, kv[0], kv[1]
 
     def __call__(
         self,
@@ -81,7 +104,12 @@ class Attention(nnx.Module):
         q, k = rotate(q, positions_BT, self.theta), rotate(k, positions_BT, self.theta)
         if past is not None:
             k, v = write(past[0], k, positions_BT), write(past[1], v, positions_BT)
-        mixed = attention(q, k.astype(q.dtype), v.astype(q.dtype), visible_BS)
+        visible = visible_BS
+        if self.causal:
+            # cached keys stand in the column of their index, others where they were fed
+            keys_BS = positions_BT if past is None else jnp.arange(k.shape[1])[None]
+            visible = causal_mask(visible_BS, positions_BT, keys_BS)
+        mixed = attention(q, k.astype(q.dtype), v.astype(q.dtype), visible)
         return jnp.einsum("BTHK,HKD->BTD", mixed, self.out[...].astype(q.dtype)), (k, v)
 
 
@@ -133,7 +161,8 @@ class Transformer(nnx.Module):
         self.embedding = weight(rngs, (V, D), ("vocab", "embed"), config.dtype, D)
         self.layers = nnx.List([Layer(config, rngs) for _ in range(config.layers)])
         self.norm = weight(rngs, (D,), ("embed",), config.dtype, 0)
-        self.head = weight(rngs, (D, V), ("embed", "vocab"), config.dtype, D)
+        if not config.tied_head:
+            self.head = weight(rngs, (D, V), ("embed", "vocab"), config.dtype, D)
 
     def embed(self, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Input embeddings [B, T, D] in the compute dtype.
@@ -155,8 +184,9 @@ class Transformer(nnx.Module):
 
         Without a cache the T columns attend to each other (S = T). With one, they are first written
         to its columns `positions_BT` (those beyond S are dropped), then attend to all S columns.
-        `visible_BS` is bool; a hidden key gets no weight. Attention is bidirectional. `remat`
-        computes each layer again in the backward pass instead of keeping its activations.
+        `visible_BS` is bool; a hidden key gets no weight. Attention is bidirectional, or where the
+        config says causal, to keys whose column is at most the query's. `remat` computes each layer
+        again in the backward pass instead of keeping its activations.
         """
         run = jax.checkpoint(Layer.__call__) if remat else Layer.__call__
         presents = []
@@ -169,7 +199,12 @@ class Transformer(nnx.Module):
         return rms_norm(x_BTD, self.norm[...], self.config.norm_eps), Cache(keys, values)
 
     def logits(self, hidden_BND: jax.Array) -> jax.Array:
-        """Float32 logits [B, N, V] of final-normed hidden states."""
+        """Float32 logits [B, N, V] of final-normed hidden states, never shifted."""
+        if self.config.tied_head:
+            embedding = self.embedding[...].astype(hidden_BND.dtype)
+            return jnp.einsum(
+                "BND,VD->BNV", hidden_BND, embedding, preferred_element_type=jnp.float32
+            )
         head = self.head[...].astype(hidden_BND.dtype)
         return jnp.einsum("BND,DV->BNV", hidden_BND, head, preferred_element_type=jnp.float32)
 

@@ -13,6 +13,10 @@ FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
     "generation_config.json",
+    # Dream's kind of tokenizer: kept for whoever builds a tokenizer.json from them
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
 )
 SLOT = "\u2402"  # stands for the message while the template is rendered once
 

@@ -10,31 +10,36 @@ import jax.numpy as jnp
 
 
 def reference(
-    q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, visible_BS: jax.Array
+    q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, visible: jax.Array
 ) -> jax.Array:
-    """Bidirectional grouped-query attention in plain jnp; softmax in float32.
+    """Grouped-query attention in plain jnp; softmax in float32.
 
-    Scores are scaled by 1/sqrt(K). `visible_BS` is bool: keys that are False get no weight. A row
-    that sees no key at all gets the mean of its values instead of NaN.
+    Scores are scaled by 1/sqrt(K). `visible` is bool [B, S], or [B, T, S] where every query sees
+    keys of its own: keys that are False get no weight. A query that sees no key at all gets the
+    mean of the values instead of NaN.
     """
     B, T, H, K = q_BTHK.shape
     G = k_BSGK.shape[2]
     q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K)
     scores = jnp.einsum("BTGRK,BSGK->BGRTS", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32)
     floor = jnp.finfo(jnp.float32).min
-    scores = jnp.where(visible_BS[:, None, None, None, :], scores * K**-0.5, floor)
+    mask = _by_query(visible)[:, None, None]
+    scores = jnp.where(mask, scores * K**-0.5, floor)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BSGK.dtype)
     return jnp.einsum("BGRTS,BSGK->BTGRK", weights, v_BSGK).reshape(B, T, H, K)
 
 
-def xla(
-    q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, visible_BS: jax.Array
-) -> jax.Array:
+def xla(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, visible: jax.Array) -> jax.Array:
     """jax.nn's own attention, which XLA may fuse; serves GPUs."""
     if jax.default_backend() != "gpu":
         raise NotImplementedError("on a CPU it is no faster than the reference")
-    mask = visible_BS[:, None, None, :]
+    mask = _by_query(visible)[:, None]
     return jax.nn.dot_product_attention(q_BTHK, k_BSGK, v_BSGK, mask=mask, implementation="xla")
+
+
+def _by_query(visible: jax.Array) -> jax.Array:
+    """[B, T, S], or [B, 1, S] where all queries see the same keys."""
+    return visible if visible.ndim == 3 else visible[:, None]
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {"xla": xla, "reference": reference}
@@ -44,7 +49,7 @@ def attention(
     q_BTHK: jax.Array,
     k_BSGK: jax.Array,
     v_BSGK: jax.Array,
-    visible_BS: jax.Array,
+    visible: jax.Array,
     implementation: str | None = None,
 ) -> jax.Array:
     """Attention of T queries over S keys, by the first implementation that serves the case.
@@ -57,7 +62,7 @@ def attention(
     names = [implementation] if implementation else list(IMPLEMENTATIONS)
     for name in names:
         try:
-            return IMPLEMENTATIONS[name](q_BTHK, k_BSGK, v_BSGK, visible_BS)
+            return IMPLEMENTATIONS[name](q_BTHK, k_BSGK, v_BSGK, visible)
         except NotImplementedError:
             if name == names[-1]:
                 raise

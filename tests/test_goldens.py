@@ -32,12 +32,10 @@ EOT = 314  # stands for LLaDA's end-of-turn id in the tiny vocabularies
 UNSUPPORTED = {
     ("checkpoint", "LLaDAMoEModelLM"): "mixture-of-experts layers are not in model.py yet",
     ("checkpoint", "LLaDA2MoeModelLM"): "mixture-of-experts layers are not in model.py yet",
-    ("checkpoint", "DreamModel"): "the Dream conversion table is not written yet",
-    ("checkpoint", "Qwen2ForCausalLM"): "causal attention is not in model.py yet",
-    ("decode", "apd"): "needs the Dream and Qwen2 checkpoints",
+    ("decode", "apd"): "drafts checked by a verifier, and shifted logits, are not decoded yet",
     ("decode", "dinfer"): "dInfer's rules and vicinity cache are not written yet",
-    ("decode", "dream"): "needs the Dream checkpoint",
-    ("decode", "fast_dream"): "needs the Dream checkpoint",
+    ("decode", "dream"): "shifted logits and Dream's rules are not in the decode loop yet",
+    ("decode", "fast_dream"): "shifted logits and Fast-dLLM's Dream blocks are not decoded yet",
     ("likelihood", "likelihood"): "likelihood scoring is not written yet",
     ("traces", "traces_dinfer"): "needs the mixture-of-experts checkpoints",
     ("traces", "traces_dinfer_itersmooth"): "needs the mixture-of-experts checkpoints",
@@ -145,7 +143,7 @@ def test_missing_or_empty_root_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("case", supported("checkpoint"))
 def test_checkpoint(case: Case, load):
-    """Logits, every layer's residual stream, and padded inputs."""
+    """Logits; every layer's residual stream and padded inputs where they were recorded."""
     checkpoint = load(case.path)
     if not (case.path / "logits.npz").exists():
         assert checkpoint.config.layers > 0
@@ -158,14 +156,32 @@ def test_checkpoint(case: Case, load):
 
     states, hidden, logits = run(ids, np.ones(ids.shape, bool))
     np.testing.assert_allclose(logits, stored["logits"], atol=ATOL)
-    assert len(states) == len(stored["hidden_states"])
-    for ours, theirs in zip(states, stored["hidden_states"], strict=True):
-        np.testing.assert_allclose(ours[:1], theirs, atol=ATOL)
-    np.testing.assert_allclose(hidden[:1], stored["final_norm"], atol=ATOL)
+    if "hidden_states" in stored:
+        for ours, theirs in zip(states, stored["hidden_states"], strict=True):
+            np.testing.assert_allclose(ours[:1], theirs, atol=ATOL)
+        np.testing.assert_allclose(hidden[:1], stored["final_norm"], atol=ATOL)
     for side in ("leftpad", "rightpad"):
+        if f"{side}_logits" not in stored:
+            continue
         visible = stored[f"{side}_attention_mask"].astype(bool)
-        logits = run(stored[f"{side}_input_ids"], visible)[2]
-        np.testing.assert_allclose(logits, stored[f"{side}_logits"], atol=ATOL)
+        logits = np.asarray(run(stored[f"{side}_input_ids"], visible)[2])
+        # Dream's padding sees nothing and means nothing; LLaDA's attends to what is real
+        rows = visible if case.name == "DreamModel" else np.ones_like(visible)
+        np.testing.assert_allclose(logits[rows], stored[f"{side}_logits"][rows], atol=ATOL)
+
+
+def test_every_supported_recording_is_complete():
+    """What test_checkpoint may skip is missing only where the goldens' README says so."""
+    expected = {
+        "llada": {"hidden_states", "leftpad_logits", "rightpad_logits"},
+        "llada_gqa": {"hidden_states", "leftpad_logits", "rightpad_logits"},
+        "dream": {"hidden_states", "leftpad_logits"},
+        "qwen_verifier": set[str](),
+    }
+    for name, keys in expected.items():
+        path = ROOT / name / "logits.npz"
+        if path.exists():
+            assert keys | {"logits"} <= set(np.load(path).files), name
 
 
 def llada_config(params: dict[str, Any]) -> DecodeConfig:

@@ -9,6 +9,7 @@ import pytest
 
 from jdllm.kernels import attention as room
 from jdllm.kernels.attention import IMPLEMENTATIONS, attention, reference
+from jdllm.model import causal_mask
 
 # B, T queries, S keys, H, G, K
 SHAPES = [(1, 5, 5, 4, 4, 8), (2, 3, 9, 4, 2, 16), (2, 8, 8, 6, 1, 4)]
@@ -24,14 +25,14 @@ def random_inputs(shape: tuple[int, ...], seed: int) -> Any:
 
 
 def by_hand(q, k, v, visible):
-    """One query and one head at a time, in float64."""
+    """One query and one head at a time, in float64; `visible` [B, S] or [B, T, S]."""
     B, T, H, K = q.shape
     group = H // k.shape[2]
     out = np.zeros(q.shape)
     for b in range(B):
-        keys = np.flatnonzero(visible[b])
         for h in range(H):
             for t in range(T):
+                keys = np.flatnonzero(visible[b] if visible.ndim == 2 else visible[b, t])
                 scores = k[b, keys, h // group].astype(float) @ q[b, t, h].astype(float) / K**0.5
                 weights = np.exp(scores - scores.max())
                 out[b, t, h] = weights / weights.sum() @ v[b, keys, h // group].astype(float)
@@ -42,6 +43,21 @@ def by_hand(q, k, v, visible):
 def test_reference_equals_the_definition(shape):
     inputs = random_inputs(shape, 0)
     np.testing.assert_allclose(reference(*inputs), by_hand(*map(np.asarray, inputs)), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_queries_may_see_keys_of_their_own(name, shape, monkeypatch):
+    """As in causal attention, where query t stands in some column and sees what is left of it."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    q, k, v, visible = random_inputs(shape, 4)
+    B, T, S, *_ = shape
+    columns = jnp.broadcast_to(jnp.arange(T) * 2 % S, (B, T))
+    mask = causal_mask(visible, columns, jnp.arange(S)[None])
+    for b, t, s in np.ndindex(B, T, S):
+        assert bool(mask[b, t, s]) == (bool(visible[b, s]) and s <= int(columns[b, t]))
+    expected = by_hand(*map(np.asarray, (q, k, v, mask)))
+    np.testing.assert_allclose(attention(q, k, v, mask, name), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in IMPLEMENTATIONS if name != "reference"])

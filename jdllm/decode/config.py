@@ -5,7 +5,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from jdllm import stop as stops
 from jdllm import unmask
-from jdllm.configs import ModelConfig
+from jdllm.configs import ModelConfig, require_aligned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +131,11 @@ def make_unmasker(config: DecodeConfig, model: ModelConfig) -> unmask.Unmasker:
 
 
 def make_setup(config: DecodeConfig, model: ModelConfig) -> Setup:
-    """Static description of the loop for a resolved `config` and `model`."""
+    """Static description of the loop for a resolved `config` and `model`.
+
+    ValueError where the lengths are still open, or the loop cannot read the model's logits.
+    """
+    require_aligned(model)
     if config.gen_length is None or config.block_length is None:
         raise ValueError("lengths are still open: call DecodeConfig.resolve first")
     blocks = config.gen_length // config.block_length
