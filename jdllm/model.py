@@ -1,11 +1,8 @@
 """The forward pass: one transformer, whose facts are in ModelConfig.
 
 Shape letters, in suffixes and einsums: B batch, T canvas, S keys, L layers, D embed, H query
-heads, G key/value heads, K head dim, F mlp, V vocab, N block.
+heads, G key/value heads, K head dim, F mlp, V vocab, N block. Experts: see moe.py.
 """
-
-import math
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +11,8 @@ from flax import nnx
 from jdllm.cache import Cache, write
 from jdllm.configs import ModelConfig
 from jdllm.kernels.attention import attention
-
-
-def weight(
-    rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str], dtype: str, fan_in: int
-) -> nnx.Param:
-    """A weight with its logical axes; truncated normal of variance 1/fan_in, ones for fan_in 0."""
-    if fan_in == 0:
-        return nnx.Param(jnp.ones(shape, dtype), axes=tuple(axes))
-    init = jax.random.truncated_normal(rngs.params(), -3, 3, tuple(shape), jnp.float32)
-    return nnx.Param((init / math.sqrt(fan_in)).astype(dtype), axes=tuple(axes))
+from jdllm.moe import Experts
+from jdllm.weights import weight
 
 
 def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
@@ -33,14 +22,37 @@ def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     return x.astype(x_BTD.dtype) * scale_D.astype(x_BTD.dtype)
 
 
-def rotate(x_BTHK: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
-    """Rotary embedding over the halves of the head dim, computed in float32."""
+def rotate(
+    x_BTHK: jax.Array, positions_BT: jax.Array, theta: float, width: int | None = None
+) -> jax.Array:
+    """Rotary embedding over the halves of the head dim, computed in float32.
+
+    With `width` only that many leading channels turn; the others stay.
+    """
+    if width is not None and width < x_BTHK.shape[-1]:
+        turned = rotate(x_BTHK[..., :width], positions_BT, theta)
+        return jnp.concatenate([turned, x_BTHK[..., width:]], axis=-1)
     half = x_BTHK.shape[-1] // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies
     sin, cos = jnp.sin(angles), jnp.cos(angles)
     a, b = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHK.dtype)
+
+
+def visible_keys(
+    config: ModelConfig, positions_BT: jax.Array, visible_BS: jax.Array, cached: bool
+) -> jax.Array:
+    """Which keys each query sees: [B, S] where that is the same for all, else [B, T, S].
+
+    Keys stand at `positions_BT` themselves, or in a cache, whose column s is position s. Blocks
+    are counted from position 0, so that the prompt falls into blocks as well.
+    """
+    if config.block_causal is None:
+        return visible_BS
+    keys_BS = jnp.arange(visible_BS.shape[1])[None] if cached else positions_BT
+    blocks_BT, blocks_BS = positions_BT // config.block_causal, keys_BS // config.block_causal
+    return visible_BS[:, None, :] & (blocks_BS[:, None, :] <= blocks_BT[:, :, None])
 
 
 class Attention(nnx.Module):
@@ -57,8 +69,13 @@ class Attention(nnx.Module):
                 rngs, (D, 2, G, K), ("embed", "stack", "kv_heads", "head_dim"), kind, D
             )
         self.out = weight(rngs, (H, K, D), ("heads", "head_dim", "embed"), kind, H * K)
+        if config.qk_norm:
+            self.q_norm = weight(rngs, (K,), ("head_dim",), kind, 0)
+            self.k_norm = weight(rngs, (K,), ("head_dim",), kind, 0)
         self.fused = H == G
         self.theta = config.rope_theta
+        self.rotary_dim = config.rotary_dim
+        self.norm_eps = config.norm_eps if config.qk_norm else None
 
     def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, H, K], keys and values [B, T, G, K]."""
@@ -78,7 +95,11 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """The attention branch, and this layer's keys and values after the write."""
         q, k, v = self.project(x_BTD)
-        q, k = rotate(q, positions_BT, self.theta), rotate(k, positions_BT, self.theta)
+        if self.norm_eps is not None:
+            q = rms_norm(q, self.q_norm[...], self.norm_eps)
+            k = rms_norm(k, self.k_norm[...], self.norm_eps)
+        q = rotate(q, positions_BT, self.theta, self.rotary_dim)
+        k = rotate(k, positions_BT, self.theta, self.rotary_dim)
         if past is not None:
             k, v = write(past[0], k, positions_BT), write(past[1], v, positions_BT)
         mixed = attention(q, k.astype(q.dtype), v.astype(q.dtype), visible_BS)
@@ -88,8 +109,8 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU feed-forward; gate and up are one weight."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        D, F = config.embed, config.mlp
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, width: int | None = None):
+        D, F = config.embed, width or config.mlp
         self.gate_up = weight(rngs, (D, 2, F), ("embed", "stack", "mlp"), config.dtype, D)
         self.down = weight(rngs, (F, D), ("mlp", "embed"), config.dtype, F)
 
@@ -100,14 +121,28 @@ class MLP(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Pre-norm residual layer."""
+    """Pre-norm residual layer, with an MLP or with experts."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, number: int):
         self.attention_norm = weight(rngs, (config.embed,), ("embed",), config.dtype, 0)
         self.attention = Attention(config, rngs)
         self.mlp_norm = weight(rngs, (config.embed,), ("embed",), config.dtype, 0)
-        self.mlp = MLP(config, rngs)
+        moe = config.moe_layer(number)
+        if moe is None:
+            self.mlp = MLP(config, rngs)
+        else:
+            self.experts = Experts(config.embed, moe, config.dtype, rngs)
+            if moe.shared_mlp:
+                self.shared = MLP(config, rngs, moe.shared_mlp)
+        self.sparse, self.has_shared = moe is not None, moe is not None and moe.shared_mlp > 0
         self.eps = config.norm_eps
+
+    def feed_forward(self, x_BTD: jax.Array) -> jax.Array:
+        """The MLP branch of normed inputs; the shared expert is added as it is."""
+        if not self.sparse:
+            return self.mlp(x_BTD)
+        mixed_BTD = self.experts(x_BTD)
+        return mixed_BTD + self.shared(x_BTD) if self.has_shared else mixed_BTD
 
     def __call__(
         self,
@@ -121,7 +156,8 @@ class Layer(nnx.Module):
             mixed, present = self.attention(h, positions_BT, visible_BS, past)
         x_BTD = x_BTD + mixed
         with jax.named_scope("mlp"):
-            return x_BTD + self.mlp(rms_norm(x_BTD, self.mlp_norm[...], self.eps)), present
+            h = rms_norm(x_BTD, self.mlp_norm[...], self.eps)
+            return x_BTD + self.feed_forward(h), present
 
 
 class Transformer(nnx.Module):
@@ -131,7 +167,7 @@ class Transformer(nnx.Module):
         D, V = config.embed, config.vocab
         self.config = config
         self.embedding = weight(rngs, (V, D), ("vocab", "embed"), config.dtype, D)
-        self.layers = nnx.List([Layer(config, rngs) for _ in range(config.layers)])
+        self.layers = nnx.List([Layer(config, rngs, i) for i in range(config.layers)])
         self.norm = weight(rngs, (D,), ("embed",), config.dtype, 0)
         self.head = weight(rngs, (D, V), ("embed", "vocab"), config.dtype, D)
 
@@ -155,15 +191,16 @@ class Transformer(nnx.Module):
 
         Without a cache the T columns attend to each other (S = T). With one, they are first written
         to its columns `positions_BT` (those beyond S are dropped), then attend to all S columns.
-        `visible_BS` is bool; a hidden key gets no weight. Attention is bidirectional. `remat`
-        computes each layer again in the backward pass instead of keeping its activations.
+        `visible_BS` is bool; a hidden key gets no weight. Attention is bidirectional, or, where
+        the config says so, sees no later block (`visible_keys`). `remat` computes each layer again in the backward pass instead of keeping its activations.
         """
         run = jax.checkpoint(Layer.__call__) if remat else Layer.__call__
+        seen = visible_keys(self.config, positions_BT, visible_BS, cache is not None)
         presents = []
         for i, layer in enumerate(self.layers):
             past = None if cache is None else (cache.keys[i], cache.values[i])
             with jax.named_scope(f"layer{i}"):
-                x_BTD, present = run(layer, x_BTD, positions_BT, visible_BS, past)
+                x_BTD, present = run(layer, x_BTD, positions_BT, seen, past)
             presents.append(present)
         keys, values = zip(*presents, strict=True)
         return rms_norm(x_BTD, self.norm[...], self.config.norm_eps), Cache(keys, values)
