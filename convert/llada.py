@@ -37,18 +37,18 @@ def facts(hf: dict[str, Any], special: dict[str, int]) -> ModelConfig:
 def rows(config: ModelConfig) -> list[Row]:
     """The table, in the order of the model."""
     if config.heads == config.kv_heads:
-        attention = [("attention.qkv", ("q_proj", "k_proj", "v_proj"), "(HK)D->DHK")]
+        attention = [("attention.qkv", ("q_proj", "k_proj", "v_proj"), "(HK)D->DCHK")]
     else:
         attention = [
             ("attention.q", ("q_proj",), "(HK)D->DHK"),
-            ("attention.kv", ("k_proj", "v_proj"), "(GK)D->DGK"),
+            ("attention.kv", ("k_proj", "v_proj"), "(GK)D->DCGK"),
         ]
     layer = [
         ("attention_norm", ("attn_norm",), "D->D"),
         *attention,
         ("attention.out", ("attn_out",), "D(HK)->HKD"),
         ("mlp_norm", ("ff_norm",), "D->D"),
-        ("mlp.gate_up", ("ff_proj", "up_proj"), "FD->DF"),
+        ("mlp.gate_up", ("ff_proj", "up_proj"), "FD->DCF"),
         ("mlp.down", ("ff_out",), "DF->FD"),
     ]
     table = [Row("embedding", ("model.transformer.wte.weight",), "VD->VD")]
