@@ -191,8 +191,9 @@ class Transformer(nnx.Module):
 
         Without a cache the T columns attend to each other (S = T). With one, they are first written
         to its columns `positions_BT` (those beyond S are dropped), then attend to all S columns.
-        `visible_BS` is bool; a hidden key gets no weight. Attention is bidirectional, or, where
-        the config says so, sees no later block (`visible_keys`). `remat` computes each layer again in the backward pass instead of keeping its activations.
+        `visible_BS` is bool; a hidden key gets no weight. Attention is bidirectional, or sees no
+        later block where the config says so (`visible_keys`). `remat` computes each layer again in
+        the backward pass instead of keeping its activations.
         """
         run = jax.checkpoint(Layer.__call__) if remat else Layer.__call__
         seen = visible_keys(self.config, positions_BT, visible_BS, cache is not None)

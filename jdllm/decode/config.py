@@ -131,7 +131,12 @@ def make_unmasker(config: DecodeConfig, model: ModelConfig) -> unmask.Unmasker:
 
 
 def make_setup(config: DecodeConfig, model: ModelConfig) -> Setup:
-    """Static description of the loop for a resolved `config` and `model`."""
+    """Static description of the loop for a resolved `config` and `model`; ValueError."""
+    if model.block_causal is not None:
+        raise ValueError(
+            f"the model attends block by block (block_causal={model.block_causal}), which the "
+            "decode loop cannot do yet; it serves bidirectional models"
+        )
     if config.gen_length is None or config.block_length is None:
         raise ValueError("lengths are still open: call DecodeConfig.resolve first")
     blocks = config.gen_length // config.block_length
