@@ -33,7 +33,8 @@ def ragged(
 ) -> jax.Array:
     """Tokens sorted by expert, so that each expert multiplies only its own.
 
-    What XLA makes of a ragged product depends on the device; on a CPU it is a masked dense one. The sum over a token's experts runs in the order of its picks, whoever its batch mates are.
+    What XLA makes of a ragged product depends on the device; on a CPU it is a masked dense one.
+    The sum over a token's experts runs in the order of its picks, whoever its batch mates are.
     """
     (T, P), (E, D, _, M), kind = picks_TP.shape, gate_up_EDCM.shape, x_TD.dtype
     order = jnp.argsort(picks_TP.reshape(-1), stable=True)

@@ -119,7 +119,7 @@ def by_hand(x: Any, gate_up: Any, down: Any, picks: Any, weights: Any) -> np.nda
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     st.tuples(*[st.integers(1, 6)] * 4).flatmap(
         lambda s: st.tuples(*map(st.just, s), st.integers(1, s[2]))
@@ -200,7 +200,7 @@ def test_experts_lie_along_the_model_axis():
     assert specs["layers.0.experts.router"] == P(None, None)
 
 
-@pytest.mark.parametrize("mesh", ["4x1", "2x4"])
+@pytest.mark.parametrize("mesh", ["2x4"])
 def test_every_mesh_decodes_the_same_tokens(mesh: str):
     _, params = random_model(SPARSE, sharding.parse_mesh("1x1"), seed=1)
     arrays = {name: np.array(leaf[...]) for name, leaf in named(params).items()}
@@ -228,6 +228,7 @@ def test_decoding_block_by_block_is_refused():
 # ---------------------------------------------------------------- the block-causal mask
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.integers(1, 9), st.integers(0, 30), st.integers(1, 12), st.booleans())
 def test_a_query_sees_the_blocks_up_to_its_own(length: int, start: int, count: int, cached: bool):
     config = dataclasses.replace(NAMED["tiny"], block_causal=length)
