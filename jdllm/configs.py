@@ -56,7 +56,8 @@ class MoEConfig:
     @classmethod
     def from_facts(cls, facts: dict[str, Any]) -> Self:
         """The inverse of `dataclasses.asdict` through JSON."""
-        return cls(**facts | {"dense_layers": tuple(facts.get("dense_layers", ()))})
+        known: dict[str, Any] = dict(facts, dense_layers=tuple(facts.get("dense_layers", ())))
+        return cls(**known)
 
 
 @dataclasses.dataclass(frozen=True)
