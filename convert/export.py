@@ -19,10 +19,10 @@ from jdllm.tokenizer import copy_tokenizer
 
 
 def tensors(folder: Path, config: ModelConfig) -> Iterator[dict[str, np.ndarray]]:
-    """Hugging Face tensors of one unit after the other, in the config's dtype."""
+    """Hugging Face tensors of one unit after the other, routers as in their source."""
     with ocp.StandardCheckpointer() as checkpointer:
         for unit, leaves in checkpoint.units(config).items():
-            like = {name: np.empty(leaf.shape, config.dtype) for name, leaf in leaves.items()}
+            like = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
             arrays = checkpointer.restore(folder.absolute() / "weights" / unit, like)
             yield restore_sources(FAMILIES[config.family], config, arrays)
 

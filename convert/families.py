@@ -8,12 +8,14 @@ from typing import Any
 
 from jdllm.checkpoint import LazyArray
 from jdllm.configs import ModelConfig
-from jdllm.convert import dream, llada, qwen2
+from jdllm.convert import dream, llada, llada2, llada_moe, qwen2
 from jdllm.convert.shards import Shards
-from jdllm.convert.table import ANY, ConversionError, Family, check, stream
+from jdllm.convert.table import ANY, ConversionError, Family, check, kept, stream
 
 FAMILIES: dict[str, Family] = {
     "llada": llada.FAMILY,
+    "llada_moe": llada_moe.FAMILY,
+    "llada2": llada2.FAMILY,
     "dream": dream.FAMILY,
     "qwen2": qwen2.FAMILY,
 }
@@ -136,4 +138,12 @@ def open_source(
     config = _read_facts(entry, hf, folder)
     shards = Shards(folder)
     check(entry, config, shards)
-    return Source(found, dataclasses.replace(config, dtype=shards.resolve_dtype(dtype)), shards)
+    apart = kept(entry, config)
+    config = dataclasses.replace(config, dtype=shards.resolve_dtype(dtype, apart))
+    if config.moe:
+        routers = (shards.dtypes[name] for name in apart if name.endswith("gate.weight"))
+        stored = next(routers, "float32")
+        config = dataclasses.replace(
+            config, moe=dataclasses.replace(config.moe, router_stored=stored)
+        )
+    return Source(found, config, shards)

@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401  (gives numpy its bfloat16)
@@ -89,11 +90,11 @@ class Shards:
             counts[self.dtypes[name]] += math.prod(shape)
         return counts.most_common(1)[0][0]
 
-    def resolve_dtype(self, wanted: str | None) -> str:
+    def resolve_dtype(self, wanted: str | None, kept: Collection[str] = ()) -> str:
         """The dtype to convert to: `wanted`, else the one of most weights.
 
         ShardError where `wanted` is no dtype of weights, or where it is not given and some tensor
-        would lose precision.
+        that is not among `kept`, which keep theirs, would lose precision.
         """
         if wanted is not None:
             if wanted not in DTYPES.values():
@@ -101,7 +102,7 @@ class Shards:
             return wanted
         chosen = self.dtype
         for name, stored in self.dtypes.items():
-            if stored != chosen and chosen != "float32":
+            if stored != chosen and chosen != "float32" and name not in kept:
                 raise ShardError(
                     f"{name} is stored as {stored}, but most weights are {chosen}: say which to "
                     f"store with dtype=float32 (exact) or dtype={chosen}"

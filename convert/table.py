@@ -1,12 +1,13 @@
 """Conversion tables as data: which Hugging Face tensors make which of our parameters, and back.
 
 A row names our parameter, its source tensors and a rule such as "(HK)D->DHK", whose letters are
-the sizes of the model; C on the right side, as in "(HK)D->DCHK", is the axis along which several
-sources are stacked. Because a rule is data it is applied, checked and undone by the same few
-lines, whatever the family.
+the sizes of the model. A letter on the right side alone is an axis along which several sources are
+stacked: "FD->DCF" for gate and up, "MD->EDCM" for those of every expert. Because a rule is data it
+is applied, checked and undone by the same few lines, whatever the family.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -18,7 +19,6 @@ from jdllm.configs import ModelConfig
 from jdllm.convert.shards import Shards
 
 ANY = object()  # a key whose value cannot matter
-STACK = "C"  # the axis of a parameter along which its sources are stacked
 
 
 class ConversionError(ValueError):
@@ -31,10 +31,17 @@ class Row:
 
     name: str
     sources: tuple[str, ...]
+    """In row-major order of the stacking axes."""
     rule: str
+    spans: tuple[tuple[int, int], ...] = ()
+    """First and last + 1 leading row of each source that is ours; empty where all of them are."""
+    dtype: str | None = None
+    """What our parameter is kept in, where that is not the config's dtype."""
+    stored: str | None = None
+    """What its sources are exported in, where that is not ours."""
 
     def __post_init__(self):
-        if len(self.sources) > 1 and stack_axis(self.rule) is None:
+        if len(self.sources) > 1 and not _stacking(self.rule):
             raise ValueError(f"{self.name}: the rule {self.rule} says not where to stack sources")
 
 
@@ -58,8 +65,8 @@ class Family:
 
 
 def sizes(config: ModelConfig) -> dict[str, int]:
-    """The size of every letter that rules may use."""
-    return {
+    """The size of every letter that rules may use, but C, which counts sources."""
+    size = {
         "D": config.embed,
         "H": config.heads,
         "G": config.kv_heads,
@@ -67,18 +74,29 @@ def sizes(config: ModelConfig) -> dict[str, int]:
         "F": config.mlp,
         "V": config.vocab,
     }
+    if config.moe:
+        size |= {"E": config.moe.experts, "M": config.moe.expert_mlp, "U": config.moe.shared_mlp}
+    return size
 
 
 def _letters(rule: str) -> tuple[str, str]:
-    """The axes of one source, and of its part in our parameter."""
+    """Letters of one source, theirs and ours: without the axes along which sources are stacked."""
     left, right = rule.split("->")
-    return left.replace("(", "").replace(")", ""), right.replace(STACK, "")
+    left = left.replace("(", "").replace(")", "")
+    return left, "".join(x for x in right if x in left)
 
 
-def stack_axis(rule: str) -> int | None:
-    """The axis of our parameter along which its sources are stacked; None where it has but one."""
-    right = rule.split("->")[1]
-    return right.index(STACK) if STACK in right else None
+def _stacking(rule: str) -> list[int]:
+    """Our axes along which sources are stacked."""
+    left, right = rule.split("->")
+    return [axis for axis, letter in enumerate(right) if letter not in left]
+
+
+def shape_of(row: Row, size: dict[str, int]) -> tuple[int, ...]:
+    """The shape of our parameter; C is what the number of sources leaves for it."""
+    right = row.rule.split("->")[1]
+    others = math.prod(size[right[axis]] for axis in _stacking(row.rule) if right[axis] != "C")
+    return tuple(({"C": len(row.sources) // others} | size)[letter] for letter in right)
 
 
 def source_shape(rule: str, size: dict[str, int]) -> tuple[int, ...]:
@@ -97,8 +115,19 @@ def source_shape(rule: str, size: dict[str, int]) -> tuple[int, ...]:
     return tuple(shape)
 
 
+def source_shapes(rows: list[Row], size: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    """The shape of every source tensor; one that is cut into spans reaches to its last one."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for row in rows:
+        shape = source_shape(row.rule, size)
+        for i, source in enumerate(row.sources):
+            end = row.spans[i][1] if row.spans else shape[0]
+            shapes[source] = (max(end, shapes.get(source, (0,))[0]), *shape[1:])
+    return shapes
+
+
 def apply(rule: str, array: np.ndarray, size: dict[str, int]) -> np.ndarray:
-    """A source tensor in our layout, before it is stacked (a view)."""
+    """A source tensor in our layout, stacking axes apart (a view)."""
     left, right = _letters(rule)
     return array.reshape([size[x] for x in left]).transpose([left.index(x) for x in right])
 
@@ -112,7 +141,7 @@ def undo(rule: str, array: np.ndarray, size: dict[str, int]) -> np.ndarray:
 def check(family: Family, config: ModelConfig, shards: Shards) -> None:
     """Compares names and shapes with the table before any weight is read; ConversionError."""
     rows, size = family.rows(config), sizes(config)
-    expected = {source: source_shape(row.rule, size) for row in rows for source in row.sources}
+    expected = source_shapes(rows, size)
     if missing := sorted(set(expected) - set(shards.shapes)):
         raise ConversionError(f"{shards.folder} lacks {_some(missing)}, which the model needs")
     if extra := sorted(set(shards.shapes) - set(expected)):
@@ -131,15 +160,19 @@ def _some(names: list[str]) -> str:
     return f"{len(names)} tensor(s): {', '.join(names[:3])}{more}"
 
 
+def kept(family: Family, config: ModelConfig) -> set[str]:
+    """Source tensors whose parameters have a dtype of their own."""
+    return {source for row in family.rows(config) if row.dtype for source in row.sources}
+
+
 def stream(
     family: Family, config: ModelConfig, shards: Shards
 ) -> Iterator[tuple[str, dict[str, LazyArray]]]:
     """Yields our parameters in the config's dtype as (unit, {name: array}), nothing read yet."""
-    size, dtype = sizes(config), np.dtype(config.dtype)
+    size = sizes(config)
     grouped: dict[str, dict[str, LazyArray]] = {}
     for row in family.rows(config):
-        stacked = size | {STACK: len(row.sources)}
-        shape = tuple(stacked[letter] for letter in row.rule.split("->")[1])
+        shape, dtype = shape_of(row, size), np.dtype(row.dtype or config.dtype)
         read = partial(_read, row, shards, size, dtype)
         grouped.setdefault(unit_of(row.name), {})[row.name] = LazyArray(shape, dtype, read)
     yield from grouped.items()
@@ -149,30 +182,42 @@ def _read(
     row: Row, shards: Shards, size: dict[str, int], dtype: np.dtype, index: Index
 ) -> np.ndarray:
     """One piece of a parameter; one source is mapped at a time."""
-    axis = stack_axis(row.rule)
-    if axis is None:
-        whole = apply(row.rule, shards.map(row.sources[0]), size)
-        return np.array(whole[index], dtype, order="C")
-    parts = []
-    for source in row.sources[index[axis]]:
-        whole = apply(row.rule, shards.map(source), size)
-        parts.append(np.array(whole[index[:axis] + index[axis + 1 :]], dtype))
-    return np.stack(parts, axis)
+    shape, axes = shape_of(row, size), _stacking(row.rule)
+    within = tuple(part for axis, part in enumerate(index) if axis not in axes)
+    ranges = [range(n)[part] for n, part in zip(shape, index, strict=True)]
+    piece = np.empty([len(r) for r in ranges], dtype)
+    for at in np.ndindex(*(len(ranges[axis]) for axis in axes)):
+        place: list[int | slice] = [slice(None)] * len(shape)
+        number = 0
+        for axis, i in zip(axes, at, strict=True):
+            place[axis] = i
+            number = number * shape[axis] + ranges[axis][i]
+        tensor = shards.map(row.sources[number])
+        if row.spans:
+            tensor = tensor[slice(*row.spans[number])]
+        piece[tuple(place)] = apply(row.rule, tensor, size)[within]
+    return piece
 
 
 def restore_sources(
     family: Family, config: ModelConfig, arrays: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Hugging Face tensors, by name, of the parameters in `arrays`: the inverse of `stream`."""
+    """Hugging Face tensors, by name, of the parameters in `arrays`: the inverse of `stream`.
+
+    A tensor that is cut into spans must have all of them in `arrays`.
+    """
     size = sizes(config)
-    tensors: dict[str, np.ndarray] = {}
-    for row in family.rows(config):
-        if row.name not in arrays:
-            continue
-        axis = stack_axis(row.rule)
-        parts = np.expand_dims(arrays[row.name], 0)
-        if axis is not None:
-            parts = np.moveaxis(arrays[row.name], axis, 0)
-        for source, part in zip(row.sources, parts, strict=True):
-            tensors[source] = np.ascontiguousarray(undo(row.rule, part, size))
+    rows = [row for row in family.rows(config) if row.name in arrays]
+    shapes, tensors = source_shapes(rows, size), dict[str, np.ndarray]()
+    for row in rows:
+        array, axes = arrays[row.name], _stacking(row.rule)
+        apart = np.moveaxis(array, axes, range(len(axes)))
+        for i, at in enumerate(np.ndindex(apart.shape[: len(axes)])):
+            source, part = row.sources[i], undo(row.rule, apart[at], size)
+            part = part.astype(row.stored or array.dtype, copy=False)
+            if not row.spans:
+                tensors[source] = np.ascontiguousarray(part)
+                continue
+            whole = tensors.setdefault(source, np.empty(shapes[source], part.dtype))
+            whole[slice(*row.spans[i])] = part
     return tensors

@@ -184,7 +184,7 @@ def restore_model(
     with ocp.StandardCheckpointer() as checkpointer:
         for unit, leaves in units(config).items():
             wanted = {
-                name: jax.ShapeDtypeStruct(leaf.shape, config.dtype, sharding=targets[name])
+                name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=targets[name])
                 for name, leaf in leaves.items()
             }
             path = folder.absolute() / "weights" / unit

@@ -3,9 +3,62 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any, Literal, Self
 
 FORMAT = "jdllm-1"
 NO_ID = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """The facts of a model's mixture-of-experts layers; `jdllm.moe.route` follows them."""
+
+    experts: int
+    top_k: int
+    """Experts of a token."""
+    expert_mlp: int
+    """Width of one expert."""
+    shared_mlp: int = 0
+    """Width of the expert that every token uses besides, unweighted; 0 is none."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers, from 0, that have an ordinary MLP instead."""
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """What makes scores of the router's logits, over all experts."""
+    renormalise: bool = False
+    """Whether the weights of a token's experts are divided by their sum."""
+    scale: float = 1.0
+    """Factor of all weights."""
+    groups: int = 1
+    """The experts fall into this many groups of neighbours."""
+    top_groups: int = 1
+    """Only the best groups, by the sum of their two best scores, are chosen from."""
+    expert_bias: Literal["none", "selection", "score"] = "none"
+    """Where a learned bias per expert is added: it only helps to select, or counts as score."""
+    router_stored: str = "float32"
+    """Dtype of the routers in the Hugging Face files (here: float32). Only exporting reads it."""
+
+    def __post_init__(self):
+        counts = {
+            name: getattr(self, name)
+            for name in ("experts", "top_k", "expert_mlp", "groups", "top_groups")
+        }
+        for name, value in counts.items():
+            if type(value) is not int or value < 1:
+                raise ValueError(f"moe.{name}={value!r} must be a whole number of 1 or more")
+        if type(self.shared_mlp) is not int or self.shared_mlp < 0:
+            raise ValueError(f"moe.shared_mlp={self.shared_mlp!r} must be a whole number")
+        if self.experts % self.groups or self.top_groups > self.groups:
+            raise ValueError(
+                f"experts must fall into whole groups, of which at most all are kept, got {counts}"
+            )
+        if self.top_k > self.top_groups * (self.experts // self.groups):
+            raise ValueError(f"top_k must not exceed the experts to choose from, got {counts}")
+
+    @classmethod
+    def from_facts(cls, facts: dict[str, Any]) -> Self:
+        """The inverse of `dataclasses.asdict` through JSON."""
+        known: dict[str, Any] = dict(facts, dense_layers=tuple(facts.get("dense_layers", ())))
+        return cls(**known)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +98,14 @@ class ModelConfig:
     """Whether the embedding serves as the head too."""
     shift_logits: bool = False
     """Whether row t of the logits predicts token t + 1. `model.py` returns them unshifted."""
+    qk_norm: bool = False
+    """Whether queries and keys are RMS-normed, per head and before rotary embedding."""
+    rotary_dim: int | None = None
+    """Leading channels of a head that rotary embedding turns (None: all of them)."""
+    block_causal: int | None = None
+    """Block length of the mask: position p sees the blocks up to its own (None: everything)."""
+    moe: MoEConfig | None = None
+    """Mixture-of-experts layers (None: every layer has an MLP of width `mlp`)."""
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
@@ -54,6 +115,15 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"rotary embedding needs an even head_dim, got {self.head_dim}")
+        rotary = self.head_dim if self.rotary_dim is None else self.rotary_dim
+        if rotary % 2 or not 0 < rotary <= self.head_dim:
+            raise ValueError(f"rotary_dim={rotary} must be even, up to head_dim={self.head_dim}")
+        if self.block_causal is not None and self.block_causal < 1:
+            raise ValueError(f"block_causal={self.block_causal} must be 1 or more")
+
+    def moe_layer(self, layer: int) -> MoEConfig | None:
+        """The facts of the experts of a layer; None where it has an ordinary MLP."""
+        return None if self.moe and layer in self.moe.dense_layers else self.moe
 
     def to_json(self) -> str:
         """JSON text for config.json beside converted weights."""
@@ -70,6 +140,8 @@ class ModelConfig:
             raise ValueError(f"unknown keys in the converted config: {', '.join(unknown)}")
         facts["stop_ids"] = tuple(facts["stop_ids"])
         try:
+            if facts.get("moe") is not None:
+                facts["moe"] = MoEConfig.from_facts(facts["moe"])
             return cls(**facts)
         except TypeError as error:
             raise ValueError(f"the converted config is incomplete: {error}") from None
@@ -88,19 +160,32 @@ def count_parameters(config: ModelConfig) -> int:
     attention = config.embed * config.head_dim * 2 * (config.heads + config.kv_heads)
     if config.qkv_bias:
         attention += config.head_dim * (config.heads + 2 * config.kv_heads)
-    layer = attention + 3 * config.embed * config.mlp + 2 * config.embed
+    norms = 2 * config.embed + (2 * config.head_dim if config.qk_norm else 0)
+    layers = config.layers * (attention + norms)
+    for i in range(config.layers):
+        moe, width = config.moe_layer(i), config.mlp
+        if moe:
+            width = moe.experts * moe.expert_mlp + moe.shared_mlp
+            layers += moe.experts * (config.embed + (moe.expert_bias != "none"))
+        layers += 3 * config.embed * width
     ends = (1 if config.tied_head else 2) * config.vocab * config.embed
-    return config.layers * layer + ends + config.embed
+    return layers + ends + config.embed
 
 
-def require_aligned(config: ModelConfig) -> None:
-    """ValueError for a model whose logits stand one row before the token that they predict."""
+def require_served(config: ModelConfig) -> None:
+    """ValueError for a model whose forward pass is there, but not its decoding and training."""
     if config.causal or config.shift_logits:
         fact = "causal" if config.causal else "shift_logits"
         raise ValueError(
             f"a model with {fact}=true predicts token t + 1 in row t of its logits, which decoding "
             "and training do not read yet; use its forward pass alone (jdllm.model.forward), or "
             "another model"
+        )
+    if config.block_causal is not None:
+        raise ValueError(
+            f"the model attends block by block (block_causal={config.block_causal}), which "
+            "decoding and training cannot do yet; use its forward pass alone "
+            "(jdllm.model.forward), or another model"
         )
 
 
@@ -180,11 +265,47 @@ BUNDLED = ModelConfig(
     stop_ids=(1, 2),
 )
 
+LLADA2_MINI = ModelConfig(
+    layers=20,
+    embed=2048,
+    heads=16,
+    kv_heads=4,
+    head_dim=128,
+    mlp=5120,
+    vocab=157184,
+    max_length=32768,
+    rope_theta=600000.0,
+    norm_eps=1e-6,
+    mask_id=156895,
+    eos_id=156892,
+    pad_id=156892,
+    stop_ids=(156892,),
+    family="llada2",
+    qk_norm=True,
+    rotary_dim=64,
+    block_causal=32,
+    moe=MoEConfig(
+        experts=256,
+        top_k=8,
+        expert_mlp=512,
+        shared_mlp=512,
+        dense_layers=(0,),
+        score="sigmoid",
+        renormalise=True,
+        scale=2.5,
+        groups=8,
+        top_groups=4,
+        expert_bias="selection",
+        router_stored="bfloat16",
+    ),
+)
+
 # What `model=random:<name>` may be. "tiny" has no published counterpart; it is there so that
 # every path that takes random weights can be tried on a laptop.
 NAMED: dict[str, ModelConfig] = {
     "llada-8b": LLADA_8B,
     "llada-1.5": LLADA_8B,
+    "llada2-mini": LLADA2_MINI,
     "dream-7b": DREAM_7B,
     "diffucoder-7b": DREAM_7B,
     "qwen2.5-0.5b": QWEN2_5_HALF_B,

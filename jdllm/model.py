@@ -1,11 +1,8 @@
 """The forward pass: one transformer, whose facts are in ModelConfig.
 
 Shape letters, in suffixes and einsums: B batch, T canvas, S keys, L layers, D embed, H query
-heads, G key/value heads, K head dim, F mlp, V vocab, N block.
+heads, G key/value heads, K head dim, F mlp, V vocab, N block. Experts: see moe.py.
 """
-
-import math
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,21 +11,8 @@ from flax import nnx
 from jdllm.cache import Cache, write
 from jdllm.configs import ModelConfig
 from jdllm.kernels.attention import attention
-
-
-def weight(
-    rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str], dtype: str, fan_in: int
-) -> nnx.Param:
-    """A weight with its logical axes; truncated normal of variance 1/fan_in, ones for fan_in 0."""
-    if fan_in == 0:
-        return nnx.Param(jnp.ones(shape, dtype), axes=tuple(axes))
-    init = jax.random.truncated_normal(rngs.params(), -3, 3, tuple(shape), jnp.float32)
-    return nnx.Param((init / math.sqrt(fan_in)).astype(dtype), axes=tuple(axes))
-
-
-def bias(shape: Sequence[int], axes: Sequence[str], dtype: str) -> nnx.Param:
-    """A bias with its logical axes; it starts at zero."""
-    return nnx.Param(jnp.zeros(shape, dtype), axes=tuple(axes))
+from jdllm.moe import Experts
+from jdllm.weights import bias, weight
 
 
 def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
@@ -38,8 +22,16 @@ def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     return x.astype(x_BTD.dtype) * scale_D.astype(x_BTD.dtype)
 
 
-def rotate(x_BTHK: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
-    """Rotary embedding over the halves of the head dim, computed in float32."""
+def rotate(
+    x_BTHK: jax.Array, positions_BT: jax.Array, theta: float, width: int | None = None
+) -> jax.Array:
+    """Rotary embedding over the halves of the head dim, computed in float32.
+
+    With `width` only that many leading channels turn; the others stay.
+    """
+    if width is not None and width < x_BTHK.shape[-1]:
+        turned = rotate(x_BTHK[..., :width], positions_BT, theta)
+        return jnp.concatenate([turned, x_BTHK[..., width:]], axis=-1)
     half = x_BTHK.shape[-1] // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies
@@ -48,9 +40,21 @@ def rotate(x_BTHK: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Arra
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHK.dtype)
 
 
-def causal_mask(visible_BS: jax.Array, columns_BT: jax.Array, keys_BS: jax.Array) -> jax.Array:
-    """[B, T, S]: the visible keys whose column is not to the right of the query's."""
-    return visible_BS[:, None, :] & (keys_BS[:, None, :] <= columns_BT[:, :, None])
+def visible_keys(
+    config: ModelConfig, positions_BT: jax.Array, visible_BS: jax.Array, cached: bool
+) -> jax.Array:
+    """Which keys each query sees: [B, S] where that is the same for all, else [B, T, S].
+
+    Keys stand at `positions_BT` themselves, or in a cache, whose column s is position s. Blocks
+    are counted from position 0, so that the prompt falls into blocks as well; a causal model's
+    blocks have one column.
+    """
+    block = 1 if config.causal else config.block_causal
+    if block is None:
+        return visible_BS
+    keys_BS = jnp.arange(visible_BS.shape[1])[None] if cached else positions_BT
+    blocks_BT, blocks_BS = positions_BT // block, keys_BS // block
+    return visible_BS[:, None, :] & (blocks_BS[:, None, :] <= blocks_BT[:, :, None])
 
 
 class Attention(nnx.Module):
@@ -72,10 +76,14 @@ class Attention(nnx.Module):
         elif config.qkv_bias:
             self.q_bias = bias((H, K), ("heads", "head_dim"), kind)
             self.kv_bias = bias((2, G, K), ("stack", "kv_heads", "head_dim"), kind)
+        if config.qk_norm:
+            self.q_norm = weight(rngs, (K,), ("head_dim",), kind, 0)
+            self.k_norm = weight(rngs, (K,), ("head_dim",), kind, 0)
         self.fused = H == G
         self.biased = config.qkv_bias
-        self.causal = config.causal
         self.theta = config.rope_theta
+        self.rotary_dim = config.rotary_dim
+        self.norm_eps = config.norm_eps if config.qk_norm else None
 
     def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, H, K], keys and values [B, T, G, K]."""
@@ -101,23 +109,22 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """The attention branch, and this layer's keys and values after the write."""
         q, k, v = self.project(x_BTD)
-        q, k = rotate(q, positions_BT, self.theta), rotate(k, positions_BT, self.theta)
+        if self.norm_eps is not None:
+            q = rms_norm(q, self.q_norm[...], self.norm_eps)
+            k = rms_norm(k, self.k_norm[...], self.norm_eps)
+        q = rotate(q, positions_BT, self.theta, self.rotary_dim)
+        k = rotate(k, positions_BT, self.theta, self.rotary_dim)
         if past is not None:
             k, v = write(past[0], k, positions_BT), write(past[1], v, positions_BT)
-        visible = visible_BS
-        if self.causal:
-            # cached keys stand in the column of their index, others where they were fed
-            keys_BS = positions_BT if past is None else jnp.arange(k.shape[1])[None]
-            visible = causal_mask(visible_BS, positions_BT, keys_BS)
-        mixed = attention(q, k.astype(q.dtype), v.astype(q.dtype), visible)
+        mixed = attention(q, k.astype(q.dtype), v.astype(q.dtype), visible_BS)
         return jnp.einsum("BTHK,HKD->BTD", mixed, self.out[...].astype(q.dtype)), (k, v)
 
 
 class MLP(nnx.Module):
     """SwiGLU feed-forward; gate and up are one weight."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        D, F = config.embed, config.mlp
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, width: int | None = None):
+        D, F = config.embed, width or config.mlp
         self.gate_up = weight(rngs, (D, 2, F), ("embed", "stack", "mlp"), config.dtype, D)
         self.down = weight(rngs, (F, D), ("mlp", "embed"), config.dtype, F)
 
@@ -128,14 +135,28 @@ class MLP(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Pre-norm residual layer."""
+    """Pre-norm residual layer, with an MLP or with experts."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, number: int):
         self.attention_norm = weight(rngs, (config.embed,), ("embed",), config.dtype, 0)
         self.attention = Attention(config, rngs)
         self.mlp_norm = weight(rngs, (config.embed,), ("embed",), config.dtype, 0)
-        self.mlp = MLP(config, rngs)
+        moe = config.moe_layer(number)
+        if moe is None:
+            self.mlp = MLP(config, rngs)
+        else:
+            self.experts = Experts(config.embed, moe, config.dtype, rngs)
+            if moe.shared_mlp:
+                self.shared = MLP(config, rngs, moe.shared_mlp)
+        self.sparse, self.has_shared = moe is not None, moe is not None and moe.shared_mlp > 0
         self.eps = config.norm_eps
+
+    def feed_forward(self, x_BTD: jax.Array) -> jax.Array:
+        """The MLP branch of normed inputs; the shared expert is added as it is."""
+        if not self.sparse:
+            return self.mlp(x_BTD)
+        mixed_BTD = self.experts(x_BTD)
+        return mixed_BTD + self.shared(x_BTD) if self.has_shared else mixed_BTD
 
     def __call__(
         self,
@@ -149,7 +170,8 @@ class Layer(nnx.Module):
             mixed, present = self.attention(h, positions_BT, visible_BS, past)
         x_BTD = x_BTD + mixed
         with jax.named_scope("mlp"):
-            return x_BTD + self.mlp(rms_norm(x_BTD, self.mlp_norm[...], self.eps)), present
+            h = rms_norm(x_BTD, self.mlp_norm[...], self.eps)
+            return x_BTD + self.feed_forward(h), present
 
 
 class Transformer(nnx.Module):
@@ -159,7 +181,7 @@ class Transformer(nnx.Module):
         D, V = config.embed, config.vocab
         self.config = config
         self.embedding = weight(rngs, (V, D), ("vocab", "embed"), config.dtype, D)
-        self.layers = nnx.List([Layer(config, rngs) for _ in range(config.layers)])
+        self.layers = nnx.List([Layer(config, rngs, i) for i in range(config.layers)])
         self.norm = weight(rngs, (D,), ("embed",), config.dtype, 0)
         if not config.tied_head:
             self.head = weight(rngs, (D, V), ("embed", "vocab"), config.dtype, D)
@@ -184,16 +206,17 @@ class Transformer(nnx.Module):
 
         Without a cache the T columns attend to each other (S = T). With one, they are first written
         to its columns `positions_BT` (those beyond S are dropped), then attend to all S columns.
-        `visible_BS` is bool; a hidden key gets no weight. Attention is bidirectional, or where the
-        config says causal, to keys whose column is at most the query's. `remat` computes each layer
+        `visible_BS` is bool; a hidden key gets no weight. Attention is bidirectional, or sees no
+        later block or column where the config says so (`visible_keys`). `remat` computes each layer
         again in the backward pass instead of keeping its activations.
         """
         run = jax.checkpoint(Layer.__call__) if remat else Layer.__call__
+        seen = visible_keys(self.config, positions_BT, visible_BS, cache is not None)
         presents = []
         for i, layer in enumerate(self.layers):
             past = None if cache is None else (cache.keys[i], cache.values[i])
             with jax.named_scope(f"layer{i}"):
-                x_BTD, present = run(layer, x_BTD, positions_BT, visible_BS, past)
+                x_BTD, present = run(layer, x_BTD, positions_BT, seen, past)
             presents.append(present)
         keys, values = zip(*presents, strict=True)
         return rms_norm(x_BTD, self.norm[...], self.config.norm_eps), Cache(keys, values)

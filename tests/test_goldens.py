@@ -7,6 +7,7 @@ that is not supported yet stands in UNSUPPORTED with its reason.
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,31 +18,31 @@ import pytest
 from flax import nnx
 
 from jdllm import sharding
+from jdllm.cache import Cache
 from jdllm.configs import ModelConfig
 from jdllm.convert.families import FAMILIES
 from jdllm.decode import DecodeConfig, Request, decode, make_setup
 from jdllm.load import load_parts
-from jdllm.model import Transformer
+from jdllm.model import Transformer, abstract, rms_norm, visible_keys
 
 ROOT = Path(os.environ.get("JDLLM_GOLDENS", Path(__file__).parent / "goldens"))
 ATOL = 2e-3
+MOE = {"LLaDAMoEModelLM", "LLaDA2MoeModelLM"}  # their logits.npz has a layout of its own
+MOE_ATOL = 5e-4
 EOT = 314  # stands for LLaDA's end-of-turn id in the tiny vocabularies
 
 # (kind, name) -> why it is not replayed yet. Names: the architecture of a checkpoint, the family
 # of a decode trace, the folder of likelihoods, the stem of a traces_*.json.
 UNSUPPORTED = {
-    ("checkpoint", "LLaDAMoEModelLM"): "mixture-of-experts layers are not in model.py yet",
-    ("checkpoint", "LLaDA2MoeModelLM"): "mixture-of-experts layers are not in model.py yet",
     ("decode", "apd"): "drafts checked by a verifier, and shifted logits, are not decoded yet",
     ("decode", "dinfer"): "dInfer's rules and vicinity cache are not written yet",
     ("decode", "dream"): "shifted logits and Dream's rules are not in the decode loop yet",
     ("decode", "fast_dream"): "shifted logits and Fast-dLLM's Dream blocks are not decoded yet",
     ("likelihood", "likelihood"): "likelihood scoring is not written yet",
-    ("traces", "traces_dinfer"): "needs the mixture-of-experts checkpoints",
-    ("traces", "traces_dinfer_itersmooth"): "needs the mixture-of-experts checkpoints",
-    ("traces", "traces_llada_loop"): "needs the mixture-of-experts checkpoints",
-    ("traces", "traces_official"): "needs the mixture-of-experts checkpoints",
-    ("traces", "traces_sglang"): "needs the mixture-of-experts checkpoints",
+    ("traces", "traces_dinfer"): "dInfer's rules and block loop are not written yet",
+    ("traces", "traces_dinfer_itersmooth"): "iteration smoothing is not written yet",
+    ("traces", "traces_official"): "the exact block cache of LLaDA2 is not written yet",
+    ("traces", "traces_sglang"): "the exact block cache of LLaDA2 is not written yet",
 }
 
 
@@ -84,8 +85,9 @@ def discover(root: Path) -> list[Case]:
 CASES = discover(ROOT)
 
 
-def supported(kind: str) -> list[Any]:
+def supported(kind: str, moe: bool = False) -> list[Any]:
     rows = [c for c in CASES if c.kind == kind and (kind, c.name) not in UNSUPPORTED]
+    rows = [c for c in rows if (c.name in MOE) == moe]
     return [pytest.param(case, id=case.id) for case in rows]
 
 
@@ -96,13 +98,25 @@ class Checkpoint:
     params: nnx.State
 
 
+def with_mask(folder: Path, scratch: Path) -> Path:
+    """The folder, or a copy whose config.json names the mask: some leave that to a tokenizer."""
+    facts = json.loads((folder / "config.json").read_text())
+    if facts["architectures"][0] not in MOE or (folder / "tokenizer.json").exists():
+        return folder
+    copy = Path(shutil.copytree(folder, scratch / folder.name))
+    facts["mask_token_id"] = facts["vocab_size"] - 1
+    (copy / "config.json").write_text(json.dumps(facts))
+    return copy
+
+
 @pytest.fixture(scope="module")
-def load():
+def load(tmp_path_factory: pytest.TempPathFactory):
     loaded: dict[Path, Checkpoint] = {}
 
     def get(folder: Path) -> Checkpoint:
         if folder not in loaded:
-            config, graph, params = load_parts(str(folder), sharding.parse_mesh("1x1"), "float32")
+            source = str(with_mask(folder, tmp_path_factory.mktemp("goldens")))
+            config, graph, params = load_parts(source, sharding.parse_mesh("1x1"), "float32")
             config = dataclasses.replace(config, stop_ids=(config.eos_id, EOT))
             loaded[folder] = Checkpoint(config, graph, params)
         return loaded[folder]
@@ -184,6 +198,109 @@ def test_every_supported_recording_is_complete():
             assert keys | {"logits"} <= set(np.load(path).files), name
 
 
+@jax.jit(static_argnames=("graph",))
+def branches(graph, params, tokens_BT, visible_BT):
+    """By name: the residual stream and both branches of every layer, routing, norm and logits."""
+    model: Transformer = nnx.merge(graph, params)
+    columns_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    seen = visible_keys(model.config, columns_BT, visible_BT, cached=False)
+    x_BTD = model.embed(tokens_BT, jnp.dtype(jnp.float32))
+    found: dict[str, list[jax.Array]] = {"embed": [x_BTD]}
+    for layer in model.layers:
+        h = rms_norm(x_BTD, layer.attention_norm[...], layer.eps)
+        mixed, _ = layer.attention(h, columns_BT, seen, None)
+        h = rms_norm(x_BTD + mixed, layer.mlp_norm[...], layer.eps)
+        out = layer.feed_forward(h)
+        x_BTD = layer(x_BTD, columns_BT, seen, None)[0]
+        states = {"layer_out": x_BTD, "attn_out": mixed, "mlp_out": out}
+        if layer.sparse:
+            logits, picks, weights = layer.experts.route(h)
+            states |= {"router_logits": logits, "topk_idx": picks, "topk_weight": weights}
+            states["experts_out"] = layer.experts(h)
+        else:
+            states["experts_out"] = out
+        for name, value in states.items():
+            found.setdefault(name, []).append(value)
+    hidden, _ = model(found["embed"][0], columns_BT, visible_BT)
+    return found | {"final_norm": [hidden], "logits": [model.logits(hidden)]}
+
+
+def with_blocks(checkpoint: Checkpoint, length: int | None) -> nnx.GraphDef:
+    """The graph of the same weights under another mask."""
+    config = dataclasses.replace(checkpoint.config, block_causal=length)
+    return nnx.split(abstract(config))[0]
+
+
+MASKS = {"full": None, "block4": 4, "block8": 8}
+
+
+@pytest.mark.parametrize("case", supported("checkpoint", moe=True))
+def test_expert_checkpoint(case: Case, load):
+    """Every branch of every layer under every recorded mask; routing picks exactly."""
+    checkpoint, stored = load(case.path), np.load(case.path / "logits.npz")
+    ids = stored["input_ids"]
+    present = {name.split("__")[0] for name in stored}
+    for prefix in MASKS.keys() & present:
+        graph = with_blocks(checkpoint, MASKS[prefix])
+        found = branches(graph, checkpoint.params, ids, np.ones(ids.shape, bool))
+        assert {f"{prefix}__{name}" for name in found} >= {n for n in stored if prefix in n}
+        if case.name == "LLaDAMoEModelLM":  # there the shared expert is not counted as MLP
+            found["mlp_out"] = found["experts_out"]
+        for name in found.keys() - {"experts_out"}:
+            theirs = stored[f"{prefix}__{name}"]
+            ours = np.asarray(found[name]).reshape(theirs.shape)
+            if name == "topk_idx":
+                np.testing.assert_array_equal(ours, theirs)
+            np.testing.assert_allclose(ours, theirs, atol=MOE_ATOL, err_msg=f"{prefix} {name}")
+    if "padded__logits" in stored:
+        visible = stored["padded__attention_mask"].astype(bool)
+        found = branches(with_blocks(checkpoint, None), checkpoint.params, ids, visible)
+        np.testing.assert_allclose(found["logits"][0], stored["padded__logits"], atol=MOE_ATOL)
+
+
+@jax.jit(static_argnames=("graph",))
+def run_cached(graph, params, tokens_BT, positions_BT, visible_BS, cache):
+    """Logits, keys and values of some columns of a canvas."""
+    model: Transformer = nnx.merge(graph, params)
+    x_BTD = model.embed(tokens_BT, jnp.dtype(jnp.float32))
+    hidden, cache = model(x_BTD, positions_BT, visible_BS, cache)
+    return model.logits(hidden), cache
+
+
+def assert_keys_and_values(cache: Cache, stored: np.ndarray) -> None:
+    """Against [L, 2, B, G, T, K], as far as that goes."""
+    for i, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
+        for ours, theirs in zip((keys, values), stored[i], strict=True):
+            theirs = theirs.transpose(0, 2, 1, 3)
+            np.testing.assert_allclose(ours[:, : theirs.shape[1]], theirs, atol=MOE_ATOL)
+
+
+@pytest.mark.parametrize("case", supported("checkpoint", moe=True))
+def test_expert_checkpoint_in_parts(case: Case, load):
+    """Positions that do not begin at 0; a block against stale keys, and against an exact cache."""
+    checkpoint, stored = load(case.path), np.load(case.path / "logits.npz")
+    params, graph = checkpoint.params, with_blocks(checkpoint, None)
+    ids, seen = stored["offset__input_ids"], np.ones((1, 16), bool)
+    logits, _ = run_cached(graph, params, ids, stored["offset__position_ids"], seen, None)
+    np.testing.assert_allclose(logits, stored["offset__logits"], atol=MOE_ATOL)
+
+    ids, seen = stored["input_ids"], np.ones((2, 24), bool)
+    columns = np.broadcast_to(np.arange(24), (2, 24))
+    empty = Cache.zeros(checkpoint.config, 2, 24, jnp.dtype(jnp.float32))
+    if "dual__kv" in stored:
+        _, cache = run_cached(graph, params, ids, columns, seen, empty)
+        assert_keys_and_values(cache, stored["dual__kv"])
+        block = stored["dual__block_ids"]
+        logits, _ = run_cached(graph, params, block, columns[:, 8:16], seen, cache)
+        np.testing.assert_allclose(logits, stored["dual__block_logits"], atol=MOE_ATOL)
+    if "cache8__prefill_kv" in stored:
+        graph = with_blocks(checkpoint, 8)
+        _, cache = run_cached(graph, params, ids[:, :16], columns[:, :16], seen, empty)
+        assert_keys_and_values(cache, stored["cache8__prefill_kv"])
+        logits, _ = run_cached(graph, params, ids[:, 16:], columns[:, 16:], seen, cache)
+        np.testing.assert_allclose(logits, stored["cache8__block_logits"], atol=MOE_ATOL)
+
+
 def llada_config(params: dict[str, Any]) -> DecodeConfig:
     """LLaDA's generate.py: no cache, a fixed number of steps, no stop."""
     return DecodeConfig(
@@ -251,3 +368,27 @@ def test_decode(case: Case, load):
         ours = trace[:, row, : lengths[row] + gen]
         np.testing.assert_array_equal(ours, canvases[:, row, start:])
         np.testing.assert_array_equal(ours[-1], stored["final"][row, start:])
+
+
+@pytest.mark.parametrize("case", supported("traces"))
+def test_traces_of_one_prompt(case: Case, load):
+    """LLaDA's own loop on a mixture of experts, exactly."""
+    stored, entry = np.load(case.path.with_suffix(".npz")), case.entry
+    checkpoint = load(case.path.parent)
+    params = dict(entry["params"])
+    assert params.pop("mask_id") == checkpoint.config.mask_id
+    options = llada_config(params).resolve()
+    prompt = entry["prompt_ids"]
+    tokens = [*prompt, *[checkpoint.config.mask_id] * (options.gen_length or 0)]
+    request = Request(
+        tokens=jnp.array([tokens], jnp.int32),
+        prompt_lengths=jnp.array([len(prompt)], jnp.int32),
+        keys=jax.random.split(jax.random.key(0), 1),
+        idle=jnp.zeros(1, bool),
+    )
+    setup = make_setup(options, checkpoint.config)
+    state = decode(checkpoint.graph, checkpoint.params, request, setup, trace=True)
+    trace = np.asarray(state.trace)[: entry["nfe"] + 1, 0]
+    assert int(state.forwards) == entry["nfe"]
+    np.testing.assert_array_equal(trace, stored[f"{entry['name']}__canvas"])
+    assert trace[-1].tolist() == entry["output_ids"]

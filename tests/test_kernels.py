@@ -1,5 +1,6 @@
 """Every attention implementation against the reference, over one list of shapes."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -7,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jdllm.configs import NAMED
 from jdllm.kernels import attention as room
 from jdllm.kernels.attention import IMPLEMENTATIONS, attention, reference
-from jdllm.model import causal_mask
+from jdllm.model import visible_keys
 
+CAUSAL = dataclasses.replace(NAMED["tiny"], causal=True)
 # B, T queries, S keys, H, G, K
 SHAPES = [(1, 5, 5, 4, 4, 8), (2, 3, 9, 4, 2, 16), (2, 8, 8, 6, 1, 4)]
 
@@ -53,7 +56,7 @@ def test_queries_may_see_keys_of_their_own(name, shape, monkeypatch):
     q, k, v, visible = random_inputs(shape, 4)
     B, T, S, *_ = shape
     columns = jnp.broadcast_to(jnp.arange(T) * 2 % S, (B, T))
-    mask = causal_mask(visible, columns, jnp.arange(S)[None])
+    mask = visible_keys(CAUSAL, columns, visible, cached=True)
     for b, t, s in np.ndindex(B, T, S):
         assert bool(mask[b, t, s]) == (bool(visible[b, s]) and s <= int(columns[b, t]))
     expected = by_hand(*map(np.asarray, (q, k, v, mask)))

@@ -5,7 +5,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from jdllm import stop as stops
 from jdllm import unmask
-from jdllm.configs import ModelConfig, require_aligned
+from jdllm.configs import ModelConfig, require_served
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +135,7 @@ def make_setup(config: DecodeConfig, model: ModelConfig) -> Setup:
 
     ValueError where the lengths are still open, or the loop cannot read the model's logits.
     """
-    require_aligned(model)
+    require_served(model)
     if config.gen_length is None or config.block_length is None:
         raise ValueError("lengths are still open: call DecodeConfig.resolve first")
     blocks = config.gen_length // config.block_length

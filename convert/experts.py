@@ -1,0 +1,41 @@
+"""Rows of mixture-of-experts layers, which LLaDA-MoE and LLaDA2 name almost alike."""
+
+from jdllm.configs import MoEConfig
+from jdllm.convert.table import Row
+
+PARTS = ("gate_proj", "up_proj", "down_proj")
+
+
+def mlp_rows(name: str, source: str, letter: str = "F") -> list[Row]:
+    """A SwiGLU feed-forward; `letter` is its width."""
+    gate, up, down = (f"{source}.{part}.weight" for part in PARTS)
+    return [
+        Row(f"{name}.gate_up", (gate, up), f"{letter}D->DC{letter}"),
+        Row(f"{name}.down", (down,), f"D{letter}->{letter}D"),
+    ]
+
+
+def expert_rows(name: str, source: str, bias: str, shared: str, moe: MoEConfig) -> list[Row]:
+    """Router, experts and shared expert of the layer `name`, whose feed-forward is at `source`.
+
+    `bias` and `shared` are where its expert bias and its shared expert stand, if it has them. The
+    bias is always exported in float32; the router as it was stored.
+    """
+    table = [
+        Row(
+            f"{name}.experts.router",
+            (f"{source}.gate.weight",),
+            "ED->DE",
+            dtype="float32",
+            stored=moe.router_stored,
+        )
+    ]
+    if moe.expert_bias != "none":
+        table.append(Row(f"{name}.experts.bias", (bias,), "E->E", dtype="float32"))
+    each = [[f"{source}.experts.{e}.{part}.weight" for part in PARTS] for e in range(moe.experts)]
+    pairs = tuple(tensor for gate, up, _ in each for tensor in (gate, up))
+    table.append(Row(f"{name}.experts.gate_up", pairs, "MD->EDCM"))
+    table.append(Row(f"{name}.experts.down", tuple(down for _, _, down in each), "DM->EMD"))
+    if moe.shared_mlp:
+        table += mlp_rows(f"{name}.shared", shared, "U")
+    return table
