@@ -127,7 +127,8 @@ class LLM:
         config = config or self.defaults
         return config.resolve(
             gen_length=self.defaults.gen_length or gen_length,
-            block_length=self.defaults.block_length or 32,
+            block_length=self.defaults.block_length or self.config.block_causal or 32,
+            model=self.config,
         )
 
     def encode(self, prompts: Sequence[Prompt], chat: bool = True) -> list[list[int]]:
@@ -179,16 +180,16 @@ class LLM:
         rows = self.encode(prompts, chat)
         gen_length = config.gen_length or 0
         longest = max(map(len, rows), default=0)
-        if longest + gen_length > self.config.max_length:
+        setup = make_setup(config, self.config)
+        if setup.canvas_length(longest) > self.config.max_length:
             raise ValueError(
                 f"a prompt of {longest} tokens and gen_length={gen_length} exceed the model's "
                 f"{self.config.max_length} columns; shorten one of them"
             )
         seeds = _row_seeds(rows)
-        setup = make_setup(config, self.config)
         replicas = self.mesh.shape["data"]
         for index in plan_batches([len(row) for row in rows], batch_size, replicas):
-            request = self._request([rows[i] for i in index], [seeds[i] for i in index], config)
+            request = self._request([rows[i] for i in index], [seeds[i] for i in index], config, setup)
             program, compile_seconds = self._program(request, setup)
             start = time.perf_counter()
             state: DecodeState = program(self._params, request)
@@ -200,17 +201,20 @@ class LLM:
             ]
             yield Batch(index, completions, int(forwards), seconds, compile_seconds)
 
-    def _request(self, rows: list[list[int]], seeds: list[int], config: DecodeConfig) -> Request:
+    def _request(
+        self, rows: list[list[int]], seeds: list[int], config: DecodeConfig, setup: Setup
+    ) -> Request:
         """Canvases on the mesh, filled up with idle rows to a multiple of the data axis."""
-        gen_length = config.gen_length or 0
         replicas = self.mesh.shape["data"]
         height = -(-len(rows) // replicas) * replicas
-        room = min(bucket(max(1, *map(len, rows))), self.config.max_length - gen_length)
-        tokens = np.full((height, room + gen_length), self.config.pad_id, np.int32)
+        room = setup.canvas_length(bucket(max(1, *map(len, rows))))
+        tokens = np.full(
+            (height, min(room, self.config.max_length)), self.config.pad_id, np.int32
+        )
         lengths = np.ones(height, np.int32)
         for i, row in enumerate(rows):
             tokens[i, : len(row)] = row
-            tokens[i, len(row) : len(row) + gen_length] = self.config.mask_id
+            tokens[i, len(row) : setup.canvas_length(len(row))] = self.config.mask_id
             lengths[i] = len(row)
         numbers = np.array(seeds + [0] * (height - len(rows)), np.uint32)
         base = jax.random.key(config.seed)
