@@ -182,8 +182,8 @@ def require_trainable(config: ModelConfig) -> None:
         )
     if config.block_causal is not None:
         raise ValueError(
-            f"the model attends block by block (block_causal={config.block_causal}), which training "
-            "cannot do yet; use another model"
+            f"the model attends block by block (block_causal={config.block_causal}), which "
+            "training cannot do yet; use another model"
         )
 
 

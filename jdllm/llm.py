@@ -189,7 +189,9 @@ class LLM:
         seeds = _row_seeds(rows)
         replicas = self.mesh.shape["data"]
         for index in plan_batches([len(row) for row in rows], batch_size, replicas):
-            request = self._request([rows[i] for i in index], [seeds[i] for i in index], config, setup)
+            request = self._request(
+                [rows[i] for i in index], [seeds[i] for i in index], config, setup
+            )
             program, compile_seconds = self._program(request, setup)
             start = time.perf_counter()
             state: DecodeState = program(self._params, request)
@@ -208,9 +210,7 @@ class LLM:
         replicas = self.mesh.shape["data"]
         height = -(-len(rows) // replicas) * replicas
         room = setup.canvas_length(bucket(max(1, *map(len, rows))))
-        tokens = np.full(
-            (height, min(room, self.config.max_length)), self.config.pad_id, np.int32
-        )
+        tokens = np.full((height, min(room, self.config.max_length)), self.config.pad_id, np.int32)
         lengths = np.ones(height, np.int32)
         for i, row in enumerate(rows):
             tokens[i, : len(row)] = row

@@ -133,7 +133,7 @@ class EosBlock(Forgetful):
 
 @dataclasses.dataclass(frozen=True)
 class EosReturn(Forgetful):
-    """LLaDA2.0's eos_early_stop: ends at the step that wrote an eos, if the first has no mask before.
+    """LLaDA2.0's eos_early_stop: a step that wrote an eos ends the row if no mask is before it.
 
     Quirks, kept: the first eos of the whole canvas counts, the prompt's too; a mask before it that
     is filled by a later step does not end the row until the block ends; and as without the flag, a
@@ -180,7 +180,7 @@ class Budget(Forgetful):
 
 @dataclasses.dataclass(frozen=True)
 class Stable:
-    """A block is filled once the tokens that its masks would take stayed the same for `steps` steps.
+    """A block is filled once what its masks would take stayed the same for `steps` steps.
 
     What would be unmasked one by one anyway is taken at once.
     """

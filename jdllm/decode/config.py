@@ -1,9 +1,10 @@
 """DecodeConfig: what a user may set about decoding."""
 
 import dataclasses
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from jdllm.configs import ModelConfig
+from jdllm.decode.checks import CONFLICTS, RANGES
 
 Parity = Literal[
     "none", "llada", "fast_dllm", "dinfer", "dream", "fast_dream", "llada2", "sglang", "apd"
@@ -28,7 +29,14 @@ class DecodeConfig:
     """Only so many columns from the first mask on are seen and filled (apd)."""
 
     rule: Literal[
-        "threshold", "factor", "quota", "hierarchy", "entropy_bound", "origin", "allowance", "verify"
+        "threshold",
+        "factor",
+        "quota",
+        "hierarchy",
+        "entropy_bound",
+        "origin",
+        "allowance",
+        "verify",
     ] = "threshold"
     """Which positions are unmasked in a step; docs/decoding.md tells each."""
     threshold: float | None = None
@@ -44,9 +52,9 @@ class DecodeConfig:
     verify_weight: float = 0.5
     """verify: the diffusion model's part in the mixture with the verifier."""
 
-    remasking: Literal[
-        "low_confidence", "random", "leftright", "topk_margin", "entropy"
-    ] = "low_confidence"
+    remasking: Literal["low_confidence", "random", "leftright", "topk_margin", "entropy"] = (
+        "low_confidence"
+    )
     """What ranks positions: their token's probability, chance, place, margin or entropy."""
     schedule: Literal["masks", "columns", "timesteps"] = "masks"
     """quota, origin: how `steps` spread over a block's masks, its columns, or Dream's times."""
@@ -111,9 +119,7 @@ class DecodeConfig:
     kv_window: int | None = None
     """verify: columns before the first mask that are computed again; the rest is cached."""
 
-    stop: Literal[
-        "eos", "eos_fill", "eos_block", "eos_return", "eos_any", "none"
-    ] = "eos"
+    stop: Literal["eos", "eos_fill", "eos_block", "eos_return", "eos_any", "none"] = "eos"
     """When a row ends before its canvas is full."""
     stop_fill: bool = False
     """eos_block: every later column becomes eos (dInfer's early_stop)."""
@@ -139,9 +145,9 @@ class DecodeConfig:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise ValueError(f"{name}={value} is out of range: it must lie in [{low}, {high}]")
-        for wrong, sentence in _conflicts(self):
-            if wrong:
-                raise ValueError(sentence)
+        for wrong, sentence in CONFLICTS:
+            if wrong(self):
+                raise ValueError(sentence.format(c=self))
 
     def resolve(
         self,
@@ -183,90 +189,3 @@ class DecodeConfig:
             edge=self.edge or ("above" if causal else "at_least"),
             cache=cache,
         )
-
-
-INFINITY = float("inf")
-RANGES: dict[str, tuple[float, float]] = {
-    "gen_length": (1, INFINITY), "block_length": (0, INFINITY), "lookahead": (1, INFINITY),
-    "threshold": (0, INFINITY), "low_threshold": (0, 1), "factor": (0, INFINITY),
-    "entropy_bound": (0, INFINITY), "verify_weight": (0, 1), "steps": (1, INFINITY),
-    "tokens_per_step": (1, INFINITY), "minimal_topk": (1, INFINITY), "eps": (0, 1),
-    "temperature": (0, INFINITY), "top_p": (0, 1), "top_k": (1, INFINITY),
-    "alg_temp": (0, INFINITY), "cfg_scale": (0, INFINITY), "edit_passes": (0, INFINITY),
-    "edit_threshold": (0, 1), "cont_weight": (0, 1), "refresh_every": (1, INFINITY),
-    "prefix_look": (0, INFINITY), "after_look": (0, INFINITY), "warmup": (0, INFINITY),
-    "kv_window": (1, INFINITY), "stable_steps": (1, INFINITY), "max_forwards": (1, INFINITY),
-    "expected_tpf": (1, INFINITY), "maximum_unroll": (1, INFINITY),
-}  # fmt: skip
-
-
-def _conflicts(c: DecodeConfig) -> list[tuple[Any, str]]:
-    """Combinations that make no sense, each with its sentence."""
-    cached = c.cache in (None, "prefix", "dual")
-    vicinity = c.prefix_look or c.after_look or c.warmup or c.refresh_every
-    entropy = c.remasking == "entropy"
-    return [
-        (
-            c.steps and c.tokens_per_step,
-            f"steps={c.steps} and tokens_per_step={c.tokens_per_step} say the same thing twice; "
-            "keep one",
-        ),
-        (
-            (c.threshold or 0) > 1 and not entropy,
-            f"threshold={c.threshold} is out of range: a probability lies in [0, 1]",
-        ),
-        (
-            c.steps and c.rule in ("factor", "hierarchy", "entropy_bound", "verify"),
-            f"steps={c.steps} means nothing to rule={c.rule}; leave it out, or use rule=quota",
-        ),
-        (
-            c.tokens_per_step and c.rule != "quota",
-            f"tokens_per_step={c.tokens_per_step} belongs to rule=quota, not rule={c.rule}",
-        ),
-        (
-            c.rule == "entropy_bound" and not entropy,
-            f"rule=entropy_bound sums entropies; set remasking=entropy, not {c.remasking}",
-        ),
-        (
-            c.rule in ("factor", "hierarchy", "allowance") and c.remasking != "low_confidence",
-            f"rule={c.rule} compares probabilities; set remasking=low_confidence, "
-            f"not {c.remasking}",
-        ),
-        (
-            c.rule == "threshold" and c.remasking in ("random", "leftright"),
-            f"rule=threshold needs a confidence; remasking={c.remasking} is none, use rule=quota",
-        ),
-        (
-            vicinity and not cached,
-            f"prefix_look, after_look, warmup and refresh_every need cache=prefix or dual, "
-            f"not cache={c.cache}",
-        ),
-        (
-            c.parity == "llada" and c.cache not in (None, "none"),
-            f"parity=llada has no cache; set cache=none, not cache={c.cache}",
-        ),
-        (
-            (c.delete_id is None) != (c.split_id is None),
-            "delete_id and split_id go together; set both or neither",
-        ),
-        (
-            c.delete_id is not None and c.edit_threshold is None,
-            "delete_id and split_id edit tokens; set edit_threshold too",
-        ),
-        (
-            c.edit_threshold is not None and c.rule != "threshold",
-            f"edit_threshold needs rule=threshold, not rule={c.rule}",
-        ),
-        (
-            c.cont_weight and c.cfg_scale,
-            "cont_weight feeds embeddings, cfg_scale masks tokens; use one of them",
-        ),
-        (
-            c.kv_window and c.rule != "verify",
-            f"kv_window belongs to rule=verify, not rule={c.rule}; see cache=",
-        ),
-        (
-            c.stop_fill and c.stop != "eos_block",
-            f"stop_fill belongs to stop=eos_block, not stop={c.stop}",
-        ),
-    ]

@@ -111,7 +111,7 @@ class Geometry:
         return self._clamped(start_B, width, jnp.minimum(end_B1, self.canvas_B1))
 
     def _clamped(self, start_B: jax.Array, width: int, end_B1: jax.Array) -> jax.Array:
-        """`width` columns from `start_B` (at least 0); those from `end_B1` on lie off the canvas."""
+        """`width` columns from `start_B` on (at least 0); those from `end_B1` on are off canvas."""
         T = self.request.tokens.shape[1]
         columns_BW = span(jnp.maximum(start_B, 0), width)
         return jnp.where(columns_BW < end_B1, columns_BW, T + jnp.arange(width))

@@ -150,7 +150,7 @@ class Loop:
 
     def call(self, state: DecodeState, kind: int) -> DecodeState:
         """One model call, FULL or STEP, and what follows from it: unmask, stop, count."""
-        setup, at, mask_id = self.setup, self.at, self.model.config.mask_id
+        setup, at = self.setup, self.at
         active_B = self.active(state)
         view_BN, window_BT = at.view(state), at.window(state, kind)
         logits_BNV, hidden_BTD, cache = forward(self, state, view_BN, window_BT)

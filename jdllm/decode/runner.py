@@ -70,9 +70,7 @@ def iterate(loop: Calls, state: DecodeState) -> DecodeState:
 
 
 def _choose(loop: Calls, state: DecodeState, full: jax.Array) -> DecodeState:
-    return jax.lax.cond(
-        full, lambda s: loop.call(s, FULL), lambda s: loop.call(s, STEP), state
-    )
+    return jax.lax.cond(full, lambda s: loop.call(s, FULL), lambda s: loop.call(s, STEP), state)
 
 
 def _iterate_coupled(loop: Calls, state: DecodeState) -> DecodeState:
@@ -103,9 +101,7 @@ def _iterate_coupled(loop: Calls, state: DecodeState) -> DecodeState:
         due = jnp.zeros((), bool)
         if every and plan.refreshes:
             due = (clock.iteration % every == 0) & (state.step > 1)
-    clock = dataclasses.replace(
-        clock, unlooked=clock.unlooked - 1, iteration=clock.iteration + 1
-    )
+    clock = dataclasses.replace(clock, unlooked=clock.unlooked - 1, iteration=clock.iteration + 1)
     state = dataclasses.replace(state, clock=clock)
     if plan.vicinity or every:
         state = jax.lax.cond(warm | due, lambda s: loop.call(s, FULL), lambda s: s, state)

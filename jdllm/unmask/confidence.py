@@ -62,7 +62,7 @@ class Random(Plain):
 
 @dataclasses.dataclass(frozen=True)
 class Leftmost(Plain):
-    """From left to right, whatever the logits say (dllmexp's leftright, BlockInfer's sequential)."""
+    """From left to right, whatever the logits say (apd's leftright, BlockInfer's sequential)."""
 
     def __call__(self, logits_BNV: jax.Array, ids_BN: jax.Array, draw: Draw) -> jax.Array:
         return jnp.broadcast_to(-jnp.arange(ids_BN.shape[1], dtype=jnp.float32), ids_BN.shape)

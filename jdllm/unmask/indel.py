@@ -145,7 +145,7 @@ class InDel:
         kept_BN = jnp.where(split_BN, old_BN, new_BN)
         flag_BN = original_BN & (kept_BN == self.mask_id)
 
-        def place(values_N: jax.Array, target_N: jax.Array, empty: jax.Array) -> jax.Array:
+        def place(values_N: jax.Array, target_N: jax.Array, empty: int) -> jax.Array:
             return jnp.full(N, empty).at[target_N].set(values_N, mode="drop")
 
         rebuilt_BN = jax.vmap(lambda v, t: place(v, t, self.mask_id))(kept_BN, target_BN)

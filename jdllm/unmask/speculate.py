@@ -17,7 +17,8 @@ class Speculate:
 
     The draft is the diffusion model's; the target is drawn from weight * diffusion + (1 - weight) *
     verifier logits, over the ids that both know, with the same noise. The first masked position is
-    always kept, and counts as agreed. At temperature > 0 the reference forgets the noise of the target (`greedy_target`).
+    always kept, and counts as agreed. At temperature > 0 the reference forgets the noise of the
+    target (`greedy_target`).
     """
 
     excluded: tuple[int, ...]
