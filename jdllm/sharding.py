@@ -1,16 +1,18 @@
 """Meshes: `mesh=AxB` is data x model, and RULES says which logical axis lies along which.
 
-Weights name their logical axes in model.py; this file alone knows the mesh.
+Weights name their logical axes in model.py; this file alone knows the mesh. XLA splits most of the
+model by itself. What it cannot look into (kernels), or would split badly (lookups in a table that
+is in pieces, top-k), runs once a shard under `per_shard`.
 """
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "model")
@@ -29,8 +31,10 @@ RULES: dict[str, str | None] = {
     "head_dim": None,
     "stack": None,
 }
-# Key/value heads are few; where they do not divide, every shard keeps them all.
-REPLICATE_IF_INDIVISIBLE = {"kv_heads"}
+# Key/value heads are few; where they do not divide, every shard keeps them all. So it does with
+# the rows of a batch that somebody else than LLM built.
+REPLICATE_IF_INDIVISIBLE = {"kv_heads", "batch"}
+Axes = Sequence[str | None]
 
 
 def parse_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
@@ -72,14 +76,14 @@ def describe(mesh: Mesh) -> str:
     return f"mesh data={mesh.shape['data']} x model={mesh.shape['model']} on {kind}"
 
 
-def spec(name: str, shape: Sequence[int], axes: Sequence[str], mesh: Mesh) -> P:
-    """The PartitionSpec of a weight called `name` with logical `axes`, under RULES.
+def spec(name: str, shape: Sequence[int], axes: Axes, mesh: Mesh | AbstractMesh) -> P:
+    """The PartitionSpec of an array called `name` with logical `axes` (None: whole), under RULES.
 
     Raises ValueError, naming the weight, where an axis does not divide or two axes collide.
     """
     placed: list[str | None] = []
     for size, axis in zip(shape, axes, strict=True):
-        target = RULES[axis]
+        target = RULES[axis] if axis else None
         parts = mesh.shape[target] if target else 1
         if size % parts and axis in REPLICATE_IF_INDIVISIBLE:
             target = None
@@ -103,3 +107,51 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def by_row(mesh: Mesh) -> NamedSharding:
     """Sharding of an array whose leading axis is the batch."""
     return NamedSharding(mesh, P(RULES["batch"]))
+
+
+def per_shard(
+    function: Callable[..., jax.Array],
+    weight: jax.Array,
+    inputs: Sequence[Axes],
+    output: Axes,
+) -> Callable[..., jax.Array]:
+    """`function` of arrays, run by every device on its own slices of them.
+
+    The mesh is the one that `weight` lies on, so nobody needs to hand it down; where there is none
+    (one device, or inside another `per_shard`) the function runs as it is. `inputs` and `output`
+    name logical axes, each output axis that of an input. What must be summed over shards the
+    function sums itself (`sum_shards`). Nothing looks into it, so it may call a kernel.
+    """
+    mesh = jax.typeof(weight).sharding.mesh
+    if mesh.size <= 1 or mesh.manual_axes:
+        return function
+
+    def split(*arrays: jax.Array) -> jax.Array:
+        placed: dict[str | None, str | None] = {None: None}
+        specs = []
+        for x, axes in zip(arrays, inputs, strict=True):
+            specs.append(spec("an activation", x.shape, axes, mesh))
+            placed |= zip(axes, specs[-1], strict=True)
+        out = P(*(placed[axis] for axis in output))
+        mapped = jax.shard_map(
+            function, mesh=mesh, in_specs=tuple(specs), out_specs=out, check_vma=False
+        )
+        return mapped(*arrays)
+
+    return split
+
+
+def shard_count(axis: str) -> int:
+    """Inside `per_shard`: how many slices the logical `axis` has; else 1."""
+    mesh, target = jax.sharding.get_abstract_mesh(), RULES[axis]
+    return mesh.shape[target] if target in mesh.manual_axes else 1
+
+
+def shard_index(axis: str) -> jax.Array | int:
+    """Inside `per_shard`: which slice of the logical `axis` this device holds; else 0."""
+    return jax.lax.axis_index(RULES[axis]) if shard_count(axis) > 1 else 0
+
+
+def sum_shards(x: jax.Array, axis: str) -> jax.Array:
+    """Inside `per_shard`: the sum over the slices of the logical `axis`; else `x` itself."""
+    return jax.lax.psum(x, RULES[axis]) if shard_count(axis) > 1 else x
