@@ -5,7 +5,6 @@ model by itself. What it cannot look into (kernels), or would split badly (looku
 is in pieces, top-k), runs once a shard under `per_shard`.
 """
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,27 +36,43 @@ REPLICATE_IF_INDIVISIBLE = {"kv_heads", "batch"}
 Axes = Sequence[str | None]
 
 
-def parse_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
+def parse_mesh(
+    text: str,
+    devices: Sequence[Any] | None = None,
+    serves: Callable[[Mesh], bool] | None = None,
+) -> Mesh:
     """Builds the mesh that `text` describes: "auto", "AxB" (data x model) or "data:A,model:B".
 
-    "auto" puts every device on the data axis. Raises ValueError where the text has another form
-    or asks for more devices than there are; fewer are taken from the front of the list.
+    "auto" takes every device and puts as many as it can on the data axis: all, or with `serves`
+    the first mesh of which that is true. Raises ValueError where the text has another form, asks
+    for more devices than there are (fewer are taken from the front of the list), or nothing serves.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = _sizes(text, len(devices))
-    count = math.prod(sizes)
-    if count > len(devices):
+    if text == "auto":
+        splits = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
+        for split in splits:
+            mesh = _mesh(devices, len(devices) // split, split)
+            if serves is None or serves(mesh):
+                return mesh
         raise ValueError(
-            f"mesh={text} needs {count} devices, but only {len(devices)} "
+            f"mesh=auto finds no mesh of {len(devices)} {devices[0].platform} device(s) that the "
+            "model can be split over and fits; use more devices, or choose mesh=AxB yourself"
+        )
+    data, model = _sizes(text)
+    if data * model > len(devices):
+        raise ValueError(
+            f"mesh={text} needs {data * model} devices, but only {len(devices)} "
             f"{devices[0].platform} device(s) are here; ask for fewer"
         )
-    grid = np.array(devices[:count]).reshape(sizes)
+    return _mesh(devices, data, model)
+
+
+def _mesh(devices: Sequence[Any], data: int, model: int) -> Mesh:
+    grid = np.array(devices[: data * model]).reshape(data, model)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
 
-def _sizes(text: str, count: int) -> tuple[int, int]:
-    if text == "auto":
-        return count, 1
+def _sizes(text: str) -> tuple[int, int]:
     if match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text):
         return int(match[1]), int(match[2])
     parts = dict(part.split(":") for part in text.split(",") if part.count(":") == 1)
