@@ -234,7 +234,8 @@ class Transformer(nnx.Module):
 
         table_VD, inputs = self.embedding[...], (("vocab", "embed"), ("batch", None))
         run = sharding.per_shard(look_up, table_VD, inputs, ("batch", None, "embed"))
-        return run(table_VD, tokens_BT)
+        with jax.named_scope("embed"):
+            return run(table_VD, tokens_BT)
 
     def __call__(
         self,
@@ -265,21 +266,21 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden_BND: jax.Array) -> jax.Array:
         """Float32 logits [B, N, V] of final-normed hidden states, never shifted."""
-        if self.config.tied_head:
-            embedding = self.embedding[...].astype(hidden_BND.dtype)
+        head, letters = (self.embedding, "VD") if self.config.tied_head else (self.head, "DV")
+        weights = head[...].astype(hidden_BND.dtype)
+        with jax.named_scope("head"):
             return jnp.einsum(
-                "BND,VD->BNV", hidden_BND, embedding, preferred_element_type=jnp.float32
+                f"BND,{letters}->BNV", hidden_BND, weights, preferred_element_type=jnp.float32
             )
-        head = self.head[...].astype(hidden_BND.dtype)
-        return jnp.einsum("BND,DV->BNV", hidden_BND, head, preferred_element_type=jnp.float32)
 
     def best(
         self, hidden_BND: jax.Array, special: Special = NOTHING, chunk: int | None = None
     ) -> Best:
         """What greedy rules read of the logits, without making all of them: see `jdllm.head`."""
-        if self.config.tied_head:
-            return best(hidden_BND, self.embedding[...], special, tied=True, chunk=chunk)
-        return best(hidden_BND, self.head[...], special, chunk=chunk)
+        tied = self.config.tied_head
+        with jax.named_scope("head"):
+            weights = self.embedding[...] if tied else self.head[...]
+            return best(hidden_BND, weights, special, tied, chunk)
 
 
 def abstract(config: ModelConfig) -> Transformer:
