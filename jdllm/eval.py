@@ -45,7 +45,7 @@ class EvalConfig:
     """Folder with the files of sudoku_d1 and countdown_d1."""
     decode: DecodeConfig = DecodeConfig()
     mesh: str = "auto"
-    """data x model, for example 4x1; auto puts every device on the data axis."""
+    """data x model, for example 4x1; auto is data parallel where the model fits a device."""
     dtype: str = "auto"
     """Compute dtype; auto keeps the stored one, on a CPU float32."""
     batch_size: int = 32

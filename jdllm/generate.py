@@ -22,7 +22,7 @@ class GenerateConfig:
     chat: bool = True
     """Frame the prompt with the model's chat template; false passes it on as it is."""
     mesh: str = "auto"
-    """data x model, for example 1x4; auto puts every device on the data axis."""
+    """data x model, for example 1x4; auto is data parallel where the model fits a device."""
     dtype: str = "auto"
     """Compute dtype; auto keeps the stored one, on a CPU float32."""
     seed: int = 0

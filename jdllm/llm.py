@@ -21,7 +21,7 @@ from tqdm import tqdm
 from jdllm import sharding
 from jdllm.configs import ModelConfig
 from jdllm.decode import DecodeConfig, DecodeState, Request, Setup, decode, make_setup
-from jdllm.load import load_parts, locate
+from jdllm.load import choose_mesh, load_parts, locate
 from jdllm.tokenizer import encode_prompts, load_tokenizer
 
 Prompt = str | Sequence[int]
@@ -109,7 +109,7 @@ class LLM:
         except that a CPU computes in float32. ValueError or OSError, in one sentence, where there
         is no such model or it does not fit the mesh.
         """
-        mesh = sharding.parse_mesh(mesh) if isinstance(mesh, str) else mesh
+        mesh = choose_mesh(mesh, model, dtype) if isinstance(mesh, str) else mesh
         parts = load_parts(model, mesh, dtype, seed)
         folder = locate(model)
         tokenizer, defaults = None, DecodeConfig()

@@ -1,20 +1,23 @@
 """Everything that `model=` may be: bundled, a folder, random:<name>, or a Hugging Face id."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from jdllm import checkpoint, files
+from jdllm import checkpoint, files, sharding
 from jdllm.configs import NAMED, ModelConfig, is_converted
 from jdllm.convert.families import open_source
 from jdllm.convert.fetch import converted_folder, fetch, home
+from jdllm.model import abstract, named
 from jdllm.tokenizer import copy_tokenizer
 
 BUNDLED = Path(__file__).parent / "bundled"
 CONVERT_ABOVE = 2_000_000_000  # bytes: a larger download is converted once and kept
+ROOM = 0.7  # share of a device's memory that weights may take; caches and activations need the rest
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -62,6 +65,58 @@ def locate(model: str) -> Path | None:
     return converted
 
 
+def read_facts(model: str, dtype: str = "auto") -> ModelConfig:
+    """The config of `model`, with the dtype its weights will have; none of them is read.
+
+    A Hugging Face id is downloaded. ValueError or OSError, in one sentence, as in `load_parts`.
+    """
+    folder = locate(model)
+    if folder is not None and not is_converted(folder):
+        return open_source(folder, dtype=compute_dtype(dtype, "") or None).config
+    if folder is None:
+        name = model.removeprefix("random:")
+        if name not in NAMED:
+            raise ValueError(f"model={model}: there is no such shape; try {', '.join(NAMED)}")
+        config = NAMED[name]
+    else:
+        config = checkpoint.read_config(folder)
+    return dataclasses.replace(config, dtype=compute_dtype(dtype, config.dtype))
+
+
+def weight_bytes(config: ModelConfig, mesh: Mesh) -> int:
+    """Bytes of the weights that one device of `mesh` holds; ValueError where they do not split."""
+    leaves = named(nnx.state(abstract(config)))
+    placed = checkpoint.placements(config, mesh).items()
+    return sum(
+        math.prod(place.shard_shape(leaves[name].shape)) * leaves[name].dtype.itemsize
+        for name, place in placed
+    )
+
+
+def choose_mesh(
+    text: str, model: str, dtype: str = "auto", copies: int = 1, memory: int | None = None
+) -> Mesh:
+    """The mesh that `mesh=text` means for `model`: auto is data parallel where the model fits.
+
+    It fits where `copies` of its weights (training: 4, with gradients and two moments) take at most
+    ROOM of a device's `memory` in bytes (default: what the device says; a CPU says nothing, and
+    everything fits). Else it is split over as few devices as will do; ValueError where none will.
+    """
+    facts = jax.devices()[0].memory_stats() or {}
+    limit = facts.get("bytes_limit") if memory is None else memory
+    if text != "auto" or limit is None or jax.device_count() == 1:
+        return sharding.parse_mesh(text)
+    config = read_facts(model, dtype)
+
+    def serves(mesh: Mesh) -> bool:
+        try:
+            return copies * weight_bytes(config, mesh) <= ROOM * limit
+        except ValueError:  # some axis does not divide
+            return False
+
+    return sharding.parse_mesh(text, serves=serves)
+
+
 def load_parts(
     model: str, mesh: Mesh, dtype: str = "auto", seed: int = 0
 ) -> tuple[ModelConfig, nnx.GraphDef, nnx.State]:
@@ -72,11 +127,7 @@ def load_parts(
     """
     folder = locate(model)
     if folder is None:
-        name = model.removeprefix("random:")
-        if name not in NAMED:
-            raise ValueError(f"model={model}: there is no such shape; try {', '.join(NAMED)}")
-        config = NAMED[name]
-        config = dataclasses.replace(config, dtype=compute_dtype(dtype, config.dtype))
+        config = read_facts(model, dtype)
         return config, *checkpoint.random_model(config, mesh, seed)
     if is_converted(folder):
         stored = checkpoint.read_config(folder).dtype

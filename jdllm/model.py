@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jdllm import sharding
 from jdllm.cache import Cache, write
 from jdllm.configs import ModelConfig
+from jdllm.head import NOTHING, Best, Special, best
 from jdllm.kernels.attention import attention
-from jdllm.moe import Experts
+from jdllm.moe import Experts, swiglu
 from jdllm.weights import bias, weight
 
 
@@ -57,6 +59,18 @@ def visible_keys(
     return visible_BS[:, None, :] & (blocks_BS[:, None, :] <= blocks_BT[:, :, None])
 
 
+def serving(x_BSGK: jax.Array, first: jax.Array | int, heads: int, group: int) -> jax.Array:
+    """The key/value heads that serve `heads` query heads from number `first` on.
+
+    They are all of them, unless a device has its own query heads but everybody's key/value heads.
+    """
+    if heads == x_BSGK.shape[2] * group:
+        return x_BSGK
+    if group % heads == 0:
+        return jax.lax.dynamic_slice_in_dim(x_BSGK, first // group, 1, axis=2)
+    return x_BSGK[:, :, (first + jnp.arange(heads)) // group]
+
+
 class Attention(nnx.Module):
     """Grouped-query attention. Multi-head models hold q, k, v as one weight, others q and kv."""
 
@@ -80,6 +94,7 @@ class Attention(nnx.Module):
             self.q_norm = weight(rngs, (K,), ("head_dim",), kind, 0)
             self.k_norm = weight(rngs, (K,), ("head_dim",), kind, 0)
         self.fused = H == G
+        self.group = H // G
         self.biased = config.qkv_bias
         self.theta = config.rope_theta
         self.rotary_dim = config.rotary_dim
@@ -116,8 +131,25 @@ class Attention(nnx.Module):
         k = rotate(k, positions_BT, self.theta, self.rotary_dim)
         if past is not None:
             k, v = write(past[0], k, positions_BT), write(past[1], v, positions_BT)
-        mixed = attention(q, k.astype(q.dtype), v.astype(q.dtype), visible_BS)
-        return jnp.einsum("BTHK,HKD->BTD", mixed, self.out[...].astype(q.dtype)), (k, v)
+        out = self.out[...].astype(q.dtype)
+        mixed = self.attend(q, k.astype(q.dtype), v.astype(q.dtype), visible_BS)
+        return jnp.einsum("BTHK,HKD->BTD", mixed, out), (k, v)
+
+    def attend(
+        self, q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, visible: jax.Array
+    ) -> jax.Array:
+        """Attention, every device with its own rows and query heads."""
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+            first = sharding.shard_index("heads") * q.shape[2]
+            k, v = (serving(x, first, q.shape[2], self.group) for x in (k, v))
+            return attention(q, k, v, visible)
+
+        queries, keys = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
+        mask = ("batch", *[None] * (visible.ndim - 1))
+        inputs = (queries, keys, keys, mask)
+        run = sharding.per_shard(attend, self.out[...], inputs, queries)
+        return run(q_BTHK, k_BSGK, v_BSGK, visible)
 
 
 class MLP(nnx.Module):
@@ -129,9 +161,7 @@ class MLP(nnx.Module):
         self.down = weight(rngs, (F, D), ("mlp", "embed"), config.dtype, F)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        gate_up = jnp.einsum("BTD,DCF->CBTF", x_BTD, self.gate_up[...].astype(x_BTD.dtype))
-        hidden = jax.nn.silu(gate_up[0]) * gate_up[1]
-        return jnp.einsum("BTF,FD->BTD", hidden, self.down[...].astype(x_BTD.dtype))
+        return swiglu(x_BTD, self.gate_up[...], self.down[...])
 
 
 class Layer(nnx.Module):
@@ -155,8 +185,8 @@ class Layer(nnx.Module):
         """The MLP branch of normed inputs; the shared expert is added as it is."""
         if not self.sparse:
             return self.mlp(x_BTD)
-        mixed_BTD = self.experts(x_BTD)
-        return mixed_BTD + self.shared(x_BTD) if self.has_shared else mixed_BTD
+        shared = (self.shared.gate_up, self.shared.down) if self.has_shared else ()
+        return self.experts(x_BTD, shared)
 
     def __call__(
         self,
@@ -191,8 +221,21 @@ class Transformer(nnx.Module):
 
         Gathered as stored and cast then, so that in training the gradient of a row that many
         tokens share (the mask's) is summed in the weights' dtype.
+
+        Where the vocabulary lies in slices on a mesh, a device finds what is in its own, and zeros
+        for the rest; the sum over devices is the lookup.
         """
-        return self.embedding[...][tokens_BT].astype(dtype)
+
+        def look_up(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+            rows_BT = tokens_BT - sharding.shard_index("vocab") * table_VD.shape[0]
+            found_BTD = table_VD[rows_BT].astype(dtype)
+            here_BT = (rows_BT >= 0) & (rows_BT < table_VD.shape[0])
+            return sharding.sum_shards(jnp.where(here_BT[..., None], found_BTD, 0), "vocab")
+
+        table_VD, inputs = self.embedding[...], (("vocab", "embed"), ("batch", None))
+        run = sharding.per_shard(look_up, table_VD, inputs, ("batch", None, "embed"))
+        with jax.named_scope("embed"):
+            return run(table_VD, tokens_BT)
 
     def __call__(
         self,
@@ -223,13 +266,21 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden_BND: jax.Array) -> jax.Array:
         """Float32 logits [B, N, V] of final-normed hidden states, never shifted."""
-        if self.config.tied_head:
-            embedding = self.embedding[...].astype(hidden_BND.dtype)
+        head, letters = (self.embedding, "VD") if self.config.tied_head else (self.head, "DV")
+        weights = head[...].astype(hidden_BND.dtype)
+        with jax.named_scope("head"):
             return jnp.einsum(
-                "BND,VD->BNV", hidden_BND, embedding, preferred_element_type=jnp.float32
+                f"BND,{letters}->BNV", hidden_BND, weights, preferred_element_type=jnp.float32
             )
-        head = self.head[...].astype(hidden_BND.dtype)
-        return jnp.einsum("BND,DV->BNV", hidden_BND, head, preferred_element_type=jnp.float32)
+
+    def best(
+        self, hidden_BND: jax.Array, special: Special = NOTHING, chunk: int | None = None
+    ) -> Best:
+        """What greedy rules read of the logits, without making all of them: see `jdllm.head`."""
+        tied = self.config.tied_head
+        with jax.named_scope("head"):
+            weights = self.embedding[...] if tied else self.head[...]
+            return best(hidden_BND, weights, special, tied, chunk)
 
 
 def abstract(config: ModelConfig) -> Transformer:

@@ -4,12 +4,14 @@ Routing is in float32 whatever the model computes in, and follows MoEConfig alon
 those of model.py: E experts, P picks of a token, M expert mlp, J experts of a group.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jdllm import sharding
 from jdllm.configs import MoEConfig
 from jdllm.kernels.experts import experts
 from jdllm.weights import bias, weight
@@ -63,6 +65,13 @@ def route(logits_BTE: jax.Array, bias_E: jax.Array | None, moe: MoEConfig) -> Ro
     return Routing(logits_BTE, picks, weights * moe.scale)
 
 
+def swiglu(x_BTD: jax.Array, gate_up_DCF: jax.Array, down_FD: jax.Array) -> jax.Array:
+    """down(silu(gate x) * up x), in the dtype of x."""
+    gate_up = jnp.einsum("BTD,DCF->CBTF", x_BTD, gate_up_DCF.astype(x_BTD.dtype))
+    hidden = jax.nn.silu(gate_up[0]) * gate_up[1]
+    return jnp.einsum("BTF,FD->BTD", hidden, down_FD.astype(x_BTD.dtype))
+
+
 class Experts(nnx.Module):
     """A router and its experts, each a SwiGLU feed-forward; router and bias stay float32."""
 
@@ -82,14 +91,28 @@ class Experts(nnx.Module):
         bias_E = None if self.moe.expert_bias == "none" else self.bias[...].astype(jnp.float32)
         return route(router_logits(x_BTD, self.router[...]), bias_E, self.moe)
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        _, picks, weights = self.route(x_BTD)
-        D, P = x_BTD.shape[-1], self.moe.top_k
-        mixed_TD = experts(
-            x_BTD.reshape(-1, D),
-            self.gate_up[...],
-            self.down[...],
-            picks.reshape(-1, P),
-            weights.reshape(-1, P),
-        )
-        return mixed_TD.reshape(x_BTD.shape)
+    def __call__(self, x_BTD: jax.Array, shared: Sequence[nnx.Param] = ()) -> jax.Array:
+        """The mixed outputs [B, T, D], plus the MLP of the two weights `shared`, where given.
+
+        A device of a mesh routes its own rows, runs its own experts and its slice of `shared`; one
+        sum over devices ends both.
+        """
+        biased = self.moe.expert_bias != "none"
+        params = [self.router, self.gate_up, self.down, *shared, *([self.bias] if biased else [])]
+
+        def run(x_BTD: jax.Array, router_DE: jax.Array, *weights: jax.Array) -> jax.Array:
+            bias_E = weights[-1].astype(jnp.float32) if biased else None
+            _, picks, factors = route(router_logits(x_BTD, router_DE), bias_E, self.moe)
+            gate_up, down, *more = weights
+            own = picks - sharding.shard_index("experts") * gate_up.shape[0]
+            P, (B, T, D) = self.moe.top_k, x_BTD.shape
+            flat = x_BTD.reshape(-1, D), own.reshape(-1, P), factors.reshape(-1, P)
+            mixed_BTD = experts(flat[0], gate_up, down, *flat[1:]).reshape(B, T, D)
+            if shared:
+                mixed_BTD += swiglu(x_BTD, *more[:2])
+            return sharding.sum_shards(mixed_BTD, "experts")
+
+        rows = ("batch", None, "embed")
+        inputs = (rows, *(param.get_metadata("axes") for param in params))
+        arrays = [param[...] for param in params]
+        return sharding.per_shard(run, arrays[0], inputs, rows)(x_BTD, *arrays)

@@ -33,7 +33,7 @@ from jdllm.data import (
     generated_pairs,
     parse_mixture,
 )
-from jdllm.load import compute_dtype, load_parts, locate
+from jdllm.load import choose_mesh, compute_dtype, load_parts, locate
 from jdllm.tokenizer import FILES, copy_tokenizer, load_tokenizer
 
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
@@ -74,7 +74,7 @@ class SFTConfig:
     remat: bool = False
     """Compute layers again in the backward pass: less memory, a third more time."""
     mesh: str = "auto"
-    """data x model, for example 4x1; auto puts every device on the data axis."""
+    """data x model, for example 4x1; auto is data parallel where the model fits a device."""
     seed: int = 0
     """Of random weights, generated examples, the order of rows and the corruption."""
     save_every: int = 500
@@ -306,7 +306,7 @@ def prepare(config: SFTConfig) -> Job | None:
     settle(config)
     if (config.output / "model").exists():
         return None
-    mesh = sharding.parse_mesh(config.mesh)
+    mesh = choose_mesh(config.mesh, config.model, "float32", copies=4)
     print(sharding.describe(mesh))
     split_rows(config, mesh)
     if config.data is not None:

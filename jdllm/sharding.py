@@ -1,16 +1,17 @@
 """Meshes: `mesh=AxB` is data x model, and RULES says which logical axis lies along which.
 
-Weights name their logical axes in model.py; this file alone knows the mesh.
+Weights name their logical axes in model.py; this file alone knows the mesh. XLA splits most of the
+model by itself. What it cannot look into (kernels), or would split badly (lookups in a table that
+is in pieces, top-k), runs once a shard under `per_shard`.
 """
 
-import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "model")
@@ -29,31 +30,49 @@ RULES: dict[str, str | None] = {
     "head_dim": None,
     "stack": None,
 }
-# Key/value heads are few; where they do not divide, every shard keeps them all.
-REPLICATE_IF_INDIVISIBLE = {"kv_heads"}
+# Key/value heads are few; where they do not divide, every shard keeps them all. So it does with
+# the rows of a batch that somebody else than LLM built.
+REPLICATE_IF_INDIVISIBLE = {"kv_heads", "batch"}
+Axes = Sequence[str | None]
 
 
-def parse_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
+def parse_mesh(
+    text: str,
+    devices: Sequence[Any] | None = None,
+    serves: Callable[[Mesh], bool] | None = None,
+) -> Mesh:
     """Builds the mesh that `text` describes: "auto", "AxB" (data x model) or "data:A,model:B".
 
-    "auto" puts every device on the data axis. Raises ValueError where the text has another form
-    or asks for more devices than there are; fewer are taken from the front of the list.
+    "auto" takes every device and puts as many as it can on the data axis: all, or with `serves`
+    the first mesh of which that is true. Raises ValueError where the text has another form, asks
+    for more devices than there are (fewer are taken from the front of the list), or nothing serves.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = _sizes(text, len(devices))
-    count = math.prod(sizes)
-    if count > len(devices):
+    if text == "auto":
+        splits = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
+        for split in splits:
+            mesh = _mesh(devices, len(devices) // split, split)
+            if serves is None or serves(mesh):
+                return mesh
         raise ValueError(
-            f"mesh={text} needs {count} devices, but only {len(devices)} "
+            f"mesh=auto finds no mesh of {len(devices)} {devices[0].platform} device(s) that the "
+            "model can be split over and fits; use more devices, or choose mesh=AxB yourself"
+        )
+    data, model = _sizes(text)
+    if data * model > len(devices):
+        raise ValueError(
+            f"mesh={text} needs {data * model} devices, but only {len(devices)} "
             f"{devices[0].platform} device(s) are here; ask for fewer"
         )
-    grid = np.array(devices[:count]).reshape(sizes)
+    return _mesh(devices, data, model)
+
+
+def _mesh(devices: Sequence[Any], data: int, model: int) -> Mesh:
+    grid = np.array(devices[: data * model]).reshape(data, model)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
 
-def _sizes(text: str, count: int) -> tuple[int, int]:
-    if text == "auto":
-        return count, 1
+def _sizes(text: str) -> tuple[int, int]:
     if match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text):
         return int(match[1]), int(match[2])
     parts = dict(part.split(":") for part in text.split(",") if part.count(":") == 1)
@@ -72,14 +91,14 @@ def describe(mesh: Mesh) -> str:
     return f"mesh data={mesh.shape['data']} x model={mesh.shape['model']} on {kind}"
 
 
-def spec(name: str, shape: Sequence[int], axes: Sequence[str], mesh: Mesh) -> P:
-    """The PartitionSpec of a weight called `name` with logical `axes`, under RULES.
+def spec(name: str, shape: Sequence[int], axes: Axes, mesh: Mesh | AbstractMesh) -> P:
+    """The PartitionSpec of an array called `name` with logical `axes` (None: whole), under RULES.
 
     Raises ValueError, naming the weight, where an axis does not divide or two axes collide.
     """
     placed: list[str | None] = []
     for size, axis in zip(shape, axes, strict=True):
-        target = RULES[axis]
+        target = RULES[axis] if axis else None
         parts = mesh.shape[target] if target else 1
         if size % parts and axis in REPLICATE_IF_INDIVISIBLE:
             target = None
@@ -103,3 +122,51 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def by_row(mesh: Mesh) -> NamedSharding:
     """Sharding of an array whose leading axis is the batch."""
     return NamedSharding(mesh, P(RULES["batch"]))
+
+
+def per_shard(
+    function: Callable[..., jax.Array],
+    weight: jax.Array,
+    inputs: Sequence[Axes],
+    output: Axes,
+) -> Callable[..., jax.Array]:
+    """`function` of arrays, run by every device on its own slices of them.
+
+    The mesh is the one that `weight` lies on, so nobody needs to hand it down; where there is none
+    (one device, or inside another `per_shard`) the function runs as it is. `inputs` and `output`
+    name logical axes, each output axis that of an input. What must be summed over shards the
+    function sums itself (`sum_shards`). Nothing looks into it, so it may call a kernel.
+    """
+    mesh = jax.typeof(weight).sharding.mesh
+    if mesh.size <= 1 or mesh.manual_axes:
+        return function
+
+    def split(*arrays: jax.Array) -> jax.Array:
+        placed: dict[str | None, str | None] = {None: None}
+        specs = []
+        for x, axes in zip(arrays, inputs, strict=True):
+            specs.append(spec("an activation", x.shape, axes, mesh))
+            placed |= zip(axes, specs[-1], strict=True)
+        out = P(*(placed[axis] for axis in output))
+        mapped = jax.shard_map(
+            function, mesh=mesh, in_specs=tuple(specs), out_specs=out, check_vma=False
+        )
+        return mapped(*arrays)
+
+    return split
+
+
+def shard_count(axis: str) -> int:
+    """Inside `per_shard`: how many slices the logical `axis` has; else 1."""
+    mesh, target = jax.sharding.get_abstract_mesh(), RULES[axis]
+    return mesh.shape[target] if target in mesh.manual_axes else 1
+
+
+def shard_index(axis: str) -> jax.Array | int:
+    """Inside `per_shard`: which slice of the logical `axis` this device holds; else 0."""
+    return jax.lax.axis_index(RULES[axis]) if shard_count(axis) > 1 else 0
+
+
+def sum_shards(x: jax.Array, axis: str) -> jax.Array:
+    """Inside `per_shard`: the sum over the slices of the logical `axis`; else `x` itself."""
+    return jax.lax.psum(x, RULES[axis]) if shard_count(axis) > 1 else x

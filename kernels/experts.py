@@ -37,14 +37,17 @@ def ragged(
     The sum over a token's experts runs in the order of its picks, whoever its batch mates are.
     """
     (T, P), (E, D, _, M), kind = picks_TP.shape, gate_up_EDCM.shape, x_TD.dtype
-    order = jnp.argsort(picks_TP.reshape(-1), stable=True)
-    sizes_E = jnp.bincount(picks_TP.reshape(-1), length=E)
+    here_TP = (picks_TP >= 0) & (picks_TP < E)
+    picks = jnp.where(here_TP, picks_TP, E).reshape(-1)  # of no expert: sorted to the end
+    order = jnp.argsort(picks, stable=True)
+    sizes_E = jnp.bincount(picks, length=E)
     gate_up = jax.lax.ragged_dot(
         x_TD[order // P], gate_up_EDCM.reshape(E, D, 2 * M).astype(kind), sizes_E
     )
     hidden = jax.nn.silu(gate_up[:, :M]) * gate_up[:, M:]
     sorted_by_expert = jax.lax.ragged_dot(hidden, down_EMD.astype(kind), sizes_E)
     mixed_TPD = sorted_by_expert[jnp.argsort(order)].reshape(T, P, D)
+    mixed_TPD = jnp.where(here_TP[..., None], mixed_TPD, 0)
     return jnp.einsum("TPD,TP->TD", mixed_TPD, weights_TP.astype(kind))
 
 
@@ -63,6 +66,7 @@ def experts(
     """Sum over a token's picks of weight * down(silu(gate x) * up x).
 
     `picks_TP` are int32 experts, `weights_TP` float32; the result is [T, D] in the dtype of x.
+    Picks outside 0 to E - 1 add nothing: those experts are on other devices.
     Raises ValueError for a name that is not in IMPLEMENTATIONS.
     """
     if implementation not in IMPLEMENTATIONS:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # From the ground up. A room may import rooms of lower floors, and those before it on its own.
 FLOORS: list[list[str]] = [
     ["jdllm.kernels", "jdllm.sharding", "jdllm.cli", "jdllm.files"],
-    ["jdllm.configs", "jdllm.cache", "jdllm.weights", "jdllm.moe", "jdllm.model"],
+    ["jdllm.configs", "jdllm.cache", "jdllm.weights", "jdllm.head", "jdllm.moe", "jdllm.model"],
     ["jdllm.unmask", "jdllm.stop", "jdllm.checkpoint"],
     ["jdllm.decode", "jdllm.train"],
     ["jdllm.tokenizer", "jdllm.convert", "jdllm.tasks", "jdllm.data", "jdllm.load"],

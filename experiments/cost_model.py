@@ -1,0 +1,310 @@
+"""What a block step should cost on a mesh, from bytes, FLOPs and all-reduces: the tables of a page.
+
+python experiments/cost_model.py output=docs/scaling.md
+
+A pass takes bytes / bandwidth + FLOPs / rate + what its all-reduces take. Bandwidth and rate are
+fitted to measured passes of one GPU; the links are assumptions until experiments/mesh_check.py has
+written mesh_check.json to fit them to.
+"""
+
+import dataclasses
+import json
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jdllm import cli
+from jdllm.configs import LLADA2_MINI, LLADA_8B, ModelConfig, count_parameters
+from jdllm.head import CHUNK, Special, best
+from jdllm.llm import bucket
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "experiments" / "results"
+BYTES = 2  # bfloat16
+LOGIT_PASSES = 4  # how often float32 logits are written or read on their way to tokens
+
+MINI_EXPERTS: Any = LLADA2_MINI.moe
+# The published shape as far as it is known; heads, vocabulary and the first layer's width are not
+# read from a published file.
+LLADA2_FLASH = dataclasses.replace(
+    LLADA2_MINI,
+    layers=32,
+    embed=4096,
+    heads=32,
+    mlp=9216,
+    moe=dataclasses.replace(MINI_EXPERTS, expert_mlp=1024, shared_mlp=1024),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """One GPU and its links. Rates per second."""
+
+    bandwidth: float
+    """Bytes of memory read."""
+    flops: float
+    latency: float
+    """Seconds of an all-reduce of nothing within a host."""
+    link: float
+    """Bytes that an all-reduce within a host moves through a GPU."""
+    memory: float = 141e9
+
+
+# Assumptions, not measurements: an NCCL all-reduce of a few hundred kilobytes over NVLink.
+LATENCY, LINK = 15e-6, 300e9
+HOST, FAR = 8, 4  # GPUs of a host; how much longer the done flag takes between hosts
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """One model call: `columns` of each of `rows` are fed, `keys` seen, `wanted` logits read."""
+
+    rows: int
+    columns: int
+    keys: int
+    wanted: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Work of one device."""
+
+    bytes: float
+    flops: float
+    sums: int
+    """All-reduces over the model axis."""
+    sum_bytes: float
+    """Bytes of each."""
+
+    def seconds(self, machine: Machine, data: int = 1, model: int = 1) -> float:
+        """Nothing overlaps: a layer's sums wait for its products, and the next ones for them."""
+        moved = 2 * (model - 1) / model * self.sum_bytes / machine.link
+        sums = self.sums * (machine.latency + moved) if model > 1 else 0.0
+        far = data * model > HOST
+        flag = 0.0 if data == 1 else machine.latency * (FAR if far else 1)
+        return self.bytes / machine.bandwidth + self.flops / machine.flops + sums + flag
+
+
+def layer_weights(config: ModelConfig, layer: int, tokens: int, grouped: bool) -> Any:
+    """Weights of a layer that split over the model axis: those read, and those times tokens.
+
+    All experts work for all tokens, as today's kernel does it; with `grouped`, only experts that
+    some token picked are read, and a token pays for its own.
+    """
+    attention = config.embed * config.head_dim * 2 * (config.heads + config.kv_heads)
+    moe = config.moe_layer(layer)
+    if moe is None:
+        dense = attention + 3 * config.embed * config.mlp
+        return dense, dense
+    expert, shared = 3 * config.embed * moe.expert_mlp, 3 * config.embed * moe.shared_mlp
+    read, used = moe.experts, moe.experts
+    if grouped:
+        read = moe.experts * (1 - (1 - moe.top_k / moe.experts) ** tokens)
+        used = moe.top_k
+    return attention + shared + read * expert, attention + shared + used * expert
+
+
+def cost(
+    config: ModelConfig, step: Pass, data: int = 1, model: int = 1, grouped: bool = False
+) -> Cost:
+    """Work of one device of a mesh for one pass, of one whose rows are all there."""
+    rows = -(-step.rows // data)
+    tokens, wanted = rows * step.columns, rows * step.wanted
+    kv_split = model if config.kv_heads % model == 0 else min(model, config.kv_heads)
+    read = used = 0.0
+    for layer in range(config.layers):
+        here = layer_weights(config, layer, tokens, grouped)
+        read, used = read + here[0], used + here[1]
+    head = config.embed * config.vocab
+    cache = rows * step.keys * 2 * config.kv_heads * config.head_dim * config.layers / kv_split
+    logits = 4 * LOGIT_PASSES * wanted * config.vocab / model
+    attention = 4 * tokens * step.keys * config.heads * config.head_dim * config.layers
+    return Cost(
+        bytes=BYTES * ((read + head) / model + cache) + logits,
+        flops=(2 * used * tokens + 2 * head * wanted + attention) / model,
+        sums=2 * config.layers + 2,
+        sum_bytes=BYTES * tokens * config.embed,
+    )
+
+
+def mean_cost(passes: list[tuple[int, Cost]]) -> Cost:
+    """The mean of counted passes on one device."""
+    count = sum(n for n, _ in passes)
+    bytes_, flops = (sum(n * getattr(c, f) for n, c in passes) / count for f in ("bytes", "flops"))
+    return Cost(bytes_, flops, 0, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A measured mean pass of one GPU."""
+
+    name: str
+    cost: Cost
+    milliseconds: float
+
+
+def measured(path: Path) -> list[Point]:
+    """The timed passes of experiments/gpu_check.py: prompts of 480, two blocks of 32."""
+    block, blocks, canvas = 32, 2, bucket(480) + 64
+    points = []
+    for row in json.loads(path.read_text())["block_steps"]:
+        rows, forwards = row["rows"], row["forwards"]
+        whole = cost(LLADA_8B, Pass(rows, canvas, canvas, block))
+        step = cost(LLADA_8B, Pass(rows, block, canvas, block))
+        opened = forwards if row["cache"] == "none" else blocks
+        mean = mean_cost([(opened, whole), (forwards - opened, step)])
+        name = f"batch {rows}, cache {row['cache']}"
+        points.append(Point(name, mean, row["ms_per_forward"]))
+    return points
+
+
+def fit(points: list[Point], links: dict[str, float] | None = None) -> Machine:
+    """Bandwidth and rate with the least relative error; links from all-reduce microseconds."""
+    rows = np.array([[p.cost.bytes, p.cost.flops] for p in points])
+    seconds = np.array([p.milliseconds / 1e3 for p in points])
+    (per_byte, per_flop), *_ = np.linalg.lstsq(
+        rows / seconds[:, None], np.ones(len(points)), rcond=None
+    )
+    latency, link = LATENCY, LINK
+    if links:  # over two devices an all-reduce moves each byte once
+        sizes = np.array([float(name.split()[0]) for name in links])
+        times = np.array(list(links.values())) / 1e6
+        slope, latency = np.polyfit(sizes, times, 1, w=1 / times)
+        latency, link = max(float(latency), 0.0), 1 / slope
+    return Machine(float(1 / per_byte), float(1 / per_flop), latency, link)
+
+
+def table(header: str, rows: list[list[Any]]) -> str:
+    """Markdown."""
+    names = header.split("|")
+    lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
+
+
+def checked(machine: Machine, points: list[Point]) -> str:
+    """Measured and modelled passes of one GPU."""
+    rows = []
+    for p in points:
+        guess = 1e3 * p.cost.seconds(machine)
+        error = f"{100 * (guess / p.milliseconds - 1):+.0f} %"
+        rows.append([p.name, f"{p.milliseconds:.2f}", f"{guess:.2f}", error])
+    return table("pass of LLaDA-8B on one H200|measured ms|model ms|error", rows)
+
+
+CONTEXT, BLOCK = 1024, 32
+# Model, mesh, rows of the whole batch.
+DENSE = [
+    (mesh, rows)
+    for mesh, rows in (
+        ((1, 1), 1), ((1, 1), 8), ((1, 2), 1), ((1, 2), 8), ((2, 1), 2), ((2, 1), 16),
+        ((1, 4), 1), ((1, 8), 1), ((8, 1), 8), ((8, 1), 64), ((2, 4), 64), ((64, 1), 512),
+    )
+]  # fmt: skip
+SPARSE = [((1, 4), 1), ((1, 8), 1), ((1, 8), 8), ((2, 4), 16), ((8, 8), 64)]
+
+
+def predicted(machine: Machine) -> str:
+    """Block steps of LLaDA-8B, against as many single GPUs."""
+    rows = []
+    for (data, model), count in DENSE:
+        step = Pass(count, BLOCK, CONTEXT, BLOCK)
+        seconds = cost(LLADA_8B, step, data, model).seconds(machine, data, model)
+        alone = dataclasses.replace(step, rows=max(count // data, 1))
+        single = cost(LLADA_8B, alone).seconds(machine)
+        gain = data * single / seconds
+        sums = cost(LLADA_8B, step, data, model)
+        share = 1 - dataclasses.replace(sums, sums=0).seconds(machine, data, model) / seconds
+        rows.append(
+            [f"{data}x{model}", count, f"{1e3 * seconds:.2f}", f"{count / seconds:.0f}",
+             f"{gain:.2f} of {data * model}", f"{100 * share:.0f} %"]
+        )  # fmt: skip
+    header = "mesh|batch|ms a block step|row steps a second|speed-up|in all-reduces"
+    return table(header, rows)
+
+
+def predicted_experts(machine: Machine) -> str:
+    """Block steps of LLaDA2.0-flash with today's dense experts and with grouped ones."""
+    rows = []
+    for (data, model), count in SPARSE:
+        step = Pass(count, BLOCK, CONTEXT, BLOCK)
+        weights = BYTES * count_parameters(LLADA2_FLASH) / model / 1e9
+        times = [
+            1e3 * cost(LLADA2_FLASH, step, data, model, grouped).seconds(machine, data, model)
+            for grouped in (False, True)
+        ]
+        rows.append([f"{data}x{model}", count, f"{weights:.0f}", *(f"{t:.1f}" for t in times)])
+    return table("mesh|batch|GB of weights a GPU|ms, dense experts|ms, grouped experts", rows)
+
+
+def constants(machine: Machine) -> str:
+    """What the model was given."""
+    rows = [
+        ["memory read", f"{machine.bandwidth / 1e12:.2f} TB/s"],
+        ["products", f"{machine.flops / 1e12:.0f} TFLOP/s"],
+        ["an all-reduce", f"{1e6 * machine.latency:.0f} µs + {machine.link / 1e9:.0f} GB/s"],
+    ]
+    return table("of one GPU|value", rows)
+
+
+def head_memory() -> str:
+    """Temporary memory of the compiled head (CPU backend): batch 8, block 32, LLaDA-8B's shapes."""
+    hidden = jax.ShapeDtypeStruct((8, 32, LLADA_8B.embed), jnp.bfloat16)
+    weights = jax.ShapeDtypeStruct((LLADA_8B.embed, LLADA_8B.vocab), jnp.bfloat16)
+    special = Special(excluded=(LLADA_8B.mask_id,))
+    rows = []
+    for chunk in (LLADA_8B.vocab, 2 * CHUNK, CHUNK, CHUNK // 2, CHUNK // 4):
+        find = partial(best, special=special, chunk=chunk)
+        memory: Any = jax.jit(find).lower(hidden, weights).compile().memory_analysis()
+        rows.append([f"{chunk:,}", f"{memory.temp_size_in_bytes / 1e6:.0f}"])
+    return table("tokens of the vocabulary at a time|temporary MB", rows)
+
+
+def tables(results: Path = RESULTS) -> dict[str, str]:
+    """Every table of docs/scaling.md by its name."""
+    points = measured(results / "gpu_check.json")
+    two = results / "mesh_check.json"
+    links = json.loads(two.read_text())["all_reduce_microseconds"] if two.exists() else None
+    machine = fit(points, links)
+    return {
+        "constants": constants(machine),
+        "measured": checked(machine, points),
+        "predicted": predicted(machine),
+        "predicted experts": predicted_experts(machine),
+        "head": head_memory(),
+    }
+
+
+def with_tables(page: str, found: dict[str, str]) -> str:
+    """The page with its tables replaced."""
+    for name, text in found.items():
+        page = re.sub(
+            f"(<!-- table: {name} -->\n).*?(<!-- end of table -->)",
+            lambda match, text=text: f"{match[1]}{text}\n{match[2]}",
+            page,
+            flags=re.DOTALL,
+        )
+    return page
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelCostConfig:
+    """Tables of the cost model."""
+
+    output: Path = ROOT / "docs" / "scaling.md"
+    """The page whose tables are written again."""
+
+
+def main(config: ModelCostConfig) -> None:
+    """Prints the tables and writes them into the page."""
+    found = tables()
+    print("\n\n".join(found.values()))
+    config.output.write_text(with_tables(config.output.read_text(), found))
+
+
+if __name__ == "__main__":
+    cli.run(main, ModelCostConfig, "python experiments/cost_model.py")

@@ -1,0 +1,320 @@
+"""The same tokens, losses and gradients on every mesh, and what the compiled programs send.
+
+Eight virtual CPU devices. What decodes today stands in REPLAYS: a family that joins test_goldens'
+tables is replayed here as well; the few in QUICK run by default, the rest with `-m slow`.
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jdllm import DecodeConfig, sharding, train
+from jdllm.configs import NAMED, ModelConfig, MoEConfig
+from jdllm.decode import Request, decode, make_setup
+from jdllm.llm import LLM
+from jdllm.load import load_parts
+from jdllm.model import forward, named
+from jdllm.tasks import countdown
+from tests.collectives import Collective, in_loops
+from tests.models import on_mesh, random_arrays
+from tests.test_goldens import (
+    CASES,
+    CONFIGS,
+    EOT,
+    ROOT,
+    Case,
+    left_aligned,
+    llada_config,
+    with_mask,
+)
+
+MESHES = ("8x1", "4x2", "2x4", "1x8")
+TINY = dataclasses.replace(NAMED["tiny"], heads=8, kv_heads=8, head_dim=8)
+MODELS = {
+    "multi-head": TINY,
+    "grouped": dataclasses.replace(TINY, kv_heads=2),
+    "tied": dataclasses.replace(TINY, tied_head=True),
+    "experts": dataclasses.replace(
+        TINY,
+        moe=MoEConfig(experts=8, top_k=2, expert_mlp=16, shared_mlp=32, dense_layers=(0,)),
+    ),
+}
+
+
+def splits(config: ModelConfig, mesh: str) -> bool:
+    """Whether the query heads divide."""
+    return config.heads % sharding.parse_mesh(mesh).shape["model"] == 0
+
+
+def rows(mesh: jax.sharding.Mesh, lengths: list[int], prompts: np.ndarray, facts: Any) -> Request:
+    """Rows [prompt | masks | padding] by shards of the batch, filled up with idle ones."""
+    config, gen, draws = facts
+    count = -(-len(lengths) // mesh.shape["data"]) * mesh.shape["data"]
+    tokens = np.full((count, prompts.shape[1] + gen), config.pad_id, np.int32)
+    for row, length in enumerate(lengths):
+        tokens[row, :length] = prompts[row, :length]
+        tokens[row, length : length + gen] = config.mask_id
+    spare = count - len(lengths)
+    keys = jax.random.split(jax.random.key(0), count)
+    by_row = (tokens, np.array([*lengths, *[1] * spare], np.int32), keys)
+    placed = jax.device_put((*by_row, np.arange(count) >= len(lengths)), sharding.by_row(mesh))
+    if draws is not None:
+        draws = np.pad(draws, [(0, 0), (0, spare), *[(0, 0)] * (draws.ndim - 2)], mode="edge")
+        draws = jax.device_put(draws.astype(np.float32), NamedSharding(mesh, P(None, "data")))
+    return Request(*placed, recorded=draws)
+
+
+# What the compiled loops send
+
+
+def program(name: str, mesh: str, options: DecodeConfig) -> str:
+    config, grid = MODELS[name], sharding.parse_mesh(mesh)
+    graph, params = on_mesh(config, random_arrays(config), grid)
+    gen = options.gen_length or 0
+    request = rows(grid, [8] * 8, np.zeros((8, 8), np.int32), (config, gen, None))
+    lowered = decode.lower(graph, params, request, make_setup(options, config))
+    return lowered.compile().as_text() or ""
+
+
+def part(found: Collective) -> str:
+    """The part of the model that sends: a branch of a layer, embed, or the head with the rule."""
+    match = re.search(r"layer\d+/(?:attention|mlp)|embed(?=/)", found.source)
+    return match[0] if match else "head"
+
+
+OPTIONS = DecodeConfig(gen_length=16, block_length=8).resolve()
+HEAD = 4  # what XLA makes of argmax and logsumexp over logits [B, N, V] in slices of V
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [("multi-head", "1x8"), ("grouped", "2x4"), ("experts", "4x2"), ("tied", "2x4")],
+)
+def test_a_model_axis_sums_twice_a_layer(name: str, mesh: str):
+    """An all-reduce a branch and one for the lookup; the head sends numbers, never logits."""
+    config, text = MODELS[name], program(name, mesh, OPTIONS)
+    shape = sharding.parse_mesh(mesh).shape
+    conditions, passes = in_loops(text)
+    assert all(len(sent) == 1 for sent in conditions)
+    assert len(passes) >= 2  # one that opens a block, one that denoises it
+    branches = {f"layer{i}/{b}" for i in range(config.layers) for b in ("attention", "mlp")}
+    for sent in passes:
+        model, head = (
+            [x for x in sent if (part(x) == "head") == wanted] for wanted in (False, True)
+        )
+        assert sorted(map(part, model)) == sorted(branches | {"embed"})
+        assert {x.kind for x in model} == {"all-reduce"}
+        assert len(head) <= HEAD
+        positions = 8 // shape["data"] * (OPTIONS.block_length or 0)
+        assert sum(x.elements for x in head) <= 4 * shape["model"] * positions
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("multi-head", {}),
+        ("experts", {}),
+        ("grouped", {"cache": "prefix", "cfg_scale": 1.0}),
+        ("grouped", {"cache": "none", "temperature": 0.5}),
+    ],
+)
+def test_a_data_axis_exchanges_a_done_flag(name: str, options: dict[str, Any]):
+    """A single scalar a step, in the condition of the loop, and one a block."""
+    text = program(name, "8x1", dataclasses.replace(OPTIONS, **options).resolve())
+    conditions, passes = in_loops(text)
+    assert not passes
+    assert conditions
+    for sent in conditions:
+        assert [(x.kind, x.shape) for x in sent] == [("all-reduce", "pred[]")]
+
+
+# The same tokens
+
+
+def replayed(case: Case) -> bool:
+    return (case.kind == "decode" and case.name in CONFIGS) or (
+        case.kind == "traces" and case.name == "traces_llada_loop"
+    )
+
+
+REPLAYS = [case for case in CASES if replayed(case)]
+QUICK = {
+    ("decode-fast_llada-dual_thr0.6", "8x1"),
+    ("decode-fast_llada-dual_gqa_thr0.6", "2x4"),
+    ("decode-llada-cfg_batch2_leftpad", "4x2"),
+    ("llada_moe-traces_llada_loop-", "2x4"),
+}
+
+
+def replays() -> list[Any]:
+    pairs = [(case, mesh) for case in REPLAYS for mesh in MESHES]
+    found, quick = [], set(QUICK)
+    for case, mesh in pairs:
+        hit = {q for q in quick if case.id.startswith(q[0]) and mesh == q[1]}
+        quick -= hit  # of several that a prefix names, the first
+        marks = () if hit else (pytest.mark.slow,)
+        found.append(pytest.param(case, mesh, id=f"{case.id}-{mesh}", marks=marks))
+    return found
+
+
+def recorded(case: Case, config: ModelConfig) -> tuple[Any, DecodeConfig, Any]:
+    """Prompts [B, P] with their lengths, options, and draws with the final rows."""
+    if case.kind == "traces":
+        params = {k: v for k, v in case.entry["params"].items() if k != "mask_id"}
+        prompt = np.array([case.entry["prompt_ids"]])
+        final = np.array([case.entry["output_ids"]])
+        return (prompt, [prompt.shape[1]]), llada_config(params).resolve(), (None, final)
+    stored = np.load(case.path)
+    shown = stored["attention_mask"] if "attention_mask" in stored else stored["prompt"] >= 0
+    aligned, lengths = left_aligned(stored["prompt"], shown)
+    draws = stored.get("uniforms")
+    options = CONFIGS[case.name](case.entry["params"]).resolve()
+    return (aligned, lengths.tolist()), options, (draws, stored["final"])
+
+
+@pytest.mark.parametrize(("case", "mesh"), replays())
+def test_goldens_on_a_mesh(case: Case, mesh: str, tmp_path: Path):
+    """Tokens and NFE of the recorded runs, exactly."""
+    folder = case.path.parent if case.kind == "traces" else ROOT / case.entry["checkpoint"]
+    folder = with_mask(folder, tmp_path)
+    grid = sharding.parse_mesh(mesh)
+    config, graph, params = load_parts(str(folder), sharding.parse_mesh("1x1"), "float32")
+    config = dataclasses.replace(config, stop_ids=(config.eos_id, EOT))
+    if not splits(config, mesh):
+        with pytest.raises(ValueError, match="cannot be split over"):
+            load_parts(str(folder), grid, "float32")
+        return
+    arrays = {name: np.asarray(leaf[...]) for name, leaf in named(params).items()}
+    graph, params = on_mesh(config, arrays, grid)
+    (prompts, lengths), options, (draws, final) = recorded(case, config)
+    gen = options.gen_length or 0
+    request = rows(grid, lengths, prompts, (config, gen, draws))
+    state = decode(graph, params, request, make_setup(options, config))
+    assert int(state.forwards) == case.entry["nfe"]
+    count, width = len(lengths), prompts.shape[1]
+    assert state.nfe.tolist()[:count] == [case.entry["nfe"]] * count
+    assert not any(state.nfe.tolist()[count:])
+    for row, length in enumerate(lengths):
+        ours = np.asarray(state.tokens)[row, : length + gen]
+        np.testing.assert_array_equal(ours, final[row, width - length :])
+
+
+@pytest.mark.parametrize("mesh", ["8x1", "4x2"])
+def test_uneven_and_small_batches(mesh: str):
+    """A last batch that does not divide, and one row alone, get what they get on one device."""
+    arrays = random_arrays(TINY, seed=1, sharpness=5)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 300, n).tolist() for n in (5, 17, 9, 30, 3, 8, 4, 11, 21)]
+    options = DecodeConfig(gen_length=16, block_length=8, threshold=0.5)
+    found = []
+    for text in ("1x1", mesh):
+        grid = sharding.parse_mesh(text)
+        llm = LLM(TINY, *on_mesh(TINY, arrays, grid), grid)
+        together = llm.generate(prompts, options, batch_size=4)
+        assert llm.generate(prompts[:1], options) == together[:1]
+        found.append(together)
+    assert found[0] == found[1]
+
+
+# The bundled model: near-ties may fall either way, nothing else
+
+NEAR = 1e-4
+
+
+def gaps(model: Any, canvases_FT: np.ndarray, length: int, options: DecodeConfig) -> float:
+    """The smallest difference of probabilities that a decision along a row's canvases hangs on.
+
+    That is between the two best tokens of a position that is filled, between its confidence and the
+    threshold, and, where nothing reaches that, between the two best positions.
+    """
+    mask_id, smallest = model.config.mask_id, np.inf
+    gen = options.gen_length or 0
+    visible = np.broadcast_to(np.arange(canvases_FT.shape[1]) < length + gen, canvases_FT.shape)
+    logits = jax.jit(forward, static_argnums=3)(model, canvases_FT, visible, jnp.float32)
+    chances = np.array(jax.nn.softmax(logits))
+    chances[..., mask_id] = 0
+    two = np.sort(chances, axis=-1)[..., -2:]
+    for step in range(len(canvases_FT) - 1):
+        before, after = canvases_FT[step], canvases_FT[step + 1]
+        open_ = np.flatnonzero(before == mask_id)
+        if not len(open_) or np.array_equal(before, after):
+            continue
+        best = np.sort(two[step, open_, 1])[::-1]
+        filled = open_[after[open_] != mask_id]
+        differences = [*np.abs(best - options.threshold), *np.ptp(two[step, filled], axis=-1)]
+        if best[0] < options.threshold and len(best) > 1:
+            differences.append(best[0] - best[1])
+        smallest = min(smallest, *differences)
+    return smallest
+
+
+@pytest.mark.parametrize(
+    "mesh", [m if m == "2x4" else pytest.param(m, marks=pytest.mark.slow) for m in MESHES]
+)
+def test_the_bundled_model_differs_in_near_ties_only(mesh: str):
+    """Every row whose decisions are all wider than 1e-4 has the same tokens and NFE."""
+    one = LLM.load("bundled", "1x1")
+    docs = countdown.generate(16, seed=5, held_out=True)
+    prompts = one.encode([countdown.prompt(doc) for doc in docs])
+    lengths = [len(p) for p in prompts]
+    padded = np.array([p + [0] * (max(lengths) - len(p)) for p in prompts])
+    options = DecodeConfig(gen_length=24, block_length=24, cache="none").resolve()
+    setup, states = make_setup(options, one.config), {}
+    for text in ("1x1", mesh):
+        grid = sharding.parse_mesh(text)
+        config, graph, params = load_parts("bundled", grid)
+        request = rows(grid, lengths, padded, (config, options.gen_length, None))
+        states[text] = decode(graph, params, request, setup, trace=True)
+    model: Any = nnx.merge(*load_parts("bundled", sharding.parse_mesh("1x1"))[1:])
+    single, split = states["1x1"], states[mesh]
+    trace = np.asarray(single.trace)[: int(single.forwards) + 1]
+    clear = []
+    for row, length in enumerate(lengths):
+        same = np.array_equal(single.tokens[row], split.tokens[row])
+        same = same and int(single.nfe[row]) == int(split.nfe[row])
+        clear.append(gaps(model, trace[:, row], length, options) > NEAR)
+        assert same or not clear[-1], f"row {row} differs without a near-tie"
+    assert sum(clear) > len(clear) / 2  # or this would show nothing
+
+
+# One training step
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        pytest.param(n, m, marks=() if (n, m) in quick else pytest.mark.slow)
+        for quick in [{("grouped", "2x4"), ("experts", "4x2")}]
+        for n in MODELS
+        for m in MESHES
+    ],
+)
+def test_loss_and_gradients(name: str, mesh: str):
+    """Within 1e-5 of the loss, and of the largest entry of each weight's gradient, in float32."""
+    config = MODELS[name]
+    rng = np.random.default_rng(0)
+    batch = train.Batch(
+        jnp.array(rng.integers(0, 300, (8, 12)), jnp.int32),
+        jnp.array(rng.integers(1, 6, 8), jnp.int32),
+        jnp.array(rng.choice([9, 12], 8), jnp.int32),
+    )
+    step = jax.jit(jax.value_and_grad(train.batch_loss, has_aux=True), static_argnums=(1, 4, 5))
+    arrays, found = random_arrays(config), {}
+    for text in ("1x1", mesh):
+        grid = sharding.parse_mesh(text)
+        graph, params = on_mesh(config, arrays, grid)
+        placed = jax.device_put(batch, sharding.by_row(grid))
+        found[text] = step(params, graph, placed, jax.random.key(3), "float32", True)
+    (losses, gradients), (expected, reference) = found[mesh], found["1x1"]
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(gradients), jax.tree.leaves(reference), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())

@@ -1,0 +1,92 @@
+"""The cost model: its arithmetic, the measured points, and the page that shows its tables."""
+
+import dataclasses
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jdllm.configs import count_parameters
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def script() -> Any:
+    path = ROOT / "experiments" / "cost_model.py"
+    spec = importlib.util.spec_from_file_location("cost_model", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["cost_model"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["cost_model"]
+
+
+def test_the_page_shows_what_the_script_finds(script):
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    found = script.tables()
+    assert script.with_tables(page, found) == page
+    assert set(re.findall("<!-- table: (.*) -->", page)) == set(found)
+
+
+def test_measured_passes_of_one_device_are_met(script):
+    """Within 20 %."""
+    points = script.measured(script.RESULTS / "gpu_check.json")
+    machine = script.fit(points)
+    for point in points:
+        assert 1e3 * point.cost.seconds(machine) == pytest.approx(point.milliseconds, rel=0.2)
+
+
+def test_one_step_reads_every_weight_once(script):
+    """But for the embedding and the norms; and multiplies each with every token."""
+    config = script.LLADA_8B
+    found = script.cost(config, script.Pass(rows=1, columns=32, keys=0, wanted=32))
+    weights = count_parameters(config) - config.vocab * config.embed
+    logits = script.LOGIT_PASSES * 4 * 32 * config.vocab
+    assert found.bytes == pytest.approx(2 * weights + logits, rel=1e-4)
+    assert found.flops == pytest.approx(2 * weights * 32, rel=1e-4)
+    assert count_parameters(script.LLADA2_FLASH) == pytest.approx(100e9, rel=0.05)
+
+
+def test_axes_share_the_work(script):
+    """The model axis shares weights and cache, the data axis rows; few key heads stay whole."""
+    config, step = script.LLADA_8B, script.Pass(8, 32, 1024, 32)
+    one = script.cost(config, step)
+    split = script.cost(config, step, model=4)
+    assert split.bytes == pytest.approx(one.bytes / 4)
+    assert split.flops == pytest.approx(one.flops / 4)
+    assert split.sums == 2 * config.layers + 2
+    assert script.cost(config, step, data=8) == script.cost(
+        config, dataclasses.replace(step, rows=1)
+    )
+    grouped = dataclasses.replace(config, kv_heads=4)
+    four, eight = (script.cost(grouped, step, model=n).bytes for n in (4, 8))
+    cache = 2 * 8 * 1024 * 2 * 128 * 32  # one key/value head, in bytes
+    assert four - cache == pytest.approx(2 * (eight - cache))
+
+
+def test_a_grouped_kernel_reads_what_was_picked(script):
+    moe = script.LLADA2_FLASH.moe
+    one_token = script.layer_weights(script.LLADA2_FLASH, 1, 1, grouped=True)
+    many = script.layer_weights(script.LLADA2_FLASH, 1, 10_000, grouped=True)
+    dense = script.layer_weights(script.LLADA2_FLASH, 1, 1, grouped=False)
+    assert one_token[0] == pytest.approx(one_token[1])
+    assert many[0] == pytest.approx(dense[0])
+    expert = 3 * script.LLADA2_FLASH.embed * moe.expert_mlp
+    assert dense[1] - one_token[1] == pytest.approx((moe.experts - moe.top_k) * expert)
+
+
+def test_constants_are_found_again(script):
+    """From passes and all-reduces that a known machine would have taken."""
+    truth = script.Machine(3e12, 7e14, 2e-5, 2e11)
+    steps = [script.Pass(n, 32, 1024, 32) for n in (1, 8, 32)]
+    costs = [script.cost(script.LLADA_8B, step) for step in steps]
+    points = [script.Point("", c, 1e3 * c.seconds(truth)) for c in costs]
+    links = {f"{n} bytes": 1e6 * (2e-5 + n / 2e11) for n in (1 << 18, 1 << 21, 1 << 24)}
+    found = script.fit(points, links)
+    for field in dataclasses.fields(truth):
+        assert getattr(found, field.name) == pytest.approx(getattr(truth, field.name), rel=1e-3)
