@@ -9,7 +9,7 @@ import json
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Self
 
 import jax
@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jdllm import sharding
+from jdllm import sharding, trace
 from jdllm.configs import ModelConfig
 from jdllm.decode import DecodeConfig, DecodeState, Request, Setup, decode, make_setup
 from jdllm.load import load_parts, locate
@@ -178,12 +178,7 @@ class LLM:
         config = self.resolve(config)
         rows = self.encode(prompts, chat)
         gen_length = config.gen_length or 0
-        longest = max(map(len, rows), default=0)
-        if longest + gen_length > self.config.max_length:
-            raise ValueError(
-                f"a prompt of {longest} tokens and gen_length={gen_length} exceed the model's "
-                f"{self.config.max_length} columns; shorten one of them"
-            )
+        self._check_room(rows, config)
         seeds = _row_seeds(rows)
         setup = make_setup(config, self.config)
         replicas = self.mesh.shape["data"]
@@ -199,6 +194,47 @@ class LLM:
                 for i, row, count in zip(index, tokens, nfe, strict=False)
             ]
             yield Batch(index, completions, int(forwards), seconds, compile_seconds)
+
+    def watch(
+        self,
+        prompt: Prompt,
+        see: Callable[[trace.Record], None],
+        config: DecodeConfig | None = None,
+        *,
+        chat: bool = True,
+    ) -> Batch:
+        """Completes one prompt as `generate` does, and shows `see` the record of its calls.
+
+        `see` gets consecutive stretches of calls as they come back from the device (at present
+        there is one, the whole run), and the time it takes is not counted. Watching is a program
+        of its own: what is not watched pays nothing for it. ValueError as for `generate`.
+        """
+        config = self.resolve(config)
+        rows = self.encode([prompt], chat)
+        self._check_room(rows, config)
+        request = self._request(rows, _row_seeds(rows), config)
+        program, compile_seconds = self._program(request, make_setup(config, self.config), True)
+        start = time.perf_counter()
+        state: DecodeState = program(self._params, request)
+        canvases, nfe, forwards = jax.device_get((state.trace, state.nfe, state.forwards))
+        seconds = time.perf_counter() - start
+        prompt_length, length = len(rows[0]), len(rows[0]) + (config.gen_length or 0)
+        # The loop keeps canvases only so far: no column counts as looked at.
+        arrays = {n: np.zeros((int(forwards), 0), fill.dtype) for n, fill in trace.LOOKS.items()}
+        arrays["tokens"] = canvases[:, 0]
+        see(trace.cut(arrays, int(forwards), prompt_length, length, self.config.mask_id))
+        final = canvases[int(forwards), 0, prompt_length:length]
+        completion = self._completion(final, int(nfe[0]), ())
+        return Batch([0], [completion], int(forwards), seconds, compile_seconds)
+
+    def _check_room(self, rows: Sequence[Sequence[int]], config: DecodeConfig) -> None:
+        gen_length = config.gen_length or 0
+        longest = max(map(len, rows), default=0)
+        if longest + gen_length > self.config.max_length:
+            raise ValueError(
+                f"a prompt of {longest} tokens and gen_length={gen_length} exceed the model's "
+                f"{self.config.max_length} columns; shorten one of them"
+            )
 
     def _request(self, rows: list[list[int]], seeds: list[int], config: DecodeConfig) -> Request:
         """Canvases on the mesh, filled up with idle rows to a multiple of the data axis."""
@@ -219,13 +255,13 @@ class LLM:
         placed = jax.device_put((tokens, lengths, keys, idle), sharding.by_row(self.mesh))
         return Request(*placed)
 
-    def _program(self, request: Request, setup: Setup) -> tuple[Any, float]:
+    def _program(self, request: Request, setup: Setup, watched: bool = False) -> tuple[Any, float]:
         """The compiled loop for this shape and these rules, and the seconds spent compiling."""
-        key = (request.tokens.shape, setup)
+        key = (request.tokens.shape, setup, watched)
         if key in self._programs:
             return self._programs[key], 0.0
         start = time.perf_counter()
-        program = decode.lower(self._graph, self._params, request, setup).compile()
+        program = decode.lower(self._graph, self._params, request, setup, watched).compile()
         self._programs[key] = program
         return program, time.perf_counter() - start
 

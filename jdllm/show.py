@@ -4,10 +4,11 @@ Where the output is no terminal, every call becomes a line of plain text.
 """
 
 import dataclasses
+import itertools
 import sys
 import time
-from collections.abc import Callable, Mapping
-from typing import Self
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple, Self
 
 import numpy as np
 from rich.console import Console, Group, RenderableType
@@ -15,10 +16,11 @@ from rich.live import Live
 from rich.style import Style
 from rich.text import Text
 
-from jdllm.pieces import Piece, spell, visible
-from jdllm.trace import Trace, join
+from jdllm.pieces import Kind, Piece, spell, visible
+from jdllm.trace import Record, join
 
-MASK, END, BREAK = "·", "∎", "⏎"
+SIGNS = {"mask": "·", "end": "∎"}
+LINE_END, BREAK = "\n", "⏎"
 # Unsure to sure: vermilion, dark gold, bluish green. They keep apart for colour-blind eyes and are
 # readable on black and on white.
 RAMP = np.array([(213, 94, 0), (184, 134, 11), (0, 158, 115)], float)
@@ -37,112 +39,145 @@ def colour(confidence: float) -> Style:
     return Style(color=f"rgb({red:.0f},{green:.0f},{blue:.0f})")
 
 
-def first_column(trace: Trace) -> int:
+def first_column(record: Record) -> int:
     """Where the view begins: behind the prompt, or at the first mask within it."""
-    masks = np.flatnonzero(trace.tokens[0] == trace.mask_id)
-    return min(trace.prompt_length, *masks[:1].tolist())
+    masks = np.flatnonzero(record.tokens[0] == record.mask_id)
+    return min(record.prompt_length, *masks[:1].tolist())
 
 
-def canvas(trace: Trace, call: int, pieces: Mapping[int, Piece], marks: bool = True) -> Text:
-    """The generated columns after `call` calls; what that call wrote is bold.
+class Cell(NamedTuple):
+    """A column as it is drawn."""
 
-    With `marks` masks and ends are drawn, one sign each; without, the text stops at its first end.
-    """
-    start, text = first_column(trace), Text()
-    row = [pieces[i] for i in trace.tokens[call][start:].tolist()]
-    fresh = trace.writers[call][start:] == max(call, 1)
+    text: str
+    style: Style
+    kind: Kind
+    fresh: bool
+    """Whether the call just made wrote it."""
+
+
+def cells(record: Record, call: int, pieces: Mapping[int, Piece]) -> list[Cell]:
+    """The generated columns after `call` calls: masks and ends are one sign each."""
+    start = first_column(record)
+    row = [pieces[i] for i in record.tokens[call][start:].tolist()]
+    fresh = record.writers[call][start:] == max(call, 1)
+    found = []
     for piece, word, sure, new in zip(
-        row, spell(row), trace.sureness[call][start:], fresh, strict=True
+        row, spell(row), record.sureness[call][start:], fresh.tolist(), strict=True
     ):
-        style = colour(sure)
-        if piece.kind in ("mask", "end"):
-            if not marks and piece.kind == "end":
-                break
-            word, style = MASK if piece.kind == "mask" else END, style + Style(dim=True)
-        elif piece.kind == "special":
-            style += Style(dim=True)
-        text.append(visible(word).expandtabs(4), style + Style(bold=True) if new else style)
-    return text
+        text = SIGNS.get(piece.kind, visible(word).expandtabs(4))
+        style = Style(bold=new, dim=piece.kind not in ("text", "bytes"))
+        found.append(Cell(text, colour(sure) + style, piece.kind, new))
+    return found
 
 
-def plain(trace: Trace, call: int, pieces: Mapping[int, Piece]) -> str:
+def assemble(row: Iterable[Cell]) -> Text:
+    """Cells as one text."""
+    return Text.assemble(*((cell.text, cell.style) for cell in row))
+
+
+def completed(record: Record, pieces: Mapping[int, Piece]) -> list[Cell]:
+    """The final cells up to the first end, and none of them fresh."""
+    row = itertools.takewhile(lambda cell: cell.kind != "end", cells(record, record.calls, pieces))
+    return [cell._replace(style=cell.style + Style(bold=False)) for cell in row]
+
+
+def plain(record: Record, call: int, pieces: Mapping[int, Piece]) -> str:
     """A call in one line."""
-    text = canvas(trace, call, pieces).plain.replace("\n", BREAK)
-    return f"call {call:3}  {text}"
+    text = "".join(cell.text for cell in cells(record, call, pieces))
+    return f"call {call:3}  {text.replace(LINE_END, BREAK)}"
 
 
-def status(trace: Trace, call: int, fps: float) -> Text:
+def status(record: Record, call: int, fps: float) -> Text:
     """The line below the canvas: how far it is, and what the colours mean."""
-    start = first_column(trace)
-    masked = trace.tokens[call][start:] == trace.mask_id
-    text = Text(f"call {call}, {np.sum(~masked)} of {len(masked)} columns, confidence ")
+    masked = record.tokens[call][first_column(record) :] == record.mask_id
+    text = Text(f"call {call}, {np.sum(~masked)} of {len(masked)} columns, confidence", "dim")
     for step in np.linspace(0, 1, 5):
-        text.append(f"{step:.2g} ", colour(step))
-    text.append(f" {MASK} mask {END} end  {fps:g} calls/s, Ctrl-C skips")
-    text.stylize(Style(dim=True))
-    text.truncate(10_000)
+        text.append(f" {step:.2g}", colour(step))
+    signs = f"{SIGNS['mask']} mask {SIGNS['end']} end"
+    text.append(f", {signs}, {fps:g} calls/s, Ctrl-C skips")
+    text.no_wrap, text.overflow = True, "ellipsis"
     return text
 
 
-def around(text: Text, console: Console, height: int, column: int) -> Text:
-    """The lines of a wrapped canvas that fit into `height`, the character `column` among them."""
-    lines = text.wrap(console, console.width)
-    if len(lines) <= height:
-        return Text("\n").join(lines)
-    ends = np.cumsum([len(line) for line in lines])
-    row = int(np.searchsorted(ends, column))
-    first = min(max(row - height // 2, 0), len(lines) - height)
+def around(row: Sequence[Cell], console: Console, height: int) -> Text:
+    """The wrapped lines that fit into `height`, those of the last fresh cell among them."""
+    lines = assemble(row).wrap(console, console.width)
+    last = max((i for i, cell in enumerate(row) if cell.fresh), default=0)
+    at = len(assemble(row[: last + 1]).wrap(console, console.width)) - 1
+    first = max(min(at - height // 2, len(lines) - height), 0)
     return Text("\n").join(lines[first : first + height])
 
 
 @dataclasses.dataclass
 class Player:
-    """Shows a request's calls as stretches of them come in, `fps` calls a second and never slower.
+    """Keeps a request's record and shows its calls, `fps` a second, as stretches of them come in.
 
-    Use it as a context and call it with every stretch. A call whose time has passed before it
-    could be drawn is left out. Ctrl-C while it plays ends the animation, not the run.
+    Use it as a context, and call it with every stretch. Drawing takes no time of its own: a call
+    that is overdue is left out. Ctrl-C while it plays ends the animation, not the run.
     """
 
     pieces: Mapping[int, Piece]
     fps: float = 10
+    shown: bool = True
     console: Console = dataclasses.field(default_factory=make_console)
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
 
     def __post_init__(self):
-        self.seen: list[Trace] = []
-        self.skipped = False
-        self.animated = self.console.is_terminal and not self.console.is_dumb_terminal
+        terminal = self.console.is_terminal and not self.console.is_dumb_terminal
+        self.animated = self.shown and terminal
+        self._stretches: list[Record] = []
+        self._skipped = False
         self._due = 0.0
         self._live = Live(console=self.console, auto_refresh=False, transient=True)
+
+    @property
+    def record(self) -> Record:
+        """All that came in so far."""
+        return join(self._stretches)
 
     def __enter__(self) -> Self:
         if self.animated:
             self._live.start()
+            self._live.update(Text("waiting for the first calls", "dim"), refresh=True)
         return self
 
     def __exit__(self, *_) -> None:
         self._live.stop()
 
-    def __call__(self, stretch: Trace) -> None:
+    def __call__(self, stretch: Record) -> None:
         """Shows the calls of a stretch, one after the other."""
-        first = sum(part.calls for part in self.seen)
-        self.seen.append(stretch)
-        if self.skipped:
+        self._stretches.append(stretch)
+        if not self.shown or self._skipped:
             return
-        trace = join(self.seen)
-        calls = range(first + bool(first), trace.calls + 1)
+        record = self.record
+        before = record.calls - stretch.calls
+        calls = range(before + bool(before), record.calls + 1)
         if not self.animated:
             for call in calls:
-                print(plain(trace, call, self.pieces), file=self.console.file)
+                print(plain(record, call, self.pieces), file=self.console.file)
             return
         try:
-            self._play(trace, calls)
+            self._play(record, calls)
         except KeyboardInterrupt:
-            self.skipped = True
+            self._skipped = True
             self._live.update("", refresh=True)
 
-    def _play(self, trace: Trace, calls: range) -> None:
+    def finish(self, completion: str) -> None:
+        """Prints the completion; where it was animated, coloured."""
+        if self.animated:
+            text = assemble(completed(self.record, self.pieces))
+            self.console.print(text)
+        else:
+            print(completion, file=self.console.file)
+
+    def frame(self, record: Record, call: int) -> RenderableType:
+        """What the terminal shows after `call` calls."""
+        row = cells(record, call, self.pieces)
+        view = around(row, self.console, max(self.console.height - 2, 1))
+        return Group(view, status(record, call, self.fps))
+
+    def _play(self, record: Record, calls: range) -> None:
         start = max(self._due, self.clock())
         self._due = start + len(calls) / self.fps
         for i, call in enumerate(calls):
@@ -150,18 +185,4 @@ class Player:
             if now > start + (i + 1) / self.fps and call != calls[-1]:
                 continue
             self.sleep(max(0.0, start + i / self.fps - now))
-            self._live.update(self.frame(trace, call), refresh=True)
-
-    def frame(self, trace: Trace, call: int) -> RenderableType:
-        """What the terminal shows after `call` calls."""
-        text = canvas(trace, call, self.pieces)
-        bold = [span.start for span in text.spans if Style.parse(str(span.style)).bold]
-        room = max(self.console.height - 2, 1)
-        view = around(text, self.console, room, bold[-1] if bold else 0)
-        return Group(view, status(trace, call, self.fps))
-
-    def finish(self) -> None:
-        """Prints the completion, coloured; where there is no terminal there is nothing to add."""
-        if self.animated and self.seen:
-            trace = join(self.seen)
-            self.console.print(canvas(trace, trace.calls, self.pieces, marks=False))
+            self._live.update(self.frame(record, call), refresh=True)

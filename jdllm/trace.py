@@ -1,6 +1,6 @@
 """One request as it was denoised: what every model call looked at, how sure it was, what it wrote.
 
-A Trace is arrays alone; a Run adds the text of its ids and where it came from, and is what a file
+A Record is arrays alone; a Run adds the text of its ids and where it came from, and is what a file
 of JSON lines holds. docs/generate.md describes the format.
 """
 
@@ -17,10 +17,17 @@ from jdllm import files
 from jdllm.pieces import KINDS, Piece
 
 FORMAT = "jdllm trace 1"
+LOOKS = {
+    "columns": np.int32(-1),
+    "candidates": np.int32(-1),
+    "confidence": np.float32(np.nan),
+    "entropy": np.float32(np.nan),
+}
+"""What a call keeps of every column it looked at, and what stands where it looked at fewer."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Trace:
+class Record:
     """The record of one request, without the padding that its canvas had in a batch.
 
     Call k, from 1, turns `tokens[k - 1]` into `tokens[k]`; the other arrays describe it in row
@@ -31,8 +38,8 @@ class Trace:
     """int32 [calls + 1, T]: the canvas before every model call, and the final one."""
     columns: np.ndarray
     """int32 [calls, N]: columns whose logits were looked at; -1 where there were fewer."""
-    ids: np.ndarray
-    """int32 [calls, N]: the best token of those columns."""
+    candidates: np.ndarray
+    """int32 [calls, N]: the token that each of them would take."""
     confidence: np.ndarray
     """float32 [calls, N]: its probability."""
     entropy: np.ndarray
@@ -41,7 +48,7 @@ class Trace:
     mask_id: int
 
     def __post_init__(self):
-        calls, looks = len(self.tokens) - 1, [self.ids, self.confidence, self.entropy]
+        calls, looks = len(self.tokens) - 1, [self.candidates, self.confidence, self.entropy]
         if self.tokens.ndim != 2 or calls < 0 or len(self.columns) != calls:
             raise ValueError(
                 f"{len(self.columns)} calls need {len(self.columns) + 1} canvases [calls + 1, T], "
@@ -74,23 +81,23 @@ class Trace:
         return np.where(open_CT.all(0), -1, open_CT.argmin(0)).astype(np.int32)
 
     @functools.cached_property
-    def best(self) -> np.ndarray:
-        """int32 [calls, T]: the best token by column, -1 where it was not looked at."""
-        return self._spread(self.ids, -1)
+    def guesses(self) -> np.ndarray:
+        """int32 [calls, T]: the candidate by column, -1 where it was not looked at."""
+        return self._spread(self.candidates, -1)
 
     @functools.cached_property
     def sureness(self) -> np.ndarray:
         """float32 [calls + 1, T]: how sure the model is of what stands there after each call.
 
         A token has the confidence of the call that wrote it, a mask that of the last call which
-        looked at it. NaN where nobody looked, and where a token is not the model's best: given, an
-        end filled in behind the text, or a draw at temperature > 0.
+        looked at it. NaN where nobody looked, and where a token was no candidate: given, or an end
+        filled in behind the text.
         """
         seen, found = self._spread(self.confidence, np.nan), np.full(self.tokens.shape, np.nan)
         for call in range(1, self.calls + 1):
-            looked, now = self.best[call - 1] >= 0, self.tokens[call]
+            looked, now = self.guesses[call - 1] >= 0, self.tokens[call]
             changed, masked = now != self.tokens[call - 1], now == self.mask_id
-            own = np.where(masked | (now == self.best[call - 1]), seen[call - 1], np.nan)
+            own = np.where(masked | (now == self.guesses[call - 1]), seen[call - 1], np.nan)
             found[call] = np.where(changed | (masked & looked), own, found[call - 1])
         return found.astype(np.float32)
 
@@ -106,34 +113,41 @@ class Trace:
         return spread
 
 
-def join(stretches: Sequence[Trace]) -> Trace:
-    """One trace of consecutive stretches of calls of one request, such as its blocks."""
+def cut(
+    arrays: Mapping[str, np.ndarray], calls: int, prompt_length: int, length: int, mask_id: int
+) -> Record:
+    """A request's record from one row of what the loop kept for a batch.
+
+    `arrays` are the row's `tokens`, `columns`, `candidates`, `confidence` and `entropy` as Record
+    describes them, but for room for more calls and for padding behind the `length` columns of its
+    canvas; columns in the padding count as not looked at.
+    """
+    looks = {name: np.asarray(arrays[name])[:calls] for name in LOOKS}
+    looks["columns"] = np.where(looks["columns"] < length, looks["columns"], -1)
+    tokens = np.asarray(arrays["tokens"])[: calls + 1, :length]
+    return Record(tokens, **looks, prompt_length=prompt_length, mask_id=mask_id)
+
+
+def join(stretches: Sequence[Record]) -> Record:
+    """One record of consecutive stretches of calls of one request, such as its blocks."""
     width = max(stretch.columns.shape[1] for stretch in stretches)
 
-    def stack(name: str, fill: float) -> np.ndarray:
+    def stack(name: str, fill: np.generic) -> np.ndarray:
         arrays = [getattr(stretch, name) for stretch in stretches]
-        room = [((0, 0), (0, width - x.shape[1])) for x in arrays]
-        return np.concatenate(
-            [np.pad(x, r, constant_values=fill) for x, r in zip(arrays, room, strict=True)]
-        )
+        rooms = [((0, 0), (0, width - x.shape[1])) for x in arrays]
+        padded = [np.pad(x, r, constant_values=fill) for x, r in zip(arrays, rooms, strict=True)]
+        return np.concatenate(padded)
 
     canvases = [stretches[0].tokens[:1], *(stretch.tokens[1:] for stretch in stretches)]
-    return Trace(
-        np.concatenate(canvases),
-        stack("columns", -1),
-        stack("ids", -1),
-        stack("confidence", np.nan),
-        stack("entropy", np.nan),
-        stretches[0].prompt_length,
-        stretches[0].mask_id,
-    )
+    looks = {name: stack(name, fill) for name, fill in LOOKS.items()}
+    return dataclasses.replace(stretches[0], tokens=np.concatenate(canvases), **looks)
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A finished request: its record, the text of its ids, and where it came from."""
 
-    trace: Trace
+    record: Record
     pieces: Mapping[int, Piece]
     about: Mapping[str, Any]
     """What the file's first line says: prompt, completion, model, decode, versions, ..."""
@@ -141,41 +155,46 @@ class Run:
     @property
     def used(self) -> dict[int, Piece]:
         """The pieces of the ids that occur."""
-        ids = np.union1d(self.trace.tokens, self.trace.best)
+        ids = np.union1d(self.record.tokens, self.record.guesses)
         return {i: self.pieces[i] for i in ids.tolist() if i >= 0}
 
 
 def write(path: Path, run: Run) -> None:
     """Writes JSON lines, whole or not at all: what the run was, then a line a model call."""
-    trace = run.trace
-    header = {
-        "format": FORMAT,
-        **run.about,
-        "prompt_length": trace.prompt_length,
-        "mask_id": trace.mask_id,
-        "calls": trace.calls,
-        "tokens": trace.tokens[0].tolist(),
-        "commit": trace.commits.tolist(),
-        "pieces": {i: [piece.text, piece.kind] for i, piece in run.used.items()},
-    }
+    lines = [make_header(run), *(describe(run.record, i + 1) for i in range(run.record.calls))]
     with files.atomic_file(path) as file:
-        for line in [header, *map(functools.partial(describe, trace), range(1, trace.calls + 1))]:
+        for line in lines:
             file.write(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
 
 
-def describe(trace: Trace, call: int) -> dict[str, Any]:
+def make_header(run: Run) -> dict[str, Any]:
+    """The first line: what the run was, the canvas it started from, and how its ids read."""
+    record = run.record
+    return {
+        "format": FORMAT,
+        **run.about,
+        "prompt_length": record.prompt_length,
+        "mask_id": record.mask_id,
+        "calls": record.calls,
+        "tokens": record.tokens[0].tolist(),
+        "commit": record.commits.tolist(),
+        "pieces": {i: [piece.text, piece.kind] for i, piece in run.used.items()},
+    }
+
+
+def describe(record: Record, call: int) -> dict[str, Any]:
     """A call's line: parallel lists over the columns it looked at, and what it changed."""
     row = call - 1
-    looked = trace.columns[row] >= 0
-    columns, changed = trace.columns[row][looked], trace.changes(call)
+    looked = record.columns[row] >= 0
+    columns, changed = record.columns[row][looked], record.changes(call)
     return {
         "call": call,
         "columns": columns.tolist(),
-        "ids": trace.ids[row][looked].tolist(),
-        "confidence": _floats(trace.confidence[row][looked]),
-        "entropy": _floats(trace.entropy[row][looked]),
-        "commit": trace.commits[columns].tolist(),
-        "changes": np.stack([changed, trace.tokens[call][changed]], axis=1).tolist(),
+        "candidates": record.candidates[row][looked].tolist(),
+        "confidence": _floats(record.confidence[row][looked]),
+        "entropy": _floats(record.entropy[row][looked]),
+        "commit": record.commits[columns].tolist(),
+        "changes": np.stack([changed, record.tokens[call][changed]], axis=1).tolist(),
     }
 
 
@@ -186,15 +205,12 @@ def read(path: Path) -> Run:
     calls = [_parse(path, i, line, json.loads) for i, line in enumerate(lines[1:], start=2)]
     if len(calls) != header["calls"]:
         raise ValueError(f"{path} is cut off: {len(calls)} of its {header['calls']} calls are left")
-    canvases = [np.array(header["tokens"], np.int32)]
-    stretches = []
+    stretches = [_parse(path, 1, header, _start)]
     for i, call in enumerate(calls, start=2):
-        stretch = _parse(path, i, call, functools.partial(_stretch, header, canvases[-1]))
-        canvases.append(stretch.tokens[1])
-        stretches.append(stretch)
+        stretches.append(_parse(path, i, call, functools.partial(_stretch, stretches[-1])))
     own = {"format", "prompt_length", "mask_id", "calls", "tokens", "commit", "pieces"}
     return Run(
-        join([_empty(header, canvases[0]), *stretches]),
+        join(stretches),
         {int(i): Piece(*piece) for i, piece in header["pieces"].items()},
         {name: value for name, value in header.items() if name not in own},
     )
@@ -217,25 +233,23 @@ def _header(line: str) -> dict[str, Any]:
     return {name: header[name] for name in ("prompt_length", "mask_id", "calls", "tokens")} | header
 
 
-def _stretch(header: dict[str, Any], before: np.ndarray, call: dict[str, Any]) -> Trace:
-    """The trace of a single call."""
-    after = before.copy()
-    for column, token in call["changes"]:
-        after[column] = token
-    return Trace(
-        np.stack([before, after]),
-        np.array([call["columns"]], np.int32),
-        np.array([call["ids"]], np.int32),
-        np.array([call["confidence"]], np.float32),  # null becomes NaN
-        np.array([call["entropy"]], np.float32),
-        header["prompt_length"],
-        header["mask_id"],
+def _start(header: dict[str, Any]) -> Record:
+    """The record before any call."""
+    nothing = {name: np.zeros((0, 0), fill.dtype) for name, fill in LOOKS.items()}
+    tokens = np.array([header["tokens"]], np.int32)
+    return Record(
+        tokens, **nothing, prompt_length=header["prompt_length"], mask_id=header["mask_id"]
     )
 
 
-def _empty(header: dict[str, Any], canvas: np.ndarray) -> Trace:
-    ids, floats = np.zeros((0, 0), np.int32), np.zeros((0, 0), np.float32)
-    return Trace(canvas[None], ids, ids, floats, floats, header["prompt_length"], header["mask_id"])
+def _stretch(before: Record, call: dict[str, Any]) -> Record:
+    """The record of a single call, which follows `before`."""
+    canvas = before.tokens[-1].copy()
+    for column, token in call["changes"]:
+        canvas[column] = token
+    tokens = np.stack([before.tokens[-1], canvas])
+    looks = {name: np.array([call[name]], fill.dtype) for name, fill in LOOKS.items()}
+    return dataclasses.replace(before, tokens=tokens, **looks)  # a null becomes NaN
 
 
 def _floats(values: np.ndarray) -> list[float | None]:

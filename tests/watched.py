@@ -5,7 +5,7 @@ import numpy as np
 from jdllm.configs import ModelConfig
 from jdllm.decode import DecodeConfig
 from jdllm.model import Transformer
-from jdllm.trace import Trace
+from jdllm.trace import Record
 from tests.oracle import Row, softmax
 
 
@@ -31,12 +31,12 @@ class WatchedRow(Row):
 
 def watched(
     model: Transformer, facts: ModelConfig, config: DecodeConfig, prompt: list[int]
-) -> Trace:
+) -> Record:
     """The record of one prompt, for a resolved `config` without random draws."""
     row = WatchedRow(model, facts, config, prompt)
     row.run()
     tokens, columns, ids, confidence, entropy = map(np.stack, zip(*row.views, strict=True))
-    return Trace(
+    return Record(
         np.concatenate([tokens, row.tokens[None]]).astype(np.int32),
         columns.astype(np.int32),
         ids.astype(np.int32),
