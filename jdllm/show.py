@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, Self
 
 import numpy as np
+from rich.cells import cell_len, chop_cells
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.style import Style
@@ -70,15 +71,11 @@ def cells(record: Record, call: int, pieces: Mapping[int, Piece]) -> list[Cell]:
     return found
 
 
-def assemble(row: Iterable[Cell]) -> Text:
-    """Cells as one text."""
-    return Text.assemble(*((cell.text, cell.style) for cell in row))
-
-
 def completed(record: Record, pieces: Mapping[int, Piece]) -> list[Cell]:
     """The final cells up to the first end, and none of them fresh."""
-    row = itertools.takewhile(lambda cell: cell.kind != "end", cells(record, record.calls, pieces))
-    return [cell._replace(style=cell.style + Style(bold=False)) for cell in row]
+    row = cells(record, record.calls, pieces)
+    text = itertools.takewhile(lambda cell: cell.kind != "end", row)
+    return [cell._replace(style=cell.style + Style(bold=False)) for cell in text]
 
 
 def plain(record: Record, call: int, pieces: Mapping[int, Piece]) -> str:
@@ -87,25 +84,43 @@ def plain(record: Record, call: int, pieces: Mapping[int, Piece]) -> str:
     return f"call {call:3}  {text.replace(LINE_END, BREAK)}"
 
 
-def status(record: Record, call: int, fps: float) -> Text:
-    """The line below the canvas: how far it is, and what the colours mean."""
+def status(record: Record, call: int) -> Text:
+    """The line above the canvas: how far it is, and what the colours mean."""
     masked = record.tokens[call][first_column(record) :] == record.mask_id
-    text = Text(f"call {call}, {np.sum(~masked)} of {len(masked)} columns, confidence", "dim")
+    done = f"{np.sum(~masked)} of {len(masked)} columns"
+    text = Text(f"call {call}, {done}, Ctrl-C skips, confidence", "dim")
     for step in np.linspace(0, 1, 5):
         text.append(f" {step:.2g}", colour(step))
-    signs = f"{SIGNS['mask']} mask {SIGNS['end']} end"
-    text.append(f", {signs}, {fps:g} calls/s, Ctrl-C skips")
+    text.append(f", {SIGNS['mask']} mask, {SIGNS['end']} end")
     text.no_wrap, text.overflow = True, "ellipsis"
     return text
 
 
-def around(row: Sequence[Cell], console: Console, height: int) -> Text:
-    """The wrapped lines that fit into `height`, those of the last fresh cell among them."""
-    lines = assemble(row).wrap(console, console.width)
-    last = max((i for i, cell in enumerate(row) if cell.fresh), default=0)
-    at = len(assemble(row[: last + 1]).wrap(console, console.width)) - 1
-    first = max(min(at - height // 2, len(lines) - height), 0)
-    return Text("\n").join(lines[first : first + height])
+def layout(row: Iterable[Cell], width: int) -> tuple[list[Text], int]:
+    """Lines of at most `width` terminal columns, and the line of the last fresh cell.
+
+    A token goes to the next line whole, so that masks and words break alike and the text around a
+    mask stays where it is when the mask becomes a word.
+    """
+    lines, used, focus = [Text()], 0, 0
+    for cell in row:
+        for i, part in enumerate(cell.text.split(LINE_END)):
+            for j, chunk in enumerate(chop_cells(part, width) or [""]):
+                wraps = used + cell_len(chunk) > width
+                if wraps or (i and not j):
+                    lines.append(Text())
+                    chunk, used = chunk.lstrip(" ") if wraps else chunk, 0
+                lines[-1].append(chunk, cell.style)
+                used += cell_len(chunk)
+        if cell.fresh:
+            focus = len(lines) - 1
+    return lines, focus
+
+
+def crop(lines: Sequence[Text], focus: int, height: int) -> Text:
+    """At most `height` of the lines, `focus` among them."""
+    first = max(min(focus - height // 2, len(lines) - height), 0)
+    return Text(LINE_END).join(lines[first : first + height])
 
 
 @dataclasses.dataclass
@@ -166,16 +181,16 @@ class Player:
     def finish(self, completion: str) -> None:
         """Prints the completion; where it was animated, coloured."""
         if self.animated:
-            text = assemble(completed(self.record, self.pieces))
-            self.console.print(text)
+            lines, _ = layout(completed(self.record, self.pieces), self.console.width)
+            self.console.print(Text(LINE_END).join(lines))
         else:
-            print(completion, file=self.console.file)
+            print(LINE_END * self.shown + completion, file=self.console.file)
 
     def frame(self, record: Record, call: int) -> RenderableType:
         """What the terminal shows after `call` calls."""
-        row = cells(record, call, self.pieces)
-        view = around(row, self.console, max(self.console.height - 2, 1))
-        return Group(view, status(record, call, self.fps))
+        lines, focus = layout(cells(record, call, self.pieces), self.console.width)
+        view = crop(lines, focus, max(self.console.height - 2, 1))
+        return Group(status(record, call), view)
 
     def _play(self, record: Record, calls: range) -> None:
         start = max(self._due, self.clock())

@@ -253,5 +253,5 @@ def _stretch(before: Record, call: dict[str, Any]) -> Record:
 
 
 def _floats(values: np.ndarray) -> list[float | None]:
-    """The shortest decimals that read back as the same float32; None for NaN."""
-    return [None if np.isnan(x) else float(str(x)) for x in values.astype(np.float32)]
+    """The shortest decimals that read back as the same float32; None for what is not finite."""
+    return [float(str(x)) if np.isfinite(x) else None for x in values.astype(np.float32)]
