@@ -115,7 +115,7 @@ def test_files_round_trip(record: Record, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_cut_drops_what_a_batch_padded():
-    whole = {name: np.full((7, 4), 3, fill.dtype) for name, fill in LOOKS.items()}
+    whole: dict[str, np.ndarray] = {n: np.full((7, 4), 3, fill.dtype) for n, fill in LOOKS.items()}
     whole["columns"] = np.tile(np.arange(3, 7, dtype=np.int32), (7, 1))
     whole["tokens"] = np.zeros((8, 9), np.int32)
     record = trace.cut(whole, calls=2, prompt_length=3, length=5, mask_id=MASK)
