@@ -109,7 +109,9 @@ def watch(llm: "LLM", config: GenerateConfig) -> "Batch":
     facts, decode = llm.config, llm.resolve(config.decode)
     pieces = Lexicon(llm.tokenizer, facts.mask_id, (*facts.stop_ids, facts.eos_id))
     with Player(pieces, config.fps, shown=config.viz == "live") as player:
-        batch = llm.watch(config.prompt, player, decode, chat=config.chat)
+        (batch,) = llm.stream(
+            [config.prompt], decode, chat=config.chat, watch=lambda _, stretch: player(stretch)
+        )
     about = describe(llm, config, decode, batch)
     player.finish(about["completion"])
     save(config, trace.Run(player.record, pieces, about))

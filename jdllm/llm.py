@@ -173,18 +173,29 @@ class LLM:
         batch_size: int = 32,
         chat: bool = True,
         stop: Sequence[str] = (),
+        watch: Callable[[int, trace.Record], None] | None = None,
     ) -> Iterator[Batch]:
-        """As `generate`, but yields each batch when it is finished, shortest prompts first."""
+        """As `generate`, but yields each batch when it is finished, shortest prompts first.
+
+        `watch` is called with the index of a prompt and the record of its model calls; where it
+        is called again for that prompt, the calls follow on (`trace.join`). Its time is not
+        counted. The record is made by a program of its own: without `watch` it costs nothing.
+        """
         config = self.resolve(config)
         rows = self.encode(prompts, chat)
         gen_length = config.gen_length or 0
-        self._check_room(rows, config)
+        longest = max(map(len, rows), default=0)
+        if longest + gen_length > self.config.max_length:
+            raise ValueError(
+                f"a prompt of {longest} tokens and gen_length={gen_length} exceed the model's "
+                f"{self.config.max_length} columns; shorten one of them"
+            )
         seeds = _row_seeds(rows)
         setup = make_setup(config, self.config)
         replicas = self.mesh.shape["data"]
         for index in plan_batches([len(row) for row in rows], batch_size, replicas):
             request = self._request([rows[i] for i in index], [seeds[i] for i in index], config)
-            program, compile_seconds = self._program(request, setup)
+            program, compile_seconds = self._program(request, setup, watch is not None)
             start = time.perf_counter()
             state: DecodeState = program(self._params, request)
             tokens, nfe, forwards = jax.device_get((state.tokens, state.nfe, state.forwards))
@@ -193,48 +204,12 @@ class LLM:
                 self._completion(row[len(rows[i]) :][:gen_length], int(count), stop)
                 for i, row, count in zip(index, tokens, nfe, strict=False)
             ]
+            if watch:
+                canvases = jax.device_get(state.trace)
+                for row, i in enumerate(index):
+                    length = len(rows[i]) + gen_length
+                    watch(i, self._record(canvases, row, int(forwards), len(rows[i]), length))
             yield Batch(index, completions, int(forwards), seconds, compile_seconds)
-
-    def watch(
-        self,
-        prompt: Prompt,
-        see: Callable[[trace.Record], None],
-        config: DecodeConfig | None = None,
-        *,
-        chat: bool = True,
-    ) -> Batch:
-        """Completes one prompt as `generate` does, and shows `see` the record of its calls.
-
-        `see` gets consecutive stretches of calls as they come back from the device (at present
-        there is one, the whole run), and the time it takes is not counted. Watching is a program
-        of its own: what is not watched pays nothing for it. ValueError as for `generate`.
-        """
-        config = self.resolve(config)
-        rows = self.encode([prompt], chat)
-        self._check_room(rows, config)
-        request = self._request(rows, _row_seeds(rows), config)
-        program, compile_seconds = self._program(request, make_setup(config, self.config), True)
-        start = time.perf_counter()
-        state: DecodeState = program(self._params, request)
-        canvases, nfe, forwards = jax.device_get((state.trace, state.nfe, state.forwards))
-        seconds = time.perf_counter() - start
-        prompt_length, length = len(rows[0]), len(rows[0]) + (config.gen_length or 0)
-        # The loop keeps canvases only so far: no column counts as looked at.
-        arrays = {n: np.zeros((int(forwards), 0), fill.dtype) for n, fill in trace.LOOKS.items()}
-        arrays["tokens"] = canvases[:, 0]
-        see(trace.cut(arrays, int(forwards), prompt_length, length, self.config.mask_id))
-        final = canvases[int(forwards), 0, prompt_length:length]
-        completion = self._completion(final, int(nfe[0]), ())
-        return Batch([0], [completion], int(forwards), seconds, compile_seconds)
-
-    def _check_room(self, rows: Sequence[Sequence[int]], config: DecodeConfig) -> None:
-        gen_length = config.gen_length or 0
-        longest = max(map(len, rows), default=0)
-        if longest + gen_length > self.config.max_length:
-            raise ValueError(
-                f"a prompt of {longest} tokens and gen_length={gen_length} exceed the model's "
-                f"{self.config.max_length} columns; shorten one of them"
-            )
 
     def _request(self, rows: list[list[int]], seeds: list[int], config: DecodeConfig) -> Request:
         """Canvases on the mesh, filled up with idle rows to a multiple of the data axis."""
@@ -254,6 +229,14 @@ class LLM:
         idle = np.arange(height) >= len(rows)
         placed = jax.device_put((tokens, lengths, keys, idle), sharding.by_row(self.mesh))
         return Request(*placed)
+
+    def _record(
+        self, canvases: np.ndarray, row: int, calls: int, prompt_length: int, length: int
+    ) -> trace.Record:
+        """What the loop kept of a row: its canvases so far, and no column that was looked at."""
+        arrays = {name: np.zeros((calls, 0), fill.dtype) for name, fill in trace.LOOKS.items()}
+        arrays["tokens"] = canvases[:, row]
+        return trace.cut(arrays, calls, prompt_length, length, self.config.mask_id)
 
     def _program(self, request: Request, setup: Setup, watched: bool = False) -> tuple[Any, float]:
         """The compiled loop for this shape and these rules, and the seconds spent compiling."""

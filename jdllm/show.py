@@ -4,6 +4,7 @@ Where the output is no terminal, every call becomes a line of plain text.
 """
 
 import dataclasses
+import functools
 import itertools
 import sys
 import time
@@ -34,10 +35,18 @@ def make_console() -> Console:
 
 def colour(confidence: float) -> Style:
     """The style of a confidence in [0, 1]; the terminal's own for NaN."""
-    if np.isnan(confidence):
-        return Style()
-    red, green, blue = (np.interp(confidence, [0, 0.5, 1], channel) for channel in RAMP.T)
+    return Style() if np.isnan(confidence) else _shade(round(100 * float(confidence)))
+
+
+@functools.cache
+def _shade(percent: int) -> Style:
+    red, green, blue = (np.interp(percent, [0, 50, 100], channel) for channel in RAMP.T)
     return Style(color=f"rgb({red:.0f},{green:.0f},{blue:.0f})")
+
+
+@functools.cache
+def _weight(bold: bool, dim: bool) -> Style:
+    return Style(bold=bold, dim=dim)
 
 
 def first_column(record: Record) -> int:
@@ -66,8 +75,8 @@ def cells(record: Record, call: int, pieces: Mapping[int, Piece]) -> list[Cell]:
         row, spell(row), record.sureness[call][start:], fresh.tolist(), strict=True
     ):
         text = SIGNS.get(piece.kind, visible(word).expandtabs(4))
-        style = Style(bold=new, dim=piece.kind not in ("text", "bytes"))
-        found.append(Cell(text, colour(sure) + style, piece.kind, new))
+        style = colour(sure) + _weight(new, dim=piece.kind not in ("text", "bytes"))
+        found.append(Cell(text, style, piece.kind, new))
     return found
 
 
@@ -75,7 +84,7 @@ def completed(record: Record, pieces: Mapping[int, Piece]) -> list[Cell]:
     """The final cells up to the first end, and none of them fresh."""
     row = cells(record, record.calls, pieces)
     text = itertools.takewhile(lambda cell: cell.kind != "end", row)
-    return [cell._replace(style=cell.style + Style(bold=False)) for cell in text]
+    return [cell._replace(style=cell.style + _weight(False, dim=False)) for cell in text]
 
 
 def plain(record: Record, call: int, pieces: Mapping[int, Piece]) -> str:
@@ -105,11 +114,14 @@ def layout(row: Iterable[Cell], width: int) -> tuple[list[Text], int]:
     lines, used, focus = [Text()], 0, 0
     for cell in row:
         for i, part in enumerate(cell.text.split(LINE_END)):
-            for j, chunk in enumerate(chop_cells(part, width) or [""]):
-                wraps = used + cell_len(chunk) > width
-                if wraps or (i and not j):
-                    lines.append(Text())
-                    chunk, used = chunk.lstrip(" ") if wraps else chunk, 0
+            if i:
+                lines.append(Text())
+                used = 0
+            for chunk in chop_cells(part, width):
+                if used + cell_len(chunk) > width:
+                    chunk = chunk.lstrip(" ")
+                    lines += [Text()] if chunk else []
+                    used = 0 if chunk else used
                 lines[-1].append(chunk, cell.style)
                 used += cell_len(chunk)
         if cell.fresh:

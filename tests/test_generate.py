@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -101,20 +102,33 @@ def test_a_watched_run_prints_and_writes(folder: Path, tmp_path: Path, capsys):
     assert again.read_text() == files["html"].read_text()
 
 
+def test_the_documented_reader_reads(tmp_path: Path, monkeypatch, capsys):
+    page = Path(__file__).parents[1] / "docs" / "generate.md"
+    code = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.M | re.S)[0]
+    trace.write(tmp_path / "run.jsonl", Run(RECORD, PIECES, {}))
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert capsys.readouterr().out == (
+        "1 2 '<2>' text 0.75\n2 1 '<3>' text 0.75\n3 3 '<1>' end 0.75\n"
+    )
+
+
 def test_what_is_not_watched_is_not_recorded(folder: Path, monkeypatch, capsys):
     def fail(*_, **__):
         raise AssertionError("nobody asked for a record")
 
-    monkeypatch.setattr(LLM, "watch", fail)
+    monkeypatch.setattr(trace, "cut", fail)
     generate.main(config(folder))
     assert "finish" in capsys.readouterr().out
+    with pytest.raises(AssertionError, match="nobody asked"):
+        generate.main(config(folder, viz="live"))
 
 
 def test_an_interrupted_run_leaves_no_file(folder: Path, tmp_path: Path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(LLM, "watch", interrupt)
+    monkeypatch.setattr(trace, "cut", interrupt)
     with pytest.raises(SystemExit) as stop:
         generate.main(config(folder, trace=tmp_path / "run.jsonl"))
     assert stop.value.code == 130
@@ -260,6 +274,11 @@ def test_lines_fit_and_lose_nothing(words: list[str], width: int, fresh: int):
         kept = crop(lines, focus, height).plain.split("\n")
         assert len(kept) == min(height, len(lines))
         assert lines[focus].plain in kept
+
+
+def test_indentation_survives_a_full_line_before_it():
+    row = [Cell(text, Style(), "text", False) for text in ("abcd", "\n  ", " e", " fg")]
+    assert [line.plain for line in layout(row, 6)[0]] == ["abcd", "   e", "fg"]
 
 
 def read_until(terminal: int, wanted: bytes, seconds: float = 60) -> bytes:

@@ -175,15 +175,19 @@ SETTINGS = [
 
 @pytest.mark.parametrize("config", SETTINGS, ids=["threshold", "quota"])
 def test_watching_shows_the_run_of_the_twin_and_changes_nothing(llm: LLM, config: DecodeConfig):
-    prompt, config = [5, 6, 7], llm.resolve(config)
-    stretches: list[Record] = []
-    batch = llm.watch(prompt, stretches.append, config)
-    record = trace.join(stretches)
-    wanted = watched(nnx.merge(llm._graph, llm._params), llm.config, config, prompt)
-    np.testing.assert_array_equal(record.tokens, wanted.tokens)
-    assert record.prompt_length == 3 and record.mask_id == llm.config.mask_id
-    assert batch.completions == llm.generate([prompt], config)
-    assert batch.forwards == record.calls == batch.completions[0].nfe
+    prompts, config = [[5, 6, 7], [8]], llm.resolve(config)
+    stretches: dict[int, list[Record]] = {0: [], 1: []}
+    (batch,) = llm.stream(prompts, config, watch=lambda i, part: stretches[i].append(part))
+    found = dict(zip(batch.index, batch.completions, strict=True))
+    assert [found[i] for i in range(2)] == llm.generate(prompts, config)
+    for i, prompt in enumerate(prompts):
+        record = trace.join(stretches[i])
+        assert record.prompt_length == len(prompt) and record.mask_id == llm.config.mask_id
+        assert record.calls == batch.forwards
+        wanted = watched(nnx.merge(llm._graph, llm._params), llm.config, config, prompt)
+        busy = np.r_[True, (record.tokens[1:] != record.tokens[:-1]).any(1)]
+        np.testing.assert_array_equal(record.tokens[busy], wanted.tokens)
+        assert found[i].nfe == wanted.calls == busy.sum() - 1
 
 
 def test_every_token_that_the_twin_wrote_was_its_candidate(llm: LLM):
@@ -200,11 +204,6 @@ def test_every_token_that_the_twin_wrote_was_its_candidate(llm: LLM):
         written = record.sureness[call][changed].min()
         left = record.sureness[call][looked & (record.tokens[call] == record.mask_id)]
         assert (left <= written).all(), "a quota takes the surest columns"
-
-
-def test_watching_refuses_what_does_not_fit(llm: LLM):
-    with pytest.raises(ValueError, match="exceed the model's"):
-        llm.watch([1] * llm.config.max_length, print, DecodeConfig(gen_length=8))
 
 
 # ---- how ids read
