@@ -9,7 +9,7 @@ import json
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Self
 
 import jax
@@ -18,9 +18,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jdllm import sharding
+from jdllm import sharding, trace
 from jdllm.configs import ModelConfig
-from jdllm.decode import DecodeConfig, DecodeState, Request, Setup, decode, make_setup
+from jdllm.decode import DecodeConfig, DecodeState, Request, Setup, Trace, decode, make_setup
 from jdllm.load import choose_mesh, load_parts, locate
 from jdllm.tokenizer import encode_prompts, load_tokenizer
 
@@ -174,8 +174,14 @@ class LLM:
         batch_size: int = 32,
         chat: bool = True,
         stop: Sequence[str] = (),
+        watch: Callable[[int, trace.Record], None] | None = None,
     ) -> Iterator[Batch]:
-        """As `generate`, but yields each batch when it is finished, shortest prompts first."""
+        """As `generate`, but yields each batch when it is finished, shortest prompts first.
+
+        `watch` is called with the index of a prompt and the record of its model calls; where it
+        is called again for that prompt, the calls follow on (`trace.join`). Its time is not
+        counted. The record is made by a program of its own: without `watch` it costs nothing.
+        """
         config = self.resolve(config)
         rows = self.encode(prompts, chat)
         gen_length = config.gen_length or 0
@@ -192,7 +198,7 @@ class LLM:
             request = self._request(
                 [rows[i] for i in index], [seeds[i] for i in index], config, setup
             )
-            program, compile_seconds = self._program(request, setup)
+            program, compile_seconds = self._program(request, setup, watch is not None)
             start = time.perf_counter()
             state: DecodeState = program(self._params, request)
             tokens, nfe, forwards = jax.device_get((state.tokens, state.nfe, state.forwards))
@@ -201,6 +207,11 @@ class LLM:
                 self._completion(row[len(rows[i]) :][:gen_length], int(count), stop)
                 for i, row, count in zip(index, tokens, nfe, strict=False)
             ]
+            if watch:
+                kept = jax.device_get(state.trace)
+                for row, i in enumerate(index):
+                    length = setup.canvas_length(len(rows[i]))
+                    watch(i, self._record(kept, row, int(forwards), len(rows[i]), length))
             yield Batch(index, completions, int(forwards), seconds, compile_seconds)
 
     def _request(
@@ -223,13 +234,20 @@ class LLM:
         placed = jax.device_put((tokens, lengths, keys, idle), sharding.by_row(self.mesh))
         return Request(*placed)
 
-    def _program(self, request: Request, setup: Setup) -> tuple[Any, float]:
+    def _record(
+        self, kept: Trace, row: int, calls: int, prompt_length: int, length: int
+    ) -> trace.Record:
+        """What the loop kept of a row."""
+        arrays = {name: getattr(kept, name)[:, row] for name in ("tokens", *trace.LOOKS)}
+        return trace.cut(arrays, calls, prompt_length, length, self.config.mask_id)
+
+    def _program(self, request: Request, setup: Setup, watched: bool = False) -> tuple[Any, float]:
         """The compiled loop for this shape and these rules, and the seconds spent compiling."""
-        key = (request.tokens.shape, setup)
+        key = (request.tokens.shape, setup, watched)
         if key in self._programs:
             return self._programs[key], 0.0
         start = time.perf_counter()
-        program = decode.lower(self._graph, self._params, request, setup).compile()
+        program = decode.lower(self._graph, self._params, request, setup, watched).compile()
         self._programs[key] = program
         return program, time.perf_counter() - start
 

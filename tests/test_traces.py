@@ -7,7 +7,7 @@ read as a DecodeConfig stands in tests/reference_configs.py.
 import dataclasses
 import itertools
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,13 @@ def draws(stored: Any, canvases: np.ndarray, mask_id: int) -> jax.Array | None:
     return jnp.array(full)
 
 
-def request_of(case: Case, checkpoint: Checkpoint) -> tuple[Checkpoint, DecodeConfig, Any]:
+class Replay(NamedTuple):
+    checkpoint: Checkpoint
+    options: DecodeConfig
+    request: Request
+
+
+def request_of(case: Case, checkpoint: Checkpoint) -> Replay:
     """A dense recording as our own: facts, config and canvases; padding moves to the right."""
     stored = np.load(case.path)
     meta = json.loads(str(stored["meta"]))
@@ -69,7 +75,7 @@ def request_of(case: Case, checkpoint: Checkpoint) -> tuple[Checkpoint, DecodeCo
         idle=jnp.zeros(B, bool),
         recorded=recorded,
     )
-    return checkpoint, options, request
+    return Replay(checkpoint, options, request)
 
 
 @pytest.mark.parametrize("case", [c for c in supported("decode") if not has_ties(c)])
@@ -137,25 +143,22 @@ def test_decode_with_ties(case: Case):
             assert all(best[c] == after[row, c] for c in np.flatnonzero(theirs))
 
 
-@pytest.mark.parametrize("case", supported("traces"))
-def test_engines(case: Case):
-    """Mixtures of experts: canvases, NFE and output, exactly."""
-    stored, entry, params = np.load(case.path.with_suffix(".npz")), case.entry, case.entry["params"]
-    facts = load(case.path.parent).config
+def engine_request_of(case: Case, checkpoint: Checkpoint) -> Replay:
+    """A recording of an engine as our own; ragged rows begin where the shortest prompt ends."""
+    entry, params, facts = case.entry, case.entry["params"], checkpoint.config
     mask, eos = params["mask_id"], params.get("eos_id", facts.eos_id)
-    checkpoint = load(case.path.parent).like(
+    checkpoint = checkpoint.like(
         dataclasses.replace(facts, mask_id=mask, eos_id=eos, stop_ids=(eos,))
     )
     extra = (entry["algorithm"],) if case.name == "traces_sglang" else ()
     options = CONFIGS[case.name](params, *extra).resolve(model=checkpoint.config)
     prompts = entry["prompt_ids"]
     prompts = prompts if isinstance(prompts[0], list) else [prompts]
-    if case.name.startswith("traces_dinfer"):  # ragged rows begin where the shortest does
+    short = len(prompts[0])
+    if case.name.startswith("traces_dinfer"):
         short = min(sum(token != mask for token in prompt) for prompt in prompts)
         gen = (options.gen_length or 0) + max(map(len, prompts)) - short
         options = dataclasses.replace(options, gen_length=gen)
-    else:
-        short = len(prompts[0])
     setup = make_setup(options, checkpoint.config)
     tokens = np.full((len(prompts), setup.canvas_length(short)), mask, np.int32)
     for row, prompt in enumerate(prompts):
@@ -166,6 +169,16 @@ def test_engines(case: Case):
         keys=jax.random.split(jax.random.key(0), len(prompts)),
         idle=jnp.zeros(len(prompts), bool),
     )
+    return Replay(checkpoint, options, request)
+
+
+@pytest.mark.parametrize("case", supported("traces"))
+def test_engines(case: Case):
+    """Mixtures of experts: canvases, NFE and output, exactly."""
+    stored, entry, params = np.load(case.path.with_suffix(".npz")), case.entry, case.entry["params"]
+    checkpoint, options, request = engine_request_of(case, load(case.path.parent))
+    mask, eos, short = params["mask_id"], checkpoint.config.eos_id, int(request.prompt_lengths[0])
+    setup = make_setup(options, checkpoint.config)
     state = decode(checkpoint.graph, checkpoint.params, request, setup, trace=True)
     assert int(state.forwards) == entry["nfe"]
     kinds = np.asarray(state.trace.kind[: entry["nfe"]])

@@ -34,7 +34,7 @@ def view(
     """One row; no draws, no floor."""
     N = len(masked)
     return View(
-        logits_BNV=jnp.zeros((1, N, 10)) if logits is None else logits,
+        logits=jnp.zeros((1, N, 10)) if logits is None else logits,
         ids_BN=jnp.where(jnp.array([masked]), MASK, 0) if ids is None else jnp.array([ids]),
         masked_BN=jnp.array([masked]),
         settled_BN=jnp.array([settled or [False] * N]),

@@ -35,17 +35,16 @@ def forward(
     window_BT: jax.Array,
     ends_B1: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, Cache | None]:
-    """Logits [B, N, V] of the columns in view, hidden states of the window, the cache afterwards.
+    """Hidden states of the columns in view [R, N, D] and of the window, the cache afterwards.
 
-    The head runs on the columns in view only. Keys from `ends_B1` on are hidden (default: what the
-    plan lets the block see). A shifted model's logits of a column stand in the column before;
-    where that is not fed, in the first one fed.
+    With guidance there are two rows R for each of the batch. Keys from `ends_B1` on are hidden
+    (default: what the plan lets the block see). A shifted model's logits of a column stand in the
+    column before; where that is not fed, in the first one fed.
     """
     model, at, scale = loop.model, loop.at, loop.setup.cfg_scale
     ends_B1 = at.visible_end(state) if ends_B1 is None else ends_B1
     visible_BT = at.columns_T < ends_B1
     tokens_BT = state.tokens
-    B = tokens_BT.shape[0]
     source_BN = jnp.maximum(view_BN - at.shift, 0)
     if scale:
         given_BT = loop.request.tokens != model.config.mask_id
@@ -61,11 +60,17 @@ def forward(
         x_BTD = rows(state.inputs, jnp.minimum(window_BT, tokens_BT.shape[1] - 1))
     hidden_BTD, cache = model(x_BTD, window_BT, visible_BT, state.cache)
     inside_BN = jnp.clip(source_BN - window_BT[:, :1], 0, window_BT.shape[1] - 1)
-    logits_BNV = model.logits(rows(hidden_BTD, inside_BN))
+    hidden_BND = rows(hidden_BTD, inside_BN)
+    return hidden_BND, hidden_BTD, None if state.cache is None else cache
+
+
+def guided(loop: Models, hidden_BND: jax.Array) -> jax.Array:
+    """Logits [B, N, V] of the columns in view, with guidance where there is some."""
+    logits_BNV, scale = loop.model.logits(hidden_BND), loop.setup.cfg_scale
     if scale:
-        pair = logits_BNV.reshape(B, 2, *logits_BNV.shape[1:])
+        pair = logits_BNV.reshape(-1, 2, *logits_BNV.shape[1:])
         logits_BNV = pair[:, 1] + (scale + 1) * (pair[:, 0] - pair[:, 1])
-    return logits_BNV, hidden_BTD, None if state.cache is None else cache
+    return logits_BNV
 
 
 def smoothed(

@@ -15,7 +15,7 @@ from flax import nnx
 from jdllm.cache import Cache
 from jdllm.decode import runner, verifier
 from jdllm.decode.geometry import Geometry, put, rows, span
-from jdllm.decode.inputs import forward, smoothed
+from jdllm.decode.inputs import forward, guided, smoothed
 from jdllm.decode.setup import Setup
 from jdllm.decode.state import COMMIT, FULL, PREFILL, Clock, DecodeState, Request, Trace
 from jdllm.model import Transformer
@@ -153,8 +153,13 @@ class Loop:
         setup, at = self.setup, self.at
         active_B = self.active(state)
         view_BN, window_BT = at.view(state), at.window(state, kind)
-        logits_BNV, hidden_BTD, cache = forward(self, state, view_BN, window_BT)
-        view = self.look(state, kind, view_BN, logits_BNV, active_B)
+        hidden_BND, hidden_BTD, cache = forward(self, state, view_BN, window_BT)
+        special = None if setup.cfg_scale else setup.rule.special
+        view = self.look(state, kind, view_BN, active_B)
+        if special is None:
+            view = dataclasses.replace(view, logits=guided(self, hidden_BND))
+        else:
+            view = dataclasses.replace(view, best=self.model.best(hidden_BND, special))
         decision, carry = setup.rule(view, state.rule)
         new_BN = jnp.where(active_B[:, None], decision.ids_BN, view.ids_BN)
         tokens_BT = put(state.tokens, new_BN, view_BN)
@@ -162,7 +167,7 @@ class Loop:
         state = dataclasses.replace(
             state,
             nfe=state.nfe + active_B,
-            trace=self.recorded(state, kind, view_BN, decision, logits_BNV),
+            trace=self.recorded(state, kind, view_BN, decision, hidden_BND),
             rule=_keep(active_B, carry, state.rule),
             dirty=jnp.where(active_B, jnp.any(new_BN != view.ids_BN, 1), state.dirty),
             accepted=jnp.where(active_B, jnp.sum(new_BN != view.ids_BN, 1), state.accepted),
@@ -181,10 +186,9 @@ class Loop:
         state: DecodeState,
         kind: int,
         view_BN: jax.Array,
-        logits_BNV: jax.Array,
         active_B: jax.Array,
     ) -> View:
-        """What the rule is shown of this call."""
+        """What the rule is shown of this call, but for the head's output."""
         setup, at = self.setup, self.at
         ids_BN = at.ids(state.tokens, view_BN)
         inside_BN = (view_BN < at.limit_B1(state)) & active_B[:, None]
@@ -201,7 +205,6 @@ class Loop:
             floor_B = 1 - state.nfe * setup.smooth.decay
         given_BN = at.ids(self.request.tokens, view_BN) != self.model.config.mask_id
         return View(
-            logits_BNV=logits_BNV,
             ids_BN=ids_BN,
             masked_BN=masked_BN,
             settled_BN=inside_BN & ~masked_BN & ~given_BN,
@@ -318,20 +321,21 @@ class Loop:
         kind: int,
         view_BN: jax.Array,
         decision: Decision,
-        logits_BNV: jax.Array,
+        hidden_BND: jax.Array,
     ) -> Trace | None:
         """The trace with this call, where one is kept."""
         trace, i = state.trace, state.forwards
         if trace is None:
             return None
-        log_p = jax.nn.log_softmax(logits_BNV.astype(jnp.float32), axis=-1)
+        log_p = jax.nn.log_softmax(guided(self, hidden_BND), axis=-1)
+        own_BN = jnp.take_along_axis(log_p, decision.candidate_BN[..., None], axis=-1)[..., 0]
         entropy_BN = -jnp.sum(jnp.exp(log_p) * jnp.maximum(log_p, -1e9), axis=-1)
         return Trace(
             tokens=trace.tokens.at[i].set(state.tokens),
             kind=trace.kind.at[i].set(kind),
             columns=trace.columns.at[i].set(view_BN),
             candidates=trace.candidates.at[i].set(decision.candidate_BN),
-            confidence=trace.confidence.at[i].set(decision.value_BN),
+            confidence=trace.confidence.at[i].set(jnp.exp(own_BN)),
             entropy=trace.entropy.at[i].set(entropy_BN),
         )
 

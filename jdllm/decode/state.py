@@ -44,7 +44,7 @@ class Trace:
     candidates: jax.Array
     """int32 [C, B, N]: the token that each of them would take."""
     confidence: jax.Array
-    """float32 [C, B, N]: the confidence in it."""
+    """float32 [C, B, N]: its probability, before any rule has changed the logits."""
     entropy: jax.Array
     """float32 [C, B, N]: in nats."""
 

@@ -5,16 +5,24 @@ not saturate where float32 p rounds to 1, so float64 is not needed.
 """
 
 import dataclasses
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
 
+from jdllm.head import Best
 from jdllm.unmask.view import Draw, gumbel, without
 
 
 class Confidence(Protocol):
     """Rates the chosen tokens: logits [B, N, V], ids [B, N] -> score [B, N], higher is surer."""
+
+    reads_logits: ClassVar[bool]
+    """Whether it needs more than each position's best token."""
+
+    def of_best(self, best: Best, draw: Draw) -> jax.Array:
+        """The score from best tokens alone, where that is enough."""
+        ...
 
     def __call__(self, logits_BNV: jax.Array, ids_BN: jax.Array, draw: Draw) -> jax.Array: ...
 
@@ -32,6 +40,10 @@ class Probability:
     """
 
     suppressed: tuple[int, ...] = ()
+    reads_logits: ClassVar[bool] = False
+
+    def of_best(self, best: Best, draw: Draw) -> jax.Array:
+        return best.odds
 
     def __call__(self, logits_BNV: jax.Array, ids_BN: jax.Array, draw: Draw) -> jax.Array:
         logits = without(logits_BNV, self.suppressed)
@@ -48,6 +60,11 @@ class Probability:
 class Plain:
     """A confidence whose score is its value."""
 
+    reads_logits: ClassVar[bool] = True
+
+    def of_best(self, best: Best, draw: Draw) -> jax.Array:
+        raise NotImplementedError("it reads logits")
+
     def value(self, score_BN: jax.Array) -> jax.Array:
         return score_BN
 
@@ -55,6 +72,11 @@ class Plain:
 @dataclasses.dataclass(frozen=True)
 class Random(Plain):
     """Uniform random confidence (LLaDA's remasking='random', Dream's origin)."""
+
+    reads_logits: ClassVar[bool] = False
+
+    def of_best(self, best: Best, draw: Draw) -> jax.Array:
+        return draw(best.ids.shape[1:])
 
     def __call__(self, logits_BNV: jax.Array, ids_BN: jax.Array, draw: Draw) -> jax.Array:
         return draw(ids_BN.shape[1:])
@@ -64,8 +86,13 @@ class Random(Plain):
 class Leftmost(Plain):
     """From left to right, whatever the logits say (apd's leftright, BlockInfer's sequential)."""
 
+    reads_logits: ClassVar[bool] = False
+
+    def of_best(self, best: Best, draw: Draw) -> jax.Array:
+        return _leftmost(best.ids)
+
     def __call__(self, logits_BNV: jax.Array, ids_BN: jax.Array, draw: Draw) -> jax.Array:
-        return jnp.broadcast_to(-jnp.arange(ids_BN.shape[1], dtype=jnp.float32), ids_BN.shape)
+        return _leftmost(ids_BN)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,3 +126,7 @@ class Tempered(Plain):
     def __call__(self, logits_BNV: jax.Array, ids_BN: jax.Array, draw: Draw) -> jax.Array:
         score_BN = self.confidence(logits_BNV, ids_BN, draw)
         return self.confidence.value(score_BN) / self.temperature + gumbel(draw(ids_BN.shape[1:]))
+
+
+def _leftmost(ids_BN: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(-jnp.arange(ids_BN.shape[1], dtype=jnp.float32), ids_BN.shape)

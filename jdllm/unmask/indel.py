@@ -46,6 +46,11 @@ class InDel:
     delete_id: int
     split_id: int
 
+    @property
+    def special(self) -> None:
+        """It reads logits."""
+        return None
+
     def start(self, rows: int, columns: int, calls: int) -> Carry:
         zero_B, no_B = jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool)
         none_BSN = jnp.full((rows, calls, columns), -1, jnp.int32)

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from jdllm.unmask.candidate import Candidate, Warp
+from jdllm.head import Special
+from jdllm.unmask.candidate import Argmax, Candidate, Warp
 from jdllm.unmask.confidence import Confidence
 from jdllm.unmask.credit import Credit
 from jdllm.unmask.edit import Edit
@@ -30,6 +31,11 @@ class Decision(NamedTuple):
 
 class Rule(Protocol):
     """What the loop asks of a rule. Rows never depend on each other."""
+
+    @property
+    def special(self) -> Special | None:
+        """The ids to treat apart, for a rule that reads best tokens only; None: it reads logits."""
+        ...
 
     def start(self, rows: int, columns: int, calls: int) -> Carry:
         """The carry of a fresh block of at most `calls` calls."""
@@ -55,6 +61,14 @@ class Unmasker:
     warp: Warp | None = None
     edit: Edit | None = None
 
+    @property
+    def special(self) -> Special | None:
+        changes = self.credit or self.warp or (self.edit and self.edit.penalty)
+        if changes or not isinstance(self.candidate, Argmax) or self.confidence.reads_logits:
+            return None
+        suppressed = getattr(self.confidence, "suppressed", ())
+        return Special(self.candidate.excluded, suppressed, self.forbidden)
+
     def start(self, rows: int, columns: int, calls: int) -> Carry:
         carry: Carry = {}
         if self.credit:
@@ -68,15 +82,19 @@ class Unmasker:
 
     def __call__(self, view: View, carry: Carry) -> tuple[Decision, Carry]:
         carry = dict(carry)
-        logits = without(view.logits_BNV.astype(jnp.float32), self.forbidden)
-        if self.credit:
-            logits, carry["credit"] = self.credit(logits, view.masked_BN, carry["credit"])
-        if self.edit:
-            logits = self.edit.discourage(logits, view.ids_BN)
-        if self.warp:
-            logits = self.warp(logits)
-        ids_BN = self.candidate(logits, view.draw)
-        score_BN = self.confidence(logits, ids_BN, view.draw)
+        if view.best is not None:
+            ids_BN = view.best.ids
+            score_BN = self.confidence.of_best(view.best, view.draw)
+        else:
+            logits = without(view.logits_BNV.astype(jnp.float32), self.forbidden)
+            if self.credit:
+                logits, carry["credit"] = self.credit(logits, view.masked_BN, carry["credit"])
+            if self.edit:
+                logits = self.edit.discourage(logits, view.ids_BN)
+            if self.warp:
+                logits = self.warp(logits)
+            ids_BN = self.candidate(logits, view.draw)
+            score_BN = self.confidence(logits, ids_BN, view.draw)
         value_BN = self.confidence.value(score_BN)
         chosen_BN = self.selection(score_BN, value_BN, view)
         new_BN = jnp.where(chosen_BN, ids_BN, view.ids_BN)

@@ -27,6 +27,11 @@ class Speculate:
     greedy_target: bool = False
     warp: Warp | None = None
 
+    @property
+    def special(self) -> None:
+        """It reads logits."""
+        return None
+
     def start(self, rows: int, columns: int, calls: int) -> Carry:
         return {}
 

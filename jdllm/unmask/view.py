@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jdllm.head import Best
+
 Draw = Callable[[tuple[int, ...]], jax.Array]
 """Uniform draws in [0, 1) for every row: draw((N,)) is [B, N], draw((N, V)) is [B, N, V]."""
 
@@ -26,8 +28,6 @@ class Verify:
 class View:
     """The columns in view, by row: N of them, usually a block."""
 
-    logits_BNV: jax.Array
-    """Float32, already those of the columns themselves (shifted models included)."""
     ids_BN: jax.Array
     """The canvas there."""
     masked_BN: jax.Array
@@ -43,6 +43,16 @@ class View:
     draw: Draw
     verify: Verify | None = None
     """The verifier model, where the request has one."""
+    best: Best | None = None
+    """All that the rule reads of the logits, where it says so (`Rule.special`)."""
+    logits: jax.Array | None = None
+    """Else these: float32 [B, N, V], those of the columns themselves (shifted models included)."""
+
+    @property
+    def logits_BNV(self) -> jax.Array:
+        """The logits, for a rule that did not say it can do without."""
+        assert self.logits is not None
+        return self.logits
 
 
 def without(logits_BNV: jax.Array, ids: tuple[int, ...]) -> jax.Array:
