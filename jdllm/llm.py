@@ -22,6 +22,7 @@ from jdllm import sharding
 from jdllm.configs import ModelConfig
 from jdllm.decode import DecodeConfig, DecodeState, Request, Setup, decode, make_setup
 from jdllm.load import load_parts, locate
+from jdllm.scoring import bucket
 from jdllm.tokenizer import encode_prompts, load_tokenizer
 
 Prompt = str | Sequence[int]
@@ -51,15 +52,6 @@ class Batch:
     seconds: float
     """Wall time on the device and back, without compilation."""
     compile_seconds: float
-
-
-def bucket(length: int) -> int:
-    """The canvas room that prompts of up to `length` tokens share: few sizes, few programs.
-
-    Multiples of 32 up to 256, then at most eight sizes an octave.
-    """
-    step = max(32, (1 << (length - 1).bit_length()) // 8)
-    return -(-length // step) * step
 
 
 def plan_batches(lengths: Sequence[int], size: int, multiple: int) -> list[list[int]]:

@@ -13,9 +13,9 @@ FLOORS: list[list[str]] = [
     ["jdllm.kernels", "jdllm.sharding", "jdllm.cli", "jdllm.files"],
     ["jdllm.configs", "jdllm.cache", "jdllm.weights", "jdllm.moe", "jdllm.model"],
     ["jdllm.unmask", "jdllm.stop", "jdllm.checkpoint"],
-    ["jdllm.decode", "jdllm.train"],
+    ["jdllm.decode", "jdllm.train", "jdllm.likelihood"],
     ["jdllm.tokenizer", "jdllm.convert", "jdllm.tasks", "jdllm.data", "jdllm.load"],
-    ["jdllm.llm", "jdllm.harness"],
+    ["jdllm.scoring", "jdllm.llm", "jdllm.harness"],
     ["jdllm.eval", "jdllm.generate", "jdllm.sft", "jdllm.convert.__main__"],
 ]
 # Pairs that the order alone would allow.

@@ -24,6 +24,7 @@ from jdllm.convert.families import FAMILIES
 from jdllm.convert.shards import Shards
 from jdllm.convert.table import restore_sources
 from jdllm.decode import DecodeConfig, Request, decode, make_setup
+from jdllm.likelihood import Canvas, Masks, losses, spread
 from jdllm.load import load_parts
 from jdllm.model import Transformer, abstract, named, rms_norm, visible_keys
 
@@ -40,7 +41,6 @@ UNSUPPORTED = {
     ("decode", "dinfer"): "dInfer's rules and vicinity cache are not written yet",
     ("decode", "dream"): "shifted logits and Dream's rules are not in the decode loop yet",
     ("decode", "fast_dream"): "shifted logits and Fast-dLLM's Dream blocks are not decoded yet",
-    ("likelihood", "likelihood"): "likelihood scoring is not written yet",
     ("traces", "traces_dinfer"): "dInfer's rules and block loop are not written yet",
     ("traces", "traces_dinfer_itersmooth"): "iteration smoothing is not written yet",
     ("traces", "traces_official"): "the exact block cache of LLaDA2 is not written yet",
@@ -399,3 +399,38 @@ def test_traces_of_one_prompt(case: Case, load):
     assert int(state.forwards) == entry["nfe"]
     np.testing.assert_array_equal(trace, stored[f"{entry['name']}__canvas"])
     assert trace[-1].tolist() == entry["output_ids"]
+
+
+@pytest.mark.parametrize("case", supported("likelihood"))
+def test_likelihood(case: Case, load):
+    """LLaDA's bound on the recorded masks: every column's cross entropy, losses and estimate."""
+    stored = np.load(case.path)
+    meta = json.loads(str(stored["meta"]))
+    checkpoint = load(ROOT / meta["checkpoint"])
+    shown = stored["perturbed"].reshape(-1, stored["perturbed"].shape[2])
+    B, T = shown.shape
+    clean = np.concatenate([stored["prompt"], stored["answer"]])
+    start, length = len(stored["prompt"]), len(stored["answer"])
+    assert not np.any((shown != clean) & (shown != meta["mask_id"]))
+    canvas = Canvas(
+        tokens=jnp.array(np.tile(clean, (B, 1))),
+        length=jnp.full(B, T),
+        start=jnp.full(B, start),
+        end=jnp.full(B, T),
+    )
+    hidden = jnp.array(shown == meta["mask_id"])
+    ratio = stored["p_mask"].reshape(B, T)[:, start]
+    masks = Masks(hidden, hidden, jnp.array(ratio))
+    loss_B, entropy_BW = losses(
+        checkpoint.graph, checkpoint.params, canvas, masks, length, meta["cfg_scale"]
+    )
+    theirs = stored["token_nll"].reshape(B, T)[:, start:]
+    np.testing.assert_allclose(entropy_BW, theirs, atol=ATOL)
+    np.testing.assert_allclose(loss_B, stored["sample_loss"].ravel(), rtol=1e-4)
+    assert -np.mean(loss_B) == pytest.approx(float(stored["estimate"]), rel=1e-4)
+    counts = np.asarray(hidden).sum(1).reshape(stored["perturbed"].shape[:2])
+    n, b = counts.shape
+    ours = spread(
+        jnp.repeat(counts[:, 0], b), jnp.tile(jnp.arange(b), n), b, jnp.full(n * b, length)
+    )
+    np.testing.assert_array_equal(ours.reshape(n, b), counts)
