@@ -4,12 +4,13 @@ from jdllm import LLM, DecodeConfig
 LLM.load("bundled").generate(["..."], DecodeConfig(threshold=0.9))
 """
 
+import bisect
 import dataclasses
 import json
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Self
 
 import jax
@@ -21,8 +22,12 @@ from tqdm import tqdm
 from jdllm import sharding
 from jdllm.configs import ModelConfig
 from jdllm.decode import DecodeConfig, DecodeState, Request, Setup, decode, make_setup
+from jdllm.fingerprint import fingerprint
 from jdllm.load import load_parts, locate
-from jdllm.scoring import bucket
+from jdllm.likelihood import LikelihoodConfig
+from jdllm.scoring import Device, Ids, Likelihood, bucket, score
+from jdllm.stop import EosStop
+from jdllm.stop_strings import StopStrings
 from jdllm.tokenizer import encode_prompts, load_tokenizer
 
 Prompt = str | Sequence[int]
@@ -35,7 +40,7 @@ class Completion:
     text: str | None
     """Decoded ids, cut at the first stop string; None where the model has no tokenizer."""
     ids: list[int]
-    """Generated ids up to, and without, the first id that ends a text."""
+    """Generated ids up to, and without, the first id that ends a text, or up to a stop string."""
     nfe: int
     """Model evaluations made while this row was unfinished."""
     finish_reason: Literal["stop", "length"]
@@ -90,6 +95,7 @@ class LLM:
         self.defaults = defaults or DecodeConfig()
         self._graph, self._params = graph, params
         self._programs: dict[Any, Any] = {}
+        self._pieces: list[str] = []
 
     @classmethod
     def load(
@@ -142,15 +148,20 @@ class LLM:
         batch_size: int = 32,
         chat: bool = True,
         stop: Sequence[str] = (),
+        samples: Sequence[int] | None = None,
         progress: bool = False,
     ) -> list[Completion]:
         """Completes every prompt (a string or token ids), in order.
 
-        A prompt gets the tokens and the NFE that it gets alone, whatever else is in the call.
-        ValueError where a prompt and its completion exceed the model's length.
+        A prompt gets the tokens and the NFE that it gets alone, whatever else is in the call. A
+        prompt's number in `samples` tells draws from the same prompt apart (default: it is counted
+        how often the prompt came before). ValueError where a prompt and its completion exceed the
+        model's length.
         """
         found: dict[int, Completion] = {}
-        batches = self.stream(prompts, config, batch_size=batch_size, chat=chat, stop=stop)
+        batches = self.stream(
+            prompts, config, batch_size=batch_size, chat=chat, stop=stop, samples=samples
+        )
         with tqdm(total=len(prompts), unit="prompt", disable=not progress) as bar:
             for batch in batches:
                 found |= zip(batch.index, batch.completions, strict=True)
@@ -165,6 +176,7 @@ class LLM:
         batch_size: int = 32,
         chat: bool = True,
         stop: Sequence[str] = (),
+        samples: Sequence[int] | None = None,
     ) -> Iterator[Batch]:
         """As `generate`, but yields each batch when it is finished, shortest prompts first."""
         config = self.resolve(config)
@@ -176,8 +188,8 @@ class LLM:
                 f"a prompt of {longest} tokens and gen_length={gen_length} exceed the model's "
                 f"{self.config.max_length} columns; shorten one of them"
             )
-        seeds = _row_seeds(rows)
-        setup = make_setup(config, self.config)
+        seeds = _row_seeds(rows, samples)
+        setup = self._with_stops(make_setup(config, self.config), stop)
         replicas = self.mesh.shape["data"]
         for index in plan_batches([len(row) for row in rows], batch_size, replicas):
             request = self._request([rows[i] for i in index], [seeds[i] for i in index], config)
@@ -221,29 +233,90 @@ class LLM:
         self._programs[key] = program
         return program, time.perf_counter() - start
 
+    def loglikelihood(
+        self,
+        pairs: Sequence[tuple[Ids, Ids]],
+        config: LikelihoodConfig | None = None,
+        *,
+        batch_size: int = 32,
+        finished: Callable[[int, Likelihood], None] = lambda index, found: None,
+    ) -> list[Likelihood]:
+        """log p(target | prefix) of pairs of token ids, in order; see jdllm.scoring.score."""
+        device = Device(self._graph, self._params, self.config, self.mesh)
+        config = config or LikelihoodConfig()
+        return score(pairs, config, device, batch_size=batch_size, finished=finished)
+
+    def fingerprint(self) -> str:
+        """What tells this model from any other: a digest of its facts and weights' content."""
+        return fingerprint(self.config, self._params)
+
+    def _with_stops(self, setup: Setup, stop: Sequence[str]) -> Setup:
+        """`setup` whose rows also end at token ids that prove a stop string."""
+        sequences = self._stop_sequences(stop)
+        if not sequences or not isinstance(setup.stop, EosStop):
+            return setup
+        rule = StopStrings(setup.stop, self.config.eos_id, sequences)
+        return dataclasses.replace(setup, stop=rule)
+
+    def _stop_sequences(self, stop: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Sequences of ids whose text holds a stop string: single ids, and its own encoding.
+
+        A string that comes about in another way, from the end of one token and the beginning of
+        the next, is not among them; `_completion` finds it in the text.
+        """
+        stop = [s for s in stop if s]
+        if not stop or self.tokenizer is None:
+            return ()
+        if not self._pieces:
+            ids = [[i] for i in range(min(self.config.vocab, len(self.tokenizer)))]
+            self._pieces = self.tokenizer.batch_decode(ids, skip_special_tokens=False)
+        holds = {i for i, piece in enumerate(self._pieces) if any(s in piece for s in stop)}
+        holds.discard(self.config.mask_id)
+        spelt = [self.tokenizer.encode(s, add_special_tokens=False) for s in stop]
+        proven = {
+            tuple(ids)
+            for s, ids in zip(stop, spelt, strict=True)
+            if s in self._raw(ids) and not holds & set(ids)
+        }
+        return tuple(sorted({(i,) for i in holds} | proven))
+
+    def _raw(self, ids: Sequence[int]) -> str:
+        """Text of ids, special tokens included: some stop strings are such."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+
     def _completion(self, ids: np.ndarray, nfe: int, stop: Sequence[str]) -> Completion:
+        """Cuts generated ids at the first end id, then at the first stop string in their text."""
         ends = np.isin(ids, self.config.stop_ids)
         length = int(ends.argmax()) if ends.any() else len(ids)
         kept = ids[:length].tolist()
         stopped = length < len(ids)
-        text = None
-        if self.tokenizer is not None:
-            text = self.tokenizer.decode(kept, skip_special_tokens=True)
-            cuts = [place for s in stop if s and (place := text.find(s)) >= 0]
-            stopped = stopped or bool(cuts)
-            text = text[: min(cuts, default=len(text))]
+        if self.tokenizer is None:
+            return Completion(None, kept, nfe, "stop" if stopped else "length")
+        stop = [s for s in stop if s]
+
+        def holds(count: int) -> bool:
+            text = self._raw(kept[:count])
+            return any(s in text for s in stop)
+
+        if stop and holds(length):
+            stopped = True
+            kept = kept[: bisect.bisect_left(range(length), True, key=holds)]
+        text = self.tokenizer.decode(kept, skip_special_tokens=True)
+        cuts = [place for s in stop if (place := text.find(s)) >= 0]
+        text = text[: min(cuts, default=len(text))]
         return Completion(text, kept, nfe, "stop" if stopped else "length")
 
 
-def _row_seeds(rows: Sequence[Sequence[int]]) -> list[int]:
-    """A number for each prompt's random draws: from its ids, and how often they came before.
+def _row_seeds(rows: Sequence[Sequence[int]], samples: Sequence[int] | None = None) -> list[int]:
+    """A number for each prompt's random draws: from its ids, and its number among its repeats.
 
     So a prompt draws the same alone and in company, and repeated prompts draw differently.
     """
     seen: Counter[int] = Counter()
     seeds = []
-    for row in rows:
+    for i, row in enumerate(rows):
         digest = zlib.crc32(np.array(row, np.int32).tobytes())
-        seeds.append((digest + seen[digest] * 0x9E3779B1) % (1 << 32))
+        number = seen[digest] if samples is None else samples[i]
+        seeds.append((digest + number * 0x9E3779B1) % (1 << 32))
         seen[digest] += 1
     return seeds

@@ -6,7 +6,6 @@ score([(prefix, target), ...], LikelihoodConfig(mc_num=128), Device(graph, param
 import dataclasses
 import math
 import statistics
-import time
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +35,12 @@ class Likelihood:
     """
     is_greedy: bool
     """Whether decoding gives this target; False where that was not asked for."""
+
+    def __add__(self, other: "Likelihood") -> "Likelihood":
+        """The score of both, drawn independently."""
+        known = self.stderr is not None and other.stderr is not None
+        stderr = math.hypot(self.stderr or 0.0, other.stderr or 0.0) if known else None
+        return Likelihood(self.value + other.value, stderr, self.is_greedy and other.is_greedy)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,8 +175,8 @@ def score(
     *,
     batch_size: int = 32,
     finished: Callable[[int, Likelihood], None] = lambda index, found: None,
-) -> tuple[list[Likelihood], float]:
-    """log p(target | prefix) of every pair, in order, and the seconds that took.
+) -> list[Likelihood]:
+    """log p(target | prefix) of every pair, in order.
 
     A pair's value is the same in any company. `finished` hears of each pair once it is complete.
     ValueError where the model or a pair cannot be scored.
@@ -187,7 +192,6 @@ def score(
     missing = Counter(row.pair for row in rows)
     found: list[list[dict]] = [[{} for _ in pieces] for pieces in split]
     results: dict[int, Likelihood] = {}
-    start = time.perf_counter()
     for chosen, values in _run(rows, split, config, device, batch_size):
         for row, loss in zip(chosen, values, strict=True):
             found[row.pair][row.part][row.round, row.sample] = loss
@@ -198,7 +202,7 @@ def score(
             greedy = config.is_check_greedy and _greedy(*pairs[i], config, device)
             results[i] = _likelihood(found[i], split[i], config, greedy)
             finished(i, results[i])
-    return [results[i] for i in range(len(pairs))], time.perf_counter() - start
+    return [results[i] for i in range(len(pairs))]
 
 
 def _likelihood(

@@ -10,12 +10,12 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground up. A room may import rooms of lower floors, and those before it on its own.
 FLOORS: list[list[str]] = [
-    ["jdllm.kernels", "jdllm.sharding", "jdllm.cli", "jdllm.files"],
+    ["jdllm.kernels", "jdllm.sharding", "jdllm.cli", "jdllm.files", "jdllm.journal"],
     ["jdllm.configs", "jdllm.cache", "jdllm.weights", "jdllm.moe", "jdllm.model"],
-    ["jdllm.unmask", "jdllm.stop", "jdllm.checkpoint"],
+    ["jdllm.unmask", "jdllm.stop", "jdllm.stop_strings", "jdllm.checkpoint", "jdllm.fingerprint"],
     ["jdllm.decode", "jdllm.train", "jdllm.likelihood"],
     ["jdllm.tokenizer", "jdllm.convert", "jdllm.tasks", "jdllm.data", "jdllm.load"],
-    ["jdllm.scoring", "jdllm.llm", "jdllm.harness"],
+    ["jdllm.scoring", "jdllm.llm", "jdllm.speed", "jdllm.harness", "jdllm.grading"],
     ["jdllm.eval", "jdllm.generate", "jdllm.sft", "jdllm.convert.__main__"],
 ]
 # Pairs that the order alone would allow.
