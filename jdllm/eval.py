@@ -310,7 +310,7 @@ def main(config: EvalConfig) -> None:
         journal = None
         if config.output:
             stack.enter_context(alone(config.output))
-            journal = stack.enter_context(Journal(config.output / FINISHED))
+            journal = Journal(config.output / FINISHED)
             if journal.records:
                 print(f"{len(journal.records)} samples are finished in {config.output} already")
         facts, results = evaluate(config, journal)

@@ -32,6 +32,7 @@ from jdllm.speed import Cost, Speed
 from jdllm.tokenizer import chat_frame
 
 DEFAULT_LENGTH = 128  # columns, where neither the settings, the model nor the request names any
+LM_EVAL_DEVICE = "cuda:0"  # what lm-eval's command line passes where the user names none
 INSTRUCT = (
     "the model has a chat template: likelihoods are made for base models, and those of an "
     "instruction-tuned one are often poor; tasks that generate text score it better"
@@ -94,7 +95,7 @@ class JdllmLM(LM):
         for a word that is no setting, OSError where another run holds the folder.
         """
         super().__init__()
-        if device is not None:
+        if device not in (None, LM_EVAL_DEVICE):
             raise ValueError(f"device={device} is for PyTorch models; place this one with mesh=")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(f"batch_size={batch_size} must be a number of rows, 1 or more")

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 Record = dict[str, Any]
 
@@ -33,9 +33,8 @@ class Journal:
         for number, line in enumerate(data[: self._size].split(b"\n")[:-1], 1):
             record = self._read(line, number)
             self.records[record["key"]] = record
-        self._file = path.open("ab", buffering=0)
         if self._size < len(data):
-            self._file.truncate(self._size)
+            os.truncate(path, self._size)
 
     def _read(self, line: bytes, number: int) -> Record:
         try:
@@ -72,25 +71,16 @@ class Journal:
         ]
         data = "".join(lines).encode()
         try:
-            view = memoryview(data)
-            while view:
-                view = view[self._file.write(view) or 0 :]
-            os.fsync(self._file.fileno())
+            with self.path.open("ab") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
-            self._file.truncate(self._size)
+            if self.path.exists():
+                os.truncate(self.path, self._size)
             raise OSError(
                 f"{self.path} cannot be written ({error.strerror or error}): make room and start "
                 "again; what was finished before is kept"
             ) from error
         self._size += len(data)
         self.records |= {record["key"]: record for record in records}
-
-    def close(self) -> None:
-        """Closes the file; the records stay readable."""
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

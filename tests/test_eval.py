@@ -321,7 +321,7 @@ def test_model_arguments_as_text(folder: Path):
     [
         ({"decode.treshold": 1}, "decode.threshold"),
         ({"batch_size": "auto"}, "batch_size=auto"),
-        ({"device": "cuda:0"}, "mesh="),
+        ({"device": "cuda:1"}, "mesh="),
     ],
 )
 def test_model_argument_mistakes(llm: LLM, settings: dict, part: str):
