@@ -40,7 +40,9 @@ def _sums(array: jax.Array) -> jax.Array:
     for axis, size in enumerate(array.shape):
         step = jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
         place = place * jnp.uint32(size) + step
-    return jnp.stack([jnp.sum(_mix(bits ^ _mix(place ^ jnp.uint32(salt))), dtype=jnp.uint32) for salt in SALTS])
+    return jnp.stack(
+        [jnp.sum(_mix(bits ^ _mix(place ^ jnp.uint32(salt))), dtype=jnp.uint32) for salt in SALTS]
+    )
 
 
 def _mix(x: jax.Array) -> jax.Array:

@@ -249,9 +249,7 @@ class JdllmLM(LM):
         """What the journal holds under `key`, of an earlier run or of this one."""
         kept: Any = self.journal and self.journal[key]
         completion, cost = Completion(**kept["completion"]), Cost(**kept["cost"])
-        return Record(
-            request.task_name, request.doc_id, sample, request.args[0], completion, cost
-        )
+        return Record(request.task_name, request.doc_id, sample, request.args[0], completion, cost)
 
     def _keys(
         self, requests: Sequence[Instance], rows: Sequence[list[int]], groups: dict[Group, list]

@@ -23,8 +23,8 @@ from jdllm import sharding
 from jdllm.configs import ModelConfig
 from jdllm.decode import DecodeConfig, DecodeState, Request, Setup, decode, make_setup
 from jdllm.fingerprint import fingerprint
-from jdllm.load import load_parts, locate
 from jdllm.likelihood import LikelihoodConfig
+from jdllm.load import load_parts, locate
 from jdllm.scoring import Device, Ids, Likelihood, bucket, score
 from jdllm.stop import EosStop
 from jdllm.stop_strings import StopStrings

@@ -244,9 +244,7 @@ def _run(
             keys = _fold(base, numbers[:, :3])
             sample_B = jax.device_put(numbers[:, 3].astype(np.int32), sharding.by_row(device.mesh))
             masks = draw(canvas, keys, sample_B, config)
-            loss_B, _ = losses(
-                device.graph, device.params, canvas, masks, width, config.cfg_scale
-            )
+            loss_B, _ = losses(device.graph, device.params, canvas, masks, width, config.cfg_scale)
             yield chosen, np.asarray(loss_B, np.float64)[: len(chosen)].tolist()
 
 
