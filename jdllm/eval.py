@@ -7,7 +7,9 @@ python -m jdllm.eval task=sudoku_d1,countdown_d1 data=FOLDER model=FOLDER output
 import contextlib
 import dataclasses
 import difflib
+import functools
 import json
+import operator
 import os
 import platform
 import subprocess
@@ -280,7 +282,7 @@ def evaluate(
 
 def report(config: EvalConfig, model: ModelConfig, results: Sequence[TaskResult]) -> dict[str, Any]:
     """What results.json holds; `config` with its lengths resolved."""
-    speed = sum((result.speed for result in results[1:]), results[0].speed)
+    speed = functools.reduce(operator.add, [result.speed for result in results])
     return {
         "config": dataclasses.asdict(config),
         "model": {

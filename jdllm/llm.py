@@ -282,7 +282,8 @@ class LLM:
 
     def _raw(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens included: some stop strings are such."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+        tokenizer: Any = self.tokenizer
+        return tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def _completion(self, ids: np.ndarray, nfe: int, stop: Sequence[str]) -> Completion:
         """Cuts generated ids at the first end id, then at the first stop string in their text."""

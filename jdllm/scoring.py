@@ -30,8 +30,10 @@ class Likelihood:
     value: float
     """Log-probability in nats: a lower bound's estimate, or with a chain exact."""
     stderr: float | None
-    """Its standard error over the random masks: 0 where it is exact, None where one sample says
-    nothing. From the spread of the rounds; of the samples, an upper bound, where there is one round.
+    """Its standard error over the random masks; 0 where it is exact, None after one sample.
+
+    From the spread of the rounds; where there is one round, from that of its samples, which are
+    drawn evenly: then it is an upper bound.
     """
     is_greedy: bool
     """Whether decoding gives this target; False where that was not asked for."""

@@ -29,7 +29,8 @@ from jdllm.tokenizer import copy_tokenizer
 LOOSE = DecodeConfig(gen_length=8, block_length=4, threshold=0.02)
 WORDS = ["decode.gen_length=8", "decode.block_length=4", "decode.threshold=0.02", "mesh=1x1"]
 ROW_KEYS = {
-    "task", "doc_id", "sample", "prompt", "completion", "target", "metrics", "nfe", "tokens", "seconds",
+    "task", "doc_id", "sample", "prompt", "completion", "target", "metrics", "nfe", "tokens",
+    "seconds",
 }  # fmt: skip
 
 

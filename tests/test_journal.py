@@ -1,4 +1,4 @@
-"""Nothing finished is lost or done twice: the journal by itself, and a real run killed at random."""
+"""Nothing finished is lost or done twice: the journal, and a real run killed at random."""
 
 import json
 import os

@@ -82,9 +82,8 @@ def test_estimates_converge_and_know_their_error(devices, estimator: str, batch:
     tokens = [*PAIR[0], *PAIR[1], *([21] if estimator == "bernoulli" else [])]
     hidden, first, second = (masked(tokens, c, SMALL) for c in ([3, 4], [3], [4]))
     chains = [(hidden, 3, second, 4), (hidden, 4, first, 3)]
-    exact = sum(
-        log_p(where, one, i)[tokens[i]] + log_p(where, two, j)[tokens[j]] for one, i, two, j in chains
-    ) / 2  # fmt: skip
+    steps = [(shown, i) for one, i, two, j in chains for shown, i in ((one, i), (two, j))]
+    exact = sum(log_p(where, shown, i)[tokens[i]] for shown, i in steps) / 2
     config = LikelihoodConfig(estimator=estimator, mc_num=1024, mc_batch=batch, eps=1e-4)  # type: ignore
     errors, spread = [], []
     for seed in range(6):
