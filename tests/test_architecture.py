@@ -16,7 +16,7 @@ FLOORS: list[list[str]] = [
     ["jdllm.decode", "jdllm.train", "jdllm.likelihood"],
     ["jdllm.tokenizer", "jdllm.convert", "jdllm.tasks", "jdllm.data", "jdllm.load"],
     ["jdllm.scoring", "jdllm.llm", "jdllm.speed", "jdllm.harness", "jdllm.grading"],
-    ["jdllm.eval", "jdllm.generate", "jdllm.sft", "jdllm.convert.__main__"],
+    ["jdllm.eval", "jdllm.bench", "jdllm.generate", "jdllm.sft", "jdllm.convert.__main__"],
 ]
 # Pairs that the order alone would allow.
 FORBIDDEN = {
