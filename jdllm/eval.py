@@ -28,6 +28,7 @@ from jdllm.decode import DecodeConfig
 from jdllm.files import alone, atomic_file
 from jdllm.journal import Journal
 from jdllm.load import enable_compilation_cache
+from jdllm.settings import read_decode
 from jdllm.tasks import TASKS, Doc, Task
 
 GENERATED = 100  # documents of a generated task, where limit= does not say
@@ -49,6 +50,8 @@ class EvalConfig:
     data: Path | None = None
     """Folder with the files of sudoku_d1 and countdown_d1."""
     decode: DecodeConfig = DecodeConfig()
+    decode_file: Path | None = None
+    """JSON with decode settings, as jdllm.tune writes it; decode.* changes them."""
     mesh: str = "auto"
     """data x model, for example 4x1; auto puts every device on the data axis."""
     dtype: str = "auto"
@@ -80,9 +83,16 @@ class EvalConfig:
             raise ValueError(f"task={self.task} names a task twice")
         if self.output and self.output.exists() and not self.output.is_dir():
             raise ValueError(f"output={self.output} is a file; name a folder")
+        if self.decode_file:
+            read_decode(self.decode_file)
         for name in ("limit", "batch_size", "samples"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise ValueError(f"{name}={number} must be 1 or more")
+
+    @property
+    def settings(self) -> DecodeConfig:
+        """`decode`, on top of what `decode_file` says."""
+        return read_decode(self.decode_file, self.decode) if self.decode_file else self.decode
 
     @property
     def tasks(self) -> list[str]:
@@ -257,27 +267,34 @@ def save(folder: Path, facts: dict[str, Any], results: Sequence[TaskResult]) -> 
 
 
 def evaluate(
-    config: EvalConfig, journal: Journal | None = None, llm: Any = None
+    config: EvalConfig, journal: Journal | None = None, llm: Any = None, leave: bool = True
 ) -> tuple[dict[str, Any], list[TaskResult]]:
     """Runs every task; returns what results.json holds, and the results themselves.
 
     What the journal holds is not generated again. `llm` is the model, where it is loaded already.
+    `leave` says whether finished progress bars stay.
     """
     from jdllm.harness import JdllmLM
     from jdllm.llm import LLM
 
     docs = {name: documents(TASKS[name], config) for name in config.tasks}
-    llm = llm or LLM.load(config.model, config.mesh, config.dtype, config.seed)
+    if llm is None:
+        llm = LLM.load(config.model, config.mesh, config.dtype, config.seed)
+        introduce(config.model, llm)
     length = max(TASKS[name].gen_length for name in docs)
-    decode = llm.resolve(config.decode, gen_length=length)
-    parameters = count_parameters(llm.config)
-    print(f"model {config.model}: {parameters:,} parameters in {llm.config.dtype}")
-    print(f"{sharding.describe(llm.mesh)} ({os.cpu_count()} CPU cores, jax {jax.__version__})")
+    decode = llm.resolve(config.settings, gen_length=length)
+    shared: Any = {"batch_size": config.batch_size, "journal": journal, "leave": leave}
     results = []
     for name, chosen in docs.items():
-        lm = JdllmLM(llm, decode=decode, batch_size=config.batch_size, journal=journal)
+        lm = JdllmLM(llm, decode=decode, **shared)
         results.append(run(TASKS[name], chosen, lm, config.samples))
     return report(dataclasses.replace(config, decode=decode), llm.config, results), results
+
+
+def introduce(name: str, llm: Any) -> None:
+    """Prints what was loaded, and where."""
+    print(f"model {name}: {count_parameters(llm.config):,} parameters in {llm.config.dtype}")
+    print(f"{sharding.describe(llm.mesh)} ({os.cpu_count()} CPU cores, jax {jax.__version__})")
 
 
 def report(config: EvalConfig, model: ModelConfig, results: Sequence[TaskResult]) -> dict[str, Any]:

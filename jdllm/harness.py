@@ -81,6 +81,7 @@ class JdllmLM(LM):
         batch_size: int | str = 32,
         chat: bool = True,
         progress: bool = True,
+        leave: bool = True,
         journal: Journal | str | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
@@ -109,7 +110,7 @@ class JdllmLM(LM):
             raise ValueError("this model has no tokenizer, and the prompts of a task are text")
         self.batch_size = int(batch_size)
         self.chat = chat
-        self.progress = progress
+        self.progress, self.leave = progress, leave
         if isinstance(journal, str):
             self._lock = contextlib.ExitStack()  # held as long as this object, or the process
             self._lock.enter_context(alone(Path(journal)))
@@ -274,7 +275,7 @@ class JdllmLM(LM):
         """A progress bar over requests."""
         name = requests[0].task_name if requests else None
         hidden = hidden or not self.progress
-        return tqdm(total=len(requests), desc=name, unit="prompt", disable=hidden)
+        return tqdm(total=len(requests), desc=name, unit="prompt", disable=hidden, leave=self.leave)
 
     @property
     def tokenizer_name(self) -> str:

@@ -12,11 +12,35 @@ ROOT = Path(__file__).parents[1]
 FLOORS: list[list[str]] = [
     ["jdllm.kernels", "jdllm.sharding", "jdllm.cli", "jdllm.files", "jdllm.journal"],
     ["jdllm.configs", "jdllm.cache", "jdllm.weights", "jdllm.moe", "jdllm.model"],
-    ["jdllm.unmask", "jdllm.stop", "jdllm.stop_strings", "jdllm.checkpoint", "jdllm.fingerprint"],
+    [
+        "jdllm.pareto",
+        "jdllm.unmask",
+        "jdllm.stop",
+        "jdllm.stop_strings",
+        "jdllm.checkpoint",
+        "jdllm.fingerprint",
+    ],
     ["jdllm.decode", "jdllm.train", "jdllm.likelihood"],
-    ["jdllm.tokenizer", "jdllm.convert", "jdllm.tasks", "jdllm.data", "jdllm.load"],
+    [
+        "jdllm.tokenizer",
+        "jdllm.convert",
+        "jdllm.tasks",
+        "jdllm.data",
+        "jdllm.load",
+        "jdllm.settings",
+        "jdllm.plans",
+        "jdllm.report",
+    ],
     ["jdllm.scoring", "jdllm.llm", "jdllm.speed", "jdllm.harness", "jdllm.grading"],
-    ["jdllm.eval", "jdllm.bench", "jdllm.generate", "jdllm.sft", "jdllm.convert.__main__"],
+    [
+        "jdllm.eval",
+        "jdllm.bench",
+        "jdllm.sweep",
+        "jdllm.tune",
+        "jdllm.generate",
+        "jdllm.sft",
+        "jdllm.convert.__main__",
+    ],
 ]
 # Pairs that the order alone would allow.
 FORBIDDEN = {
@@ -31,11 +55,13 @@ OUTSIDE = GROUND | {
     "datasets",
     "huggingface_hub",
     "lm_eval",
+    "matplotlib",
     "ml_dtypes",
     "safetensors",
     "tokenizers",
     "tqdm",
     "transformers",
+    "yaml",
 }
 # tyro is the command line; Orbax stands on tensorstore, which writes a weight piece by piece.
 EXCEPTIONS = {"jdllm/cli.py": {"tyro"}, "jdllm/checkpoint.py": {"tensorstore"}}
