@@ -8,7 +8,7 @@ Point = tuple[float, float]
 
 
 def front(points: Sequence[Point]) -> list[int]:
-    """Indices, from slow to fast, of the points that none beats in one without losing in the other."""
+    """Indices, from slow to fast, of the points that no other beats on both counts."""
     order = sorted(range(len(points)), key=lambda i: (-points[i][0], -points[i][1]))
     kept: list[int] = []
     best = -math.inf
