@@ -91,7 +91,7 @@ def figure(rows: Sequence[Row], task: str) -> bytes:
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError("plots need matplotlib: python -m pip install 'jdllm[plot]'") from None
-    canvas = Figure(figsize=(12, 4.8), dpi=110, layout="constrained")
+    canvas = Figure(figsize=(13, 4.8), dpi=100, layout="constrained")
     left, right = canvas.subplots(1, 2, sharey=True)
     under = {(a["task"], a["model"]): a["aup"] for a in areas(rows)}
     models = list(dict.fromkeys(row["model"] for row in rows))
@@ -108,7 +108,7 @@ def figure(rows: Sequence[Row], task: str) -> bytes:
         axes.margins(x=0.08, y=0.15)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    right.legend(frameon=False, loc="lower left", fontsize=8)
+    right.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
     canvas.suptitle(task)
     data = io.BytesIO()
     canvas.savefig(data, format="png", metadata={"Software": None})
@@ -126,21 +126,22 @@ def _scatter(axes: Any, rows: Sequence[Row], column: str, color: str) -> None:
 
 
 def _front(axes: Any, rows: Sequence[Row], color: str, note: str) -> None:
-    """The Pareto front, its settings written beside it, and the area below it."""
+    """The Pareto front, its points numbered as in the legend, and the area below it."""
     spots = points(rows)
     chosen = front(spots)
     best = [spots[i] for i in chosen]
     start = (min(x for x, _ in spots), best[0][1])  # left of the front its best point stands
     line = [start, *best]
     floor = min(y for _, y in spots)
+    names = [
+        f"{number} {rows[i]['setting'].removeprefix('rule=')}" for number, i in enumerate(chosen, 1)
+    ]
     axes.fill_between(*zip(*line, strict=True), floor, color=color, alpha=0.08, linewidth=0)
-    axes.plot(*zip(*line, strict=True), "-", color=color, linewidth=1.6, label=note)
-    axes.plot(*zip(*best, strict=True), "o", color=color, markersize=7)
-    for number, i in enumerate(chosen):
-        axes.annotate(
-            rows[i]["setting"].removeprefix("rule="), spots[i], fontsize=7, color=color, ha="right",
-            textcoords="offset points", xytext=(4, 8 + 10 * (number % 2)),
-        )  # fmt: skip
+    label = "\n".join([note, *names])
+    axes.plot(*zip(*line, strict=True), "-", color=color, linewidth=1.6, label=label)
+    for number, spot in enumerate(best, 1):
+        axes.plot(*spot, "o", color=color, markersize=13)
+        axes.annotate(str(number), spot, fontsize=8, color="white", ha="center", va="center")
 
 
 def page(rows: Sequence[Row], plots: dict[str, bytes], facts: dict[str, Any]) -> str:

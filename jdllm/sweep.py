@@ -116,6 +116,16 @@ def perform(runs: Sequence[EvalConfig], journal: Journal) -> Iterator[tuple[Eval
                 yield dataclasses.replace(run, decode=decode, decode_file=None), row
 
 
+def command(config: SweepConfig) -> str:
+    """The command line of a sweep."""
+    words = [
+        f"{field.name}={getattr(config, field.name)}"
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) != field.default or field.name == "plan"
+    ]
+    return " ".join(["python -m jdllm.sweep", *words])
+
+
 def main(config: SweepConfig) -> None:
     """Runs the plan and writes the report."""
     enable_compilation_cache()
@@ -126,7 +136,7 @@ def main(config: SweepConfig) -> None:
         journal = Journal(config.output / FINISHED)
         rows = [row for _, row in perform(config.runs(), journal)]
         where = environment() | {"mesh": sharding.describe(sharding.parse_mesh(config.mesh))}
-        names = write_report(config.output, rows, {"plan": config.plan, **where})
+        names = write_report(config.output, rows, {"command": command(config), **where})
     print((config.output / "table.md").read_text())
     print(f"wrote {', '.join(names)} to {config.output}")
 

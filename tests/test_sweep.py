@@ -89,8 +89,8 @@ def test_a_plan_file(plan: Path):
     assert found.tasks == ("sudoku", "countdown")
     assert found.settings == (
         DecodeConfig(rule="quota", steps=10, cache="none"),
-        DecodeConfig(threshold=0.9),
-        DecodeConfig(threshold=0.5),
+        DecodeConfig(threshold=0.9, cache="dual"),
+        DecodeConfig(threshold=0.5, cache="dual"),
     )
     other = plan.with_suffix(".json")
     other.write_text(json.dumps({"tasks": ["sudoku"], "settings": [{}]}))
@@ -152,6 +152,7 @@ def test_a_sweep_its_report_and_going_on(plan: Path, tmp_path: Path, monkeypatch
     page = Path("out/report.html").read_text()
     assert page.count("data:image/png;base64,") == 2 and page.count("<tr") >= 6
     assert not re.search(r'(src|href)="(?!data:)', page), "the page must stand alone"
+    assert f"python -m jdllm.sweep plan={plan} limit=2 mesh=1x1 output=out" in page
     for name in ("sudoku.png", "countdown.png"):
         assert Path("out", name).read_bytes().startswith(b"\x89PNG")
     before = Path("out/finished.jsonl").read_bytes()
