@@ -90,6 +90,10 @@ class BenchConfig:
                 f"denoising_steps={self.denoising_steps} are those of one block: at most "
                 f"block_length={self.block_length}"
             )
+        if self.max_tokens % self.block_length:
+            raise ValueError(
+                f"block_length={self.block_length} must divide max_tokens={self.max_tokens}"
+            )
         self.settings()
 
     def settings(self) -> dict[str, DecodeConfig]:

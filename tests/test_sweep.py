@@ -201,7 +201,7 @@ def test_broken_decode_files(text: str | None, part: str, capsys: pytest.Capture
 
 
 def test_settings_survive_a_file(tmp_path: Path):
-    config = DecodeConfig(rule="quota", steps=8, temperature=0.5, gen_length=16)
+    config = DecodeConfig(rule="quota", steps=8, temperature=0.5, gen_length=16, cache="prefix")
     write_decode(tmp_path / "one.json", config)
     assert read_decode(tmp_path / "one.json") == config
-    assert label(config) == "rule=quota steps=8 cache=dual temperature=0.5"
+    assert label(config) == "rule=quota steps=8 cache=prefix temperature=0.5"
