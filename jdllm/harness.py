@@ -208,7 +208,8 @@ class JdllmLM(LM):
         """The summed score of each request's pairs; what the journal holds is not scored again."""
         if self.tokenizer.chat_template and requests:
             log.warning(INSTRUCT)
-        facts = {"model": self.fingerprint, "likelihood": dataclasses.asdict(self.likelihood)}
+        model = self.fingerprint if self.journal is not None else None
+        facts = {"model": model, "likelihood": dataclasses.asdict(self.likelihood)}
         keys, _ = number_repeats(
             [
                 digest(facts | {"task": r.task_name, "doc_id": r.doc_id, "pairs": p})

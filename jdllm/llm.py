@@ -77,6 +77,15 @@ def plan_batches(lengths: Sequence[int], size: int, multiple: int) -> list[list[
     return batches
 
 
+def deal(rows: int, height: int, replicas: int) -> list[int]:
+    """The place of each row in a batch of `height`, so that replicas get equally many, in turn.
+
+    A replica holds neighbouring places; none has more than one row less than another.
+    """
+    share = height // replicas
+    return [i % replicas * share + i // replicas for i in range(rows)]
+
+
 class LLM:
     """A model on a mesh, with its tokenizer where it has one."""
 
@@ -191,35 +200,46 @@ class LLM:
         seeds = _row_seeds(rows, samples)
         setup = self._with_stops(make_setup(config, self.config), stop)
         replicas = self.mesh.shape["data"]
-        for index in plan_batches([len(row) for row in rows], batch_size, replicas):
-            request = self._request([rows[i] for i in index], [seeds[i] for i in index], config)
+        batches = plan_batches([len(row) for row in rows], batch_size, replicas)
+        heights: dict[int, int] = {}  # a bucket's last batch is filled up: one program serves all
+        for index in batches:
+            room = bucket(max(len(rows[index[0]]), 1))
+            heights[room] = max(heights.get(room, 0), -(-len(index) // replicas) * replicas)
+        for index in batches:
+            height = heights[bucket(max(len(rows[index[0]]), 1))]
+            chosen = [rows[i] for i in index], [seeds[i] for i in index]
+            request = self._request(*chosen, config, height)
             program, compile_seconds = self._program(request, setup)
             start = time.perf_counter()
             state: DecodeState = program(self._params, request)
             tokens, nfe, forwards = jax.device_get((state.tokens, state.nfe, state.forwards))
             seconds = time.perf_counter() - start
+            slots = deal(len(index), height, replicas)
             completions = [
-                self._completion(row[len(rows[i]) :][:gen_length], int(count), stop)
-                for i, row, count in zip(index, tokens, nfe, strict=False)
+                self._completion(tokens[s][len(rows[i]) :][:gen_length], int(nfe[s]), stop)
+                for i, s in zip(index, slots, strict=True)
             ]
             yield Batch(index, completions, int(forwards), seconds, compile_seconds)
 
-    def _request(self, rows: list[list[int]], seeds: list[int], config: DecodeConfig) -> Request:
-        """Canvases on the mesh, filled up with idle rows to a multiple of the data axis."""
+    def _request(
+        self, rows: list[list[int]], seeds: list[int], config: DecodeConfig, height: int = 0
+    ) -> Request:
+        """Canvases on the mesh, dealt out to its replicas, with idle rows up to `height`."""
         gen_length = config.gen_length or 0
         replicas = self.mesh.shape["data"]
-        height = -(-len(rows) // replicas) * replicas
+        height = max(height, -(-len(rows) // replicas) * replicas)
+        slots = deal(len(rows), height, replicas)
         room = min(bucket(max(1, *map(len, rows))), self.config.max_length - gen_length)
         tokens = np.full((height, room + gen_length), self.config.pad_id, np.int32)
         lengths = np.ones(height, np.int32)
-        for i, row in enumerate(rows):
-            tokens[i, : len(row)] = row
-            tokens[i, len(row) : len(row) + gen_length] = self.config.mask_id
-            lengths[i] = len(row)
-        numbers = np.array(seeds + [0] * (height - len(rows)), np.uint32)
+        numbers = np.zeros(height, np.uint32)
+        idle = np.ones(height, bool)
+        for slot, row, seed in zip(slots, rows, seeds, strict=True):
+            tokens[slot, : len(row)] = row
+            tokens[slot, len(row) : len(row) + gen_length] = self.config.mask_id
+            lengths[slot], numbers[slot], idle[slot] = len(row), seed, False
         base = jax.random.key(config.seed)
         keys = jax.vmap(lambda n: jax.random.fold_in(base, n))(numbers)
-        idle = np.arange(height) >= len(rows)
         placed = jax.device_put((tokens, lengths, keys, idle), sharding.by_row(self.mesh))
         return Request(*placed)
 

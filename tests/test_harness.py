@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from jdllm.grading import as_lm_eval, run_task
 from jdllm.harness import JdllmLM
 from jdllm.journal import Journal
 from jdllm.likelihood import LikelihoodConfig
-from jdllm.llm import LLM
+from jdllm.llm import LLM, deal
 from jdllm.load import BUNDLED
 from jdllm.stop import Look, NoStop
 from jdllm.stop_strings import StopStrings
@@ -261,3 +262,22 @@ def test_fingerprints_follow_content(llm: LLM):
     assert other.fingerprint() != llm.fingerprint()
     facts = dataclasses.replace(llm.config, rope_theta=1.0)
     assert fingerprint(facts, llm._params) != llm.fingerprint()
+
+
+def test_replicas_share_every_batch(llm: LLM):
+    """Rows are dealt out in turn, and a bucket's last batch needs no program of its own."""
+    for rows, height, replicas in ((5, 8, 4), (8, 8, 2), (3, 4, 1), (7, 12, 4)):
+        slots = deal(rows, height, replicas)
+        assert len(set(slots)) == rows and max(slots) < height
+        loads = Counter(slot // (height // replicas) for slot in slots)
+        assert max(loads.values()) - min(loads.get(r, 0) for r in range(replicas)) <= 1
+    spread = LLM(llm.config, *_on("4x1", llm), llm.tokenizer)
+    prompts = [f"{i} 7 {3 * i}" for i in range(11)]
+    done = spread.generate(prompts, LOOSE, batch_size=8)
+    assert len(spread._programs) == 1
+    assert [one.ids for one in done] == [one.ids for one in llm.generate(prompts, LOOSE)]
+
+
+def _on(mesh: str, llm: LLM):
+    grid = sharding.parse_mesh(mesh)
+    return *random_model(llm.config, grid, seed=3), grid
