@@ -4,9 +4,12 @@ python -m jdllm.eval
 python -m jdllm.eval task=sudoku_d1,countdown_d1 data=FOLDER model=FOLDER output=results/d1
 """
 
+import contextlib
 import dataclasses
 import difflib
+import functools
 import json
+import operator
 import os
 import platform
 import subprocess
@@ -22,12 +25,15 @@ import jdllm
 from jdllm import cli, sharding
 from jdllm.configs import ModelConfig, count_parameters
 from jdllm.decode import DecodeConfig
-from jdllm.files import atomic_file
+from jdllm.files import alone, atomic_file
+from jdllm.journal import Journal
 from jdllm.load import enable_compilation_cache
+from jdllm.settings import read_decode
 from jdllm.tasks import TASKS, Doc, Task
 
 GENERATED = 100  # documents of a generated task, where limit= does not say
 SHOWN = ("solved", "exact_match")  # the table's metrics; results.json has all
+FINISHED = "finished.jsonl"  # in the output folder: every sample, as it was finished
 PACKAGES = ("jax", "jaxlib", "flax", "lm_eval")
 
 
@@ -44,6 +50,8 @@ class EvalConfig:
     data: Path | None = None
     """Folder with the files of sudoku_d1 and countdown_d1."""
     decode: DecodeConfig = DecodeConfig()
+    decode_file: Path | None = None
+    """JSON with decode settings, as jdllm.tune writes it; decode.* changes them."""
     mesh: str = "auto"
     """data x model, for example 4x1; auto is data parallel where the model fits a device."""
     dtype: str = "auto"
@@ -53,7 +61,12 @@ class EvalConfig:
     seed: int = 0
     """Seed of the generated documents, and of the weights of random:<name>."""
     output: Path | None = None
-    """Folder for results.json and samples.jsonl (default: print only)."""
+    """Folder for results.json and samples.jsonl (default: print only).
+
+    What is finished is kept there at once: run the same command again to go on after a kill.
+    """
+    samples: int = 1
+    """Completions of each document; metrics are means (one is enough without temperature)."""
 
     def __post_init__(self):
         for name in self.tasks:
@@ -70,9 +83,16 @@ class EvalConfig:
             raise ValueError(f"task={self.task} names a task twice")
         if self.output and self.output.exists() and not self.output.is_dir():
             raise ValueError(f"output={self.output} is a file; name a folder")
-        for name in ("limit", "batch_size"):
+        if self.decode_file:
+            read_decode(self.decode_file)
+        for name in ("limit", "batch_size", "samples"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise ValueError(f"{name}={number} must be 1 or more")
+
+    @property
+    def settings(self) -> DecodeConfig:
+        """`decode`, on top of what `decode_file` says."""
+        return read_decode(self.decode_file, self.decode) if self.decode_file else self.decode
 
     @property
     def tasks(self) -> list[str]:
@@ -86,16 +106,21 @@ class Sample:
 
     task: str
     doc_id: int
+    sample: int
     prompt: str
     completion: str
     target: str
     metrics: dict[str, float]
     nfe: int
+    tokens: int
+    """Completion tokens."""
+    seconds: float
+    """Latency: those of its batch."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskResult:
-    """One task's scores, samples in document order, and cost (a jdllm.harness.Speed)."""
+    """One task's scores, samples in document order, and cost (a jdllm.speed.Speed)."""
 
     task: Task
     metrics: dict[str, float]
@@ -119,26 +144,32 @@ def documents(task: Task, config: EvalConfig) -> list[Doc]:
     return docs[: config.limit]
 
 
-def run(task: Task, docs: Sequence[Doc], lm: Any) -> TaskResult:
+def run(task: Task, docs: Sequence[Doc], lm: Any, samples: int = 1) -> TaskResult:
     """Evaluates one task with a fresh JdllmLM."""
-    from jdllm.harness import run_task
+    from jdllm.grading import run_task
 
-    score = run_task(lm, task, docs)
-    records = {record.doc_id: record for record in lm.records}
-    samples = []
-    for row in score.samples:
-        record = records[row["doc_id"]]
+    score = run_task(lm, task, docs, samples)
+    rows = {row["doc_id"]: row for row in score.samples}
+    found = []
+    for record in sorted(lm.records, key=lambda record: (record.doc_id, record.sample)):
+        row = rows[record.doc_id]
+        metrics = {name: row[name] for name in score.metrics}
+        if samples > 1:  # lm-eval's are means over the document's samples
+            metrics = task.grade(docs[record.doc_id], record.completion.text or "")
         sample = Sample(
             task=task.name,
-            doc_id=row["doc_id"],
+            doc_id=record.doc_id,
+            sample=record.sample,
             prompt=record.prompt,
             completion=record.completion.text or "",
             target=row["target"],
-            metrics={name: row[name] for name in score.metrics},
+            metrics=metrics,
             nfe=record.completion.nfe,
+            tokens=len(record.completion.ids),
+            seconds=record.cost.seconds,
         )
-        samples.append(sample)
-    return TaskResult(task, score.metrics, score.stderr, samples, lm.speed)
+        found.append(sample)
+    return TaskResult(task, score.metrics, score.stderr, found, lm.speed)
 
 
 def commit() -> str | None:
@@ -235,30 +266,40 @@ def save(folder: Path, facts: dict[str, Any], results: Sequence[TaskResult]) -> 
     print(f"wrote {folder / 'results.json'} and samples.jsonl")
 
 
-def evaluate(config: EvalConfig) -> tuple[dict[str, Any], list[TaskResult]]:
-    """Runs every task; returns what results.json holds, and the results themselves."""
+def evaluate(
+    config: EvalConfig, journal: Journal | None = None, llm: Any = None, leave: bool = True
+) -> tuple[dict[str, Any], list[TaskResult]]:
+    """Runs every task; returns what results.json holds, and the results themselves.
+
+    What the journal holds is not generated again. `llm` is the model, where it is loaded already.
+    `leave` says whether finished progress bars stay.
+    """
     from jdllm.harness import JdllmLM
     from jdllm.llm import LLM
 
     docs = {name: documents(TASKS[name], config) for name in config.tasks}
-    llm = LLM.load(config.model, config.mesh, config.dtype, config.seed)
+    if llm is None:
+        llm = LLM.load(config.model, config.mesh, config.dtype, config.seed)
+        introduce(config.model, llm)
     length = max(TASKS[name].gen_length for name in docs)
-    decode = llm.resolve(config.decode, gen_length=length)
-    parameters = count_parameters(llm.config)
-    print(f"model {config.model}: {parameters:,} parameters in {llm.config.dtype}")
-    print(f"{sharding.describe(llm.mesh)} ({os.cpu_count()} CPU cores, jax {jax.__version__})")
+    decode = llm.resolve(config.settings, gen_length=length)
+    shared: Any = {"batch_size": config.batch_size, "journal": journal, "leave": leave}
     results = []
     for name, chosen in docs.items():
-        lm = JdllmLM(llm, decode=decode, batch_size=config.batch_size)
-        results.append(run(TASKS[name], chosen, lm))
+        lm = JdllmLM(llm, decode=decode, **shared)
+        results.append(run(TASKS[name], chosen, lm, config.samples))
     return report(dataclasses.replace(config, decode=decode), llm.config, results), results
+
+
+def introduce(name: str, llm: Any) -> None:
+    """Prints what was loaded, and where."""
+    print(f"model {name}: {count_parameters(llm.config):,} parameters in {llm.config.dtype}")
+    print(f"{sharding.describe(llm.mesh)} ({os.cpu_count()} CPU cores, jax {jax.__version__})")
 
 
 def report(config: EvalConfig, model: ModelConfig, results: Sequence[TaskResult]) -> dict[str, Any]:
     """What results.json holds; `config` with its lengths resolved."""
-    speed = sum((result.speed for result in results[1:]), results[0].speed)
-    rates = ("tokens_per_second", "tokens_per_forward", "forwards_per_second")
-    costs = ("completion_tokens", "forwards", "seconds", "compile_seconds", *rates)
+    speed = functools.reduce(operator.add, [result.speed for result in results])
     return {
         "config": dataclasses.asdict(config),
         "model": {
@@ -268,14 +309,15 @@ def report(config: EvalConfig, model: ModelConfig, results: Sequence[TaskResult]
         },
         "tasks": {
             result.task.name: {
-                "n": len(result.samples),
+                "n": len({sample.doc_id for sample in result.samples}),
                 "metrics": result.metrics,
                 "stderr": result.stderr,
                 "nfe_mean": result.nfe_mean,
+                "speed": result.speed.facts(),
             }
             for result in results
         },
-        "speed": {name: getattr(speed, name) for name in costs},
+        "speed": speed.facts(),
         "environment": environment(),
     }
 
@@ -283,18 +325,28 @@ def report(config: EvalConfig, model: ModelConfig, results: Sequence[TaskResult]
 def main(config: EvalConfig) -> None:
     """Evaluates, prints the table and an example, and writes the output folder if there is one."""
     enable_compilation_cache()
-    if config.output:
-        config.output.mkdir(parents=True, exist_ok=True)  # fails now rather than after the run
-    facts, results = evaluate(config)
-    speed = facts["speed"]
+    with contextlib.ExitStack() as stack:
+        journal = None
+        if config.output:
+            stack.enter_context(alone(config.output))
+            journal = Journal(config.output / FINISHED)
+            if journal.records:
+                print(f"{len(journal.records)} samples are finished in {config.output} already")
+        facts, results = evaluate(config, journal)
+        show(facts["speed"], results)
+        if config.output:
+            save(config.output, facts, results)
+
+
+def show(speed: dict[str, Any], results: Sequence[TaskResult]) -> None:
+    """Prints the table, a worked example and the cost."""
     print(f"\n{summary(results)}\n\n{example(results[0])}\n")
     print(
         f"{speed['completion_tokens']} completion tokens, {speed['forwards']} forwards in "
         f"{speed['seconds']:.1f} s ({speed['forwards_per_second']:.1f} forwards/s), "
-        f"after {speed['compile_seconds']:.1f} s of compilation"
+        f"after {speed['compile_seconds']:.1f} s of compilation; "
+        f"latency p50 {speed['latency_p50']:.2f} s, p95 {speed['latency_p95']:.2f} s"
     )
-    if config.output:
-        save(config.output, facts, results)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ class GenerateConfig:
     """The user's message; needed unless replay is given."""
     model: str = "bundled"
     """bundled, a converted folder, random:<name>, or a Hugging Face folder or id."""
+    verifier: str | None = None
+    """The causal model that decode.rule=verify asks."""
     decode: DecodeConfig = DecodeConfig()
     chat: bool = True
     """Frame the prompt with the model's chat template; false passes it on as it is."""
@@ -89,7 +91,7 @@ def complete(config: GenerateConfig) -> None:
     from jdllm.llm import LLM
 
     enable_compilation_cache()
-    llm = LLM.load(config.model, config.mesh, config.dtype, config.seed)
+    llm = LLM.load(config.model, config.mesh, config.dtype, config.seed, config.verifier)
     if config.viz == "live" or config.outputs:
         batch = watch(llm, config)
     else:

@@ -1,9 +1,9 @@
-"""jdllm as an lm-eval model, and jdllm's tasks as lm-eval tasks.
-
-Any lm-eval task that generates text can be run: importing this module registers the model.
+"""jdllm as an lm-eval model: importing this module registers it, running it is lm-eval's command.
 
 import lm_eval, jdllm.harness
 lm_eval.simple_evaluate(model="jdllm", model_args="model=bundled,mesh=1x1", tasks=["gsm8k"])
+
+python -m jdllm.harness run --model jdllm --model_args model=bundled --tasks gsm8k
 """
 
 import contextlib
@@ -11,9 +11,10 @@ import dataclasses
 import difflib
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import lm_eval.models  # noqa: F401  a registry that holds our name alone would hide lm-eval's own
 from lm_eval.api.instance import Instance
@@ -22,77 +23,50 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from jdllm.decode import DecodeConfig
-from jdllm.llm import LLM, Batch, Completion
-from jdllm.tasks import Doc, Task
+from jdllm.files import alone
+from jdllm.journal import Journal, digest
+from jdllm.likelihood import LikelihoodConfig
+from jdllm.llm import LLM, Completion
+from jdllm.scoring import Likelihood
+from jdllm.speed import Cost, Speed
 from jdllm.tokenizer import chat_frame
 
 DEFAULT_LENGTH = 128  # columns, where neither the settings, the model nor the request names any
-GENERATES_ONLY = (
-    "jdllm scores generated text so far: a likelihood under a diffusion model is an estimate that "
-    "is still to come; choose tasks of output_type generate_until"
+LM_EVAL_DEVICE = "cuda:0"  # what lm-eval's command line passes where the user names none
+INSTRUCT = (
+    "the model has a chat template: likelihoods are made for base models, and those of an "
+    "instruction-tuned one are often poor; tasks that generate text score it better"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Speed:
-    """What a run cost; every rate is 0 before anything ran."""
-
-    completion_tokens: int = 0
-    """Tokens up to the end id, prompts never counted."""
-    row_nfe: int = 0
-    """Sum of the rows' NFE."""
-    forwards: int = 0
-    """Model calls of the batches."""
-    seconds: float = 0.0
-    """On the device and back, without compilation."""
-    compile_seconds: float = 0.0
-
-    @classmethod
-    def of(cls, batch: Batch) -> "Speed":
-        """The cost of one batch."""
-        return cls(
-            completion_tokens=sum(len(done.ids) for done in batch.completions),
-            row_nfe=sum(done.nfe for done in batch.completions),
-            forwards=batch.forwards,
-            seconds=batch.seconds,
-            compile_seconds=batch.compile_seconds,
-        )
-
-    def __add__(self, other: "Speed") -> "Speed":
-        mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
-        return Speed(*(a + b for a, b in zip(mine, theirs, strict=True)))
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Completion tokens a second."""
-        return self.completion_tokens / self.seconds if self.seconds else 0.0
-
-    @property
-    def tokens_per_forward(self) -> float:
-        """Completion tokens for each model evaluation of a row."""
-        return self.completion_tokens / self.row_nfe if self.row_nfe else 0.0
-
-    @property
-    def forwards_per_second(self) -> float:
-        """Model calls of the batches a second."""
-        return self.forwards / self.seconds if self.seconds else 0.0
+log = logging.getLogger("jdllm")
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One finished request."""
+    """One finished request to generate."""
 
     task: str | None
     doc_id: int | None
+    sample: int
+    """Its number among the repeats of the same request."""
     prompt: str
     completion: Completion
+    cost: Cost
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Requests that may share a batch: same stop strings, same lengths."""
+
+    stop: tuple[str, ...]
+    decode: DecodeConfig
 
 
 class JdllmLM(LM):
-    """An LLM under lm-eval's interface; `records` and `speed` grow with every call.
+    """An LLM under lm-eval's interface; `records` and `likelihoods` grow with every call.
 
     A prompt is framed as one user message where `chat` is on and the model has a chat template,
-    unless lm-eval framed it (apply_chat_template=True): then it is passed on as it is.
+    unless lm-eval framed it (apply_chat_template=True): then it is passed on as it is. Contexts
+    whose continuations are scored are never framed here.
     """
 
     def __init__(
@@ -100,12 +74,15 @@ class JdllmLM(LM):
         model: str | LLM = "bundled",
         *,
         decode: DecodeConfig | None = None,
+        likelihood: LikelihoodConfig | None = None,
         mesh: str = "auto",
         dtype: str = "auto",
         seed: int = 0,
         batch_size: int | str = 32,
         chat: bool = True,
         progress: bool = True,
+        leave: bool = True,
+        journal: Journal | str | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
         **settings: Any,
@@ -113,63 +90,193 @@ class JdllmLM(LM):
         """Loads `model` (see LLM.load), or wraps an LLM that is loaded already.
 
         Decoding is set by `decode`, or by words such as decode.threshold=0.8 among lm-eval's
-        model_args. `max_batch_size` is lm-eval's and not needed: batches never outgrow
-        `batch_size`. ValueError for a word that is no setting.
+        model_args; the estimate of likelihoods by `likelihood`, or likelihood.mc_num=32. What is
+        finished goes into `journal` (a folder, or a Journal) and is not done again.
+        `max_batch_size` is lm-eval's and not needed: batches never outgrow `batch_size`. ValueError
+        for a word that is no setting, OSError where another run holds the folder.
         """
         super().__init__()
-        if device is not None:
+        if device not in (None, LM_EVAL_DEVICE):
             raise ValueError(f"device={device} is for PyTorch models; place this one with mesh=")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(f"batch_size={batch_size} must be a number of rows, 1 or more")
-        self.decode = read_settings(settings, decode or DecodeConfig())
+        bases = {"decode": decode or DecodeConfig(), "likelihood": likelihood or LikelihoodConfig()}
+        chosen = read_settings(settings, bases)
+        self.decode: DecodeConfig = chosen["decode"]
+        self.likelihood: LikelihoodConfig = chosen["likelihood"]
         self.llm = model if isinstance(model, LLM) else LLM.load(model, mesh, dtype, seed)
         self.tokenizer: Any = self.llm.tokenizer
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer, and the prompts of a task are text")
         self.batch_size = int(batch_size)
         self.chat = chat
-        self.progress = progress
+        self.progress, self.leave = progress, leave
+        if isinstance(journal, str):
+            self._lock = contextlib.ExitStack()  # held as long as this object, or the process
+            self._lock.enter_context(alone(Path(journal)))
+            journal = Journal(Path(journal) / "finished.jsonl")
+        self.journal = journal
         self.records: list[Record] = []
-        self.speed = Speed()
+        self.likelihoods: list[Likelihood] = []
+
+    @property
+    def speed(self) -> Speed:
+        """What the records cost."""
+        return Speed.of((record.completion, record.cost) for record in self.records)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """The model's; see jdllm.fingerprint."""
+        return self.llm.fingerprint()
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Completions in the order of `requests`, each cut at the first of its `until` strings.
 
         A request's max_gen_toks counts only where neither the decode settings nor the model say
         how long a completion is; sampling is set by the decode settings, never by a request.
+        A request that comes several times (lm-eval's repeats) draws anew each time.
         """
         if not requests:
             return []
-        found: dict[int, Completion] = {}
-        name = requests[0].task_name
-        hidden = disable_tqdm or not self.progress
-        with tqdm(total=len(requests), desc=name, unit="prompt", disable=hidden) as bar:
-            for (until, config), members in self._groups(requests).items():
-                prompts = self._encode([requests[i].args[0] for i in members])
+        found: dict[int, Record] = {}
+        rows = self._encode([request.args[0] for request in requests])
+        groups = self._groups(requests)
+        keys, samples = self._keys(requests, rows, groups)
+        bar = self._bar(requests, disable_tqdm)
+        for i, request in enumerate(requests):
+            if keys[i] in (self.journal or ()):
+                found[i] = self._remember(request, samples[i], keys[i])
+                bar.update(1)
+        with bar:
+            for group, members in groups.items():
+                members = [i for i in members if i not in found]
                 for batch in self.llm.stream(
-                    prompts, config, batch_size=self.batch_size, stop=until
+                    [rows[i] for i in members],
+                    group.decode,
+                    batch_size=self.batch_size,
+                    stop=group.stop,
+                    samples=[samples[i] for i in members],
                 ):
-                    for row, completion in zip(batch.index, batch.completions, strict=True):
-                        i = members[row]
-                        found[i] = completion
+                    cost = Cost.of(batch)
+                    chosen = [members[row] for row in batch.index]
+                    for i, completion in zip(chosen, batch.completions, strict=True):
+                        request = requests[i]
+                        found[i] = Record(
+                            request.task_name, request.doc_id, samples[i], request.args[0],
+                            completion, cost,
+                        )  # fmt: skip
+                    self._keep({keys[i]: dataclasses.asdict(found[i]) for i in chosen})
+                    for i in chosen:
                         self.cache_hook.add_partial(
-                            "generate_until", requests[i].args, completion.text
+                            "generate_until", requests[i].args, found[i].completion.text
                         )
-                    self.speed += Speed.of(batch)
-                    bar.update(len(batch.index))
-        self.records += [
-            Record(request.task_name, request.doc_id, request.args[0], found[i])
+                    bar.update(len(chosen))
+        self.records += [found[i] for i in range(len(requests))]
+        return [found[i].completion.text or "" for i in range(len(requests))]
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """log p(continuation | context) and whether it is the greedy one (where that is checked).
+
+        An estimate of a bound, by `likelihood`; `likelihoods` has the standard errors. Text is
+        split as in LLaDA's harness: a context's trailing spaces go to the continuation, and both
+        are tokenised together.
+        """
+        pairs = [self._encode_pair(*request.args) for request in requests]
+        scores = self._score(requests, [[pair] for pair in pairs], disable_tqdm)
+        return [(score.value, score.is_greedy) for score in scores]
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """log p(text) of whole texts.
+
+        A text longer than the model's canvas is cut into windows of that length, which are scored
+        each by itself and added up.
+        """
+        window = self.llm.config.max_length - 1  # room for an eos
+        texts = [self.llm.encode([request.args[0]], chat=False)[0] for request in requests]
+        split = [
+            [([], row[i : i + window]) for i in range(0, len(row), window)] for row in texts
+        ]  # fmt: skip
+        return [score.value for score in self._score(requests, split, disable_tqdm)]
+
+    def _score(
+        self, requests: list[Instance], pairs: list[list[tuple]], hidden: bool
+    ) -> list[Likelihood]:
+        """The summed score of each request's pairs; what the journal holds is not scored again."""
+        if self.tokenizer.chat_template and requests:
+            log.warning(INSTRUCT)
+        model = self.fingerprint if self.journal is not None else None
+        facts = {"model": model, "likelihood": dataclasses.asdict(self.likelihood)}
+        keys, _ = number_repeats(
+            [
+                digest(facts | {"task": r.task_name, "doc_id": r.doc_id, "pairs": p})
+                for r, p in zip(requests, pairs, strict=True)
+            ]
+        )
+        journal: Any = self.journal or {}
+        found = {i: Likelihood(**journal[k]["score"]) for i, k in enumerate(keys) if k in journal}
+        owners = [i for i, split in enumerate(pairs) for _ in split if i not in found]
+        collected: dict[int, list[Likelihood]] = {i: [] for i in owners}
+        bar = self._bar(requests, hidden)
+        bar.update(len(found))
+
+        def finished(number: int, score: Likelihood) -> None:
+            i = owners[number]
+            collected[i].append(score)
+            if len(collected[i]) < len(pairs[i]):
+                return
+            found[i] = functools.reduce(Likelihood.__add__, collected[i])
+            facts = {"task": requests[i].task_name, "doc_id": requests[i].doc_id}
+            self._keep({keys[i]: facts | {"score": dataclasses.asdict(found[i])}})
+            bar.update(1)
+
+        with bar:
+            missing = [pair for i, split in enumerate(pairs) for pair in split if i not in found]
+            self.llm.loglikelihood(
+                missing, self.likelihood, batch_size=self.batch_size, finished=finished
+            )
+        scores = [found[i] for i in range(len(requests))]
+        self.likelihoods += scores
+        return scores
+
+    def _keep(self, finished: dict[str, dict[str, Any]]) -> None:
+        """Appends records to the journal, if there is one; equal requests are kept once."""
+        if self.journal is not None:
+            self.journal.append({"key": key} | facts for key, facts in finished.items())
+
+    def _remember(self, request: Instance, sample: int, key: str) -> Record:
+        """What the journal holds under `key`, of an earlier run or of this one."""
+        kept: Any = self.journal and self.journal[key]
+        completion, cost = Completion(**kept["completion"]), Cost(**kept["cost"])
+        return Record(request.task_name, request.doc_id, sample, request.args[0], completion, cost)
+
+    def _keys(
+        self, requests: Sequence[Instance], rows: Sequence[list[int]], groups: dict[Group, list]
+    ) -> tuple[list[str], list[int]]:
+        """What tells each request from any other, in any run, and its number among its repeats."""
+        owner = {i: group for group, members in groups.items() for i in members}
+        model = self.fingerprint if self.journal is not None else None
+        facts = [
+            {
+                "model": model,
+                "decode": dataclasses.asdict(owner[i].decode),
+                "stop": owner[i].stop,
+                "task": request.task_name,
+                "doc_id": request.doc_id,
+                "prompt": rows[i],
+            }
             for i, request in enumerate(requests)
         ]
-        return [found[i].text or "" for i in range(len(requests))]
+        return number_repeats([digest(fact) for fact in facts])
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Not there yet: raises NotImplementedError."""
-        raise NotImplementedError(GENERATES_ONLY)
-
-    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """Not there yet: raises NotImplementedError."""
-        raise NotImplementedError(GENERATES_ONLY)
+    def _bar(self, requests: Sequence[Instance], hidden: bool) -> tqdm:
+        """A progress bar over requests."""
+        name = requests[0].task_name if requests else None
+        hidden = hidden or not self.progress
+        return tqdm(total=len(requests), desc=name, unit="prompt", disable=hidden, leave=self.leave)
 
     @property
     def tokenizer_name(self) -> str:
@@ -191,18 +298,22 @@ class JdllmLM(LM):
             continue_final_message=not add_generation_prompt,
         )
 
-    def _groups(
-        self, requests: Sequence[Instance]
-    ) -> dict[tuple[tuple[str, ...], DecodeConfig], list[int]]:
-        """Indices of the requests that may share a batch: same `until`, same lengths."""
-        groups: dict[tuple[tuple[str, ...], DecodeConfig], list[int]] = {}
+    def _groups(self, requests: Sequence[Instance]) -> dict[Group, list[int]]:
+        """Indices of the requests that may share a batch."""
+        groups: dict[Group, list[int]] = {}
         for i, request in enumerate(requests):
             settings: dict[str, Any] = request.arguments[1]
             until = settings.get("until") or ()
             stop = (until,) if isinstance(until, str) else tuple(until)
             config = self._resolve(settings.get("max_gen_toks") or DEFAULT_LENGTH)
-            groups.setdefault((stop, config), []).append(i)
+            groups.setdefault(Group(stop, config), []).append(i)
         return groups
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Token ids of a context and its continuation."""
+        bare = context.rstrip()
+        whole, prefix = self.llm.encode([context + continuation, bare], chat=False)
+        return prefix, whole[len(prefix) :]
 
     def _resolve(self, length: int) -> DecodeConfig:
         """The decode settings, with `length` (filled up to whole blocks) as the last resort."""
@@ -231,89 +342,41 @@ class JdllmLM(LM):
 register_model("jdllm")(JdllmLM)  # as a decorator it would hide the signature from type checkers
 
 
-def read_settings(words: dict[str, Any], base: DecodeConfig) -> DecodeConfig:
-    """`base` changed by words such as decode.threshold, which is how model_args set decoding.
+def number_repeats(keys: Sequence[str]) -> tuple[list[str], list[int]]:
+    """Keys that tell repeats of a key apart, and how often each key came before."""
+    seen: Counter[str] = Counter()
+    numbers = []
+    for key in keys:
+        numbers.append(seen[key])
+        seen[key] += 1
+    return [digest([key, n]) for key, n in zip(keys, numbers, strict=True)], numbers
+
+
+def read_settings[T](words: dict[str, Any], bases: dict[str, T]) -> dict[str, T]:
+    """`bases` changed by words such as decode.threshold, which is how model_args set decoding.
 
     ValueError, with the nearest names, for a word that is not a setting.
     """
-    known = {f"decode.{field.name}": field.name for field in dataclasses.fields(DecodeConfig)}
+    known = {
+        f"{name}.{field.name}": (name, field.name)
+        for name, base in bases.items()
+        for field in dataclasses.fields(base)  # pyright: ignore[reportArgumentType]
+    }
     for word in words:
         if word not in known:
             near = difflib.get_close_matches(word, known) or list(known)
             raise ValueError(f"{word} is not a setting of this model; try {', '.join(near)}")
-    return dataclasses.replace(base, **{known[word]: value for word, value in words.items()})
+    changes: dict[str, dict[str, Any]] = {name: {} for name in bases}
+    for word, value in words.items():
+        name, field = known[word]
+        changes[name][field] = value
+    return {
+        name: dataclasses.replace(base, **changes[name])  # pyright: ignore[reportArgumentType]
+        for name, base in bases.items()
+    }
 
 
-def as_lm_eval(task: Task, docs: Sequence[Doc]) -> Any:
-    """An lm-eval task over `docs`: the prompts, targets and grades of `task`, means of metrics."""
-    from datasets import Dataset
-    from lm_eval.api.task import ConfigurableTask
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
 
-    metrics = task.grade(docs[0], "")
-    return ConfigurableTask(
-        config={
-            "task": task.name,
-            "custom_dataset": lambda **_: {"test": Dataset.from_list(list(docs))},
-            "test_split": "test",
-            "output_type": "generate_until",
-            "doc_to_text": task.prompt,
-            "doc_to_target": task.target,
-            "process_results": lambda doc, results: task.grade(doc, results[0]),
-            "generation_kwargs": {"until": [], "max_gen_toks": task.gen_length},
-            "metric_list": [
-                {"metric": name, "aggregation": "mean", "higher_is_better": True}
-                for name in metrics
-            ],
-            "metadata": {"version": 1},
-        }
-    )
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Hides lm-eval's remarks on task configs and its instant bar over building requests.
-
-    Errors still show, and so does the bar of the model.
-    """
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with mock.patch("lm_eval.api.task.tqdm", functools.partial(tqdm, disable=True)):
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-@dataclasses.dataclass(frozen=True)
-class Score:
-    """What lm-eval says about a task."""
-
-    metrics: dict[str, float]
-    """Means over the documents."""
-    stderr: dict[str, float | None]
-    """lm-eval's standard errors; None where one document has none."""
-    samples: list[dict[str, Any]]
-    """lm-eval's sample rows, in the order of the documents."""
-
-
-def run_task(lm: LM, task: Task, docs: Sequence[Doc]) -> Score:
-    """Runs `task` on `docs` through lm-eval.
-
-    This is lm_eval.evaluate, the part of simple_evaluate behind its look-ups of tasks by name:
-    those take up to half a minute, and its call of git complains outside of a checkout.
-    """
-    with quiet():
-        from lm_eval.evaluator import evaluate
-
-        lm_task = as_lm_eval(task, docs)
-        loaded: Any = {"tasks": {task.name: lm_task}, "groups": {}}
-        results: Any = evaluate(lm=lm, task_dict=loaded)
-    found = results["results"][task.name]
-    names = task.grade(docs[0], "")
-    errors = {name: found[f"{name}_stderr,none"] for name in names}
-    return Score(
-        metrics={name: float(found[f"{name},none"]) for name in names},
-        stderr={name: None if error == "N/A" else float(error) for name, error in errors.items()},
-        samples=sorted(results["samples"][task.name], key=lambda sample: sample["doc_id"]),
-    )
+    cli_evaluate()

@@ -27,9 +27,7 @@ EOT = 314  # stands for LLaDA's end-of-turn id in the tiny vocabularies
 
 # (kind, name) -> why it is not replayed yet. Names: the architecture of a checkpoint, the family
 # of a decode trace, the folder of likelihoods, the stem of a traces_*.json.
-UNSUPPORTED = {
-    ("likelihood", "likelihood"): "likelihood scoring is not written yet",
-}
+UNSUPPORTED: dict[tuple[str, str], str] = {}
 
 
 class Case(NamedTuple):

@@ -10,16 +10,25 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground up. A room may import rooms of lower floors, and those before it on its own.
 FLOORS: list[list[str]] = [
-    ["jdllm.kernels", "jdllm.sharding", "jdllm.cli", "jdllm.files"],
+    ["jdllm.kernels", "jdllm.sharding", "jdllm.cli", "jdllm.files", "jdllm.journal"],
     ["jdllm.configs", "jdllm.cache", "jdllm.weights", "jdllm.head", "jdllm.moe", "jdllm.model"],
-    ["jdllm.unmask", "jdllm.stop", "jdllm.checkpoint"],
-    ["jdllm.decode", "jdllm.train"],
+    [
+        "jdllm.pareto", "jdllm.unmask", "jdllm.stop", "jdllm.stop_strings", "jdllm.checkpoint",
+        "jdllm.fingerprint",
+    ],
+    ["jdllm.decode", "jdllm.train", "jdllm.likelihood"],
     [
         "jdllm.tokenizer", "jdllm.convert", "jdllm.tasks", "jdllm.data", "jdllm.load",
-        "jdllm.pieces", "jdllm.trace",
+        "jdllm.settings", "jdllm.plans", "jdllm.report", "jdllm.pieces", "jdllm.trace",
     ],
-    ["jdllm.llm", "jdllm.harness", "jdllm.show", "jdllm.replay"],
-    ["jdllm.eval", "jdllm.generate", "jdllm.sft", "jdllm.convert.__main__"],
+    [
+        "jdllm.scoring", "jdllm.llm", "jdllm.speed", "jdllm.harness", "jdllm.grading",
+        "jdllm.show", "jdllm.replay",
+    ],
+    [
+        "jdllm.eval", "jdllm.bench", "jdllm.sweep", "jdllm.tune", "jdllm.generate", "jdllm.sft",
+        "jdllm.convert.__main__",
+    ],
 ]  # fmt: skip
 # Pairs that the order alone would allow.
 FORBIDDEN = {
@@ -34,12 +43,14 @@ OUTSIDE = GROUND | {
     "datasets",
     "huggingface_hub",
     "lm_eval",
+    "matplotlib",
     "ml_dtypes",
     "rich",
     "safetensors",
     "tokenizers",
     "tqdm",
     "transformers",
+    "yaml",
 }
 # tyro is the command line; Orbax stands on tensorstore, which writes a weight piece by piece.
 EXCEPTIONS = {"jdllm/cli.py": {"tyro"}, "jdllm/checkpoint.py": {"tensorstore"}}

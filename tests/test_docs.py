@@ -10,21 +10,29 @@ import sys
 from pathlib import Path
 
 import pytest
+from lm_eval._cli import HarnessCLI
 
 from jdllm import cli
+from jdllm.bench import BenchConfig, GridConfig
 from jdllm.convert.__main__ import ConvertConfig, ExportConfig
 from jdllm.convert.families import FAMILIES
 from jdllm.eval import EvalConfig
 from jdllm.generate import GenerateConfig
 from jdllm.sft import SFTConfig
+from jdllm.sweep import SweepConfig
+from jdllm.tune import TuneConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES.append(ROOT / "jdllm" / "bundled" / "README.md")
 CONFIGS = {
+    "jdllm.bench": BenchConfig,
+    "jdllm.bench grid": GridConfig,
     "jdllm.eval": EvalConfig,
     "jdllm.generate": GenerateConfig,
     "jdllm.sft": SFTConfig,
+    "jdllm.sweep": SweepConfig,
+    "jdllm.tune": TuneConfig,
     "jdllm.convert export": ExportConfig,
 } | {f"jdllm.convert {family}": ConvertConfig for family in FAMILIES}
 
@@ -43,11 +51,24 @@ def commands() -> list[str]:
     return sorted({command.strip() for command in found})
 
 
+@pytest.fixture
+def named_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files that the pages' commands name, in the folder where they are parsed."""
+    (plan,) = (text for page in PAGES for text in blocks(page, "yaml"))
+    for name, text in {"plan.yaml": plan, "tuned.json": "{}", "FILE.jsonl": ""}.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.mark.parametrize("command", commands())
-def test_every_command_parses(command: str):
+def test_every_command_parses(command: str, named_files, monkeypatch: pytest.MonkeyPatch):
     words = shlex.split(command)
     name = words.pop(0)
-    if name == "jdllm.convert":
+    if name == "jdllm.harness":  # lm-eval's own command line
+        monkeypatch.setattr(sys, "argv", [name, *words])
+        assert HarnessCLI().parse_args().model == "jdllm"
+        return
+    if words and f"{name} {words[0]}" in CONFIGS:
         name = f"{name} {words.pop(0)}"
     config = CONFIGS[name]
     default = ConvertConfig(source="x") if config is ConvertConfig else None

@@ -1,7 +1,7 @@
 """Replays recorded forward passes of the reference implementations: logits and hidden states."""
 
 import dataclasses
-from pathlib import Path
+import json
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,10 @@ from jdllm.cache import Cache
 from jdllm.convert.families import FAMILIES
 from jdllm.convert.shards import Shards
 from jdllm.convert.table import restore_sources
+from jdllm.likelihood import Canvas, Masks, losses, spread
 from jdllm.model import Transformer, abstract, named, rms_norm, visible_keys
 from tests.recordings import CASES, ROOT, UNSUPPORTED, Case, Checkpoint, discover, load, supported
+from tests.reference_configs import CONFIGS
 
 ATOL = 2e-3
 MOE_ATOL = 5e-4
@@ -34,14 +36,13 @@ def all_states(graph, params, tokens_BT, visible_BT):
     return states, hidden, model.logits(hidden)
 
 
-def test_every_unsupported_row_is_still_needed():
-    """The table may only shrink: a row whose family is supported, or unknown, must go."""
-    if Path(__file__).parent / "goldens" != ROOT:
-        pytest.skip("another set of goldens need not hold every family")
-    found = {(case.kind, case.name) for case in CASES}
-    assert set(UNSUPPORTED) <= found
+def test_every_recorded_family_is_replayed():
+    """Every checkpoint is converted by a family, every recording is read by a config or a test."""
+    assert not UNSUPPORTED
     architectures = {family.architecture for family in FAMILIES.values()}
-    assert not architectures & {name for kind, name in UNSUPPORTED if kind == "checkpoint"}
+    readers = {"checkpoint": architectures, "likelihood": {"likelihood"}}
+    for case in CASES:
+        assert case.name in readers.get(case.kind, CONFIGS), case.id
 
 
 def test_missing_or_empty_root_is_an_error(tmp_path):
@@ -200,3 +201,38 @@ def test_expert_checkpoint_in_parts(case: Case):
         assert_keys_and_values(cache, stored["cache8__prefill_kv"])
         logits, _ = run_cached(graph, params, ids[:, 16:], columns[:, 16:], seen, cache)
         np.testing.assert_allclose(logits, stored["cache8__block_logits"], atol=MOE_ATOL)
+
+
+@pytest.mark.parametrize("case", supported("likelihood"))
+def test_likelihood(case: Case):
+    """LLaDA's bound on the recorded masks: every column's cross entropy, losses and estimate."""
+    stored = np.load(case.path)
+    meta = json.loads(str(stored["meta"]))
+    checkpoint = load(ROOT / meta["checkpoint"])
+    shown = stored["perturbed"].reshape(-1, stored["perturbed"].shape[2])
+    B, T = shown.shape
+    clean = np.concatenate([stored["prompt"], stored["answer"]])
+    start, length = len(stored["prompt"]), len(stored["answer"])
+    assert not np.any((shown != clean) & (shown != meta["mask_id"]))
+    canvas = Canvas(
+        tokens=jnp.array(np.tile(clean, (B, 1))),
+        length=jnp.full(B, T),
+        start=jnp.full(B, start),
+        end=jnp.full(B, T),
+    )
+    hidden = jnp.array(shown == meta["mask_id"])
+    ratio = stored["p_mask"].reshape(B, T)[:, start]
+    masks = Masks(hidden, hidden, jnp.array(ratio))
+    loss_B, entropy_BW = losses(
+        checkpoint.graph, checkpoint.params, canvas, masks, length, meta["cfg_scale"]
+    )
+    theirs = stored["token_nll"].reshape(B, T)[:, start:]
+    np.testing.assert_allclose(entropy_BW, theirs, atol=ATOL)
+    np.testing.assert_allclose(loss_B, stored["sample_loss"].ravel(), rtol=1e-4)
+    assert -np.mean(loss_B) == pytest.approx(float(stored["estimate"]), rel=1e-4)
+    counts = np.asarray(hidden).sum(1).reshape(stored["perturbed"].shape[:2])
+    n, b = counts.shape
+    ours = spread(
+        jnp.repeat(counts[:, 0], b), jnp.tile(jnp.arange(b), n), b, jnp.full(n * b, length)
+    )
+    np.testing.assert_array_equal(ours.reshape(n, b), counts)

@@ -1,0 +1,86 @@
+"""Journal: finished work, one JSON object a line, appended as it comes and found again by its key.
+
+A line counts once its end is written. What a killed process left of a line is cut off when the file
+is opened; damage anywhere else is an error, because it cannot come from a kill.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+def digest(facts: Any) -> str:
+    """A key for JSON-like facts: equal facts, equal key, whatever the order of their names."""
+    text = json.dumps(facts, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+class Journal:
+    """Records by key, in the order of the file. The caller sees to it that it writes alone."""
+
+    def __init__(self, path: Path):
+        """Opens or makes the file; ValueError, naming the line, where it is damaged."""
+        self.path = path
+        self.records: dict[str, Record] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = path.read_bytes() if path.exists() else b""
+        self._size = data.rfind(b"\n") + 1
+        for number, line in enumerate(data[: self._size].split(b"\n")[:-1], 1):
+            record = self._read(line, number)
+            self.records[record["key"]] = record
+        if self._size < len(data):
+            os.truncate(path, self._size)
+
+    def _read(self, line: bytes, number: int) -> Record:
+        try:
+            record = json.loads(line)
+            body = {name: value for name, value in record.items() if name != "sum"}
+            good = record["sum"] == digest(body)[:8] and body["key"] not in self.records
+        except (ValueError, KeyError, TypeError, AttributeError):
+            good, body = False, {}
+        if not good:
+            raise ValueError(
+                f"{self.path}: line {number} is damaged, or there twice; remove that line (it is "
+                "made again) or the whole file, and start again"
+            )
+        return body
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.records
+
+    def __getitem__(self, key: str) -> Record:
+        return self.records[key]
+
+    def append(self, records: Iterable[Record]) -> None:
+        """Writes records, each with a `key` that is not there yet, and waits for the disk.
+
+        OSError, with the file as it was before, where they do not fit.
+        """
+        records = list(records)
+        keys = [record["key"] for record in records]
+        if len(set(keys)) < len(keys) or any(key in self for key in keys):
+            raise ValueError(f"{self.path} has one of these records already: {', '.join(keys)}")
+        lines = [
+            json.dumps(record | {"sum": digest(record)[:8]}, ensure_ascii=False) + "\n"
+            for record in records
+        ]
+        data = "".join(lines).encode()
+        try:
+            with self.path.open("ab") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            if self.path.exists():
+                os.truncate(self.path, self._size)
+            raise OSError(
+                f"{self.path} cannot be written ({error.strerror or error}): make room and start "
+                "again; what was finished before is kept"
+            ) from error
+        self._size += len(data)
+        self.records |= {record["key"]: record for record in records}

@@ -1,0 +1,145 @@
+"""Runs a plan of models x tasks x decode settings, and reports it; run again to go on after a kill.
+
+python -m jdllm.sweep                                              # twelve settings, bundled model
+python -m jdllm.sweep plan=dllmexp data=FOLDER output=results/dllmexp
+"""
+
+import dataclasses
+import itertools
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from jdllm import cli, sharding
+from jdllm.decode import DecodeConfig
+from jdllm.eval import FINISHED, EvalConfig, TaskResult, environment, evaluate
+from jdllm.files import alone, atomic_file
+from jdllm.journal import Journal
+from jdllm.load import enable_compilation_cache
+from jdllm.plans import Plan, read_plan
+from jdllm.report import Row, write_report
+from jdllm.settings import label
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepConfig:
+    """A sweep over models, tasks and decode settings."""
+
+    plan: str = "bundled"
+    """bundled, dllmexp, tune, or a YAML or JSON file with models, tasks, settings, grid."""
+    model: str = ""
+    """Instead of the plan's models: one or more, separated by commas."""
+    task: str = ""
+    """Instead of the plan's tasks: one or more, separated by commas."""
+    limit: int | None = None
+    """Documents of each task (default: 100 generated ones, or the whole file)."""
+    data: Path | None = None
+    """Folder with the files of tasks that read some."""
+    mesh: str = "auto"
+    dtype: str = "auto"
+    batch_size: int = 32
+    seed: int = 0
+    output: Path = Path("results/sweep")
+    """Folder for the finished samples and the report."""
+
+    def __post_init__(self):
+        self.runs()  # every mistake in the plan is found here
+
+    def chosen(self) -> Plan:
+        """The plan with `model` and `task` in place of its own."""
+        plan = read_plan(self.plan)
+        models = tuple(self.model.split(",")) if self.model else plan.models
+        tasks = tuple(self.task.split(",")) if self.task else plan.tasks
+        return dataclasses.replace(plan, models=models, tasks=tasks)
+
+    def runs(self) -> list[EvalConfig]:
+        """What each run evaluates, models outermost; ValueError where one cannot be."""
+        plan = self.chosen()
+        return [
+            self.run_of(model, task, decode)
+            for model, task, decode in itertools.product(plan.models, plan.tasks, plan.settings)
+        ]
+
+    def run_of(self, model: str, task: str, decode: DecodeConfig) -> EvalConfig:
+        """The evaluation of one model on one task with one setting."""
+        return EvalConfig(
+            task=task, model=model, decode=decode, limit=self.limit, data=self.data,
+            mesh=self.mesh, dtype=self.dtype, batch_size=self.batch_size, seed=self.seed,
+        )  # fmt: skip
+
+
+def row_of(run: EvalConfig, result: TaskResult) -> Row:
+    """What the table says about a run; accuracy in percent."""
+    metric = result.task.metric
+    error = result.stderr[metric]
+    speed = result.speed.facts()
+    return {
+        "model": run.model,
+        "task": run.task,
+        "setting": label(run.settings),
+        "n": len({sample.doc_id for sample in result.samples}),
+        "metric": metric,
+        "accuracy": 100 * result.metrics[metric],
+        "stderr": None if error is None else 100 * error,
+        "nfe": result.nfe_mean,
+    } | speed
+
+
+def perform(runs: Sequence[EvalConfig], journal: Journal) -> Iterator[tuple[EvalConfig, Row]]:
+    """Runs what the journal does not hold yet, each model loaded once.
+
+    Yields every run, its settings' lengths filled in, and its row.
+    """
+    from jdllm.llm import LLM
+
+    bar = tqdm(total=len(runs), unit="run", desc="sweep")
+    with bar:
+        for model, own in itertools.groupby(runs, key=lambda run: run.model):
+            bar.set_postfix_str(f"loading {model}")
+            llm = None
+            for run in own:
+                llm = llm or LLM.load(model, run.mesh, run.dtype, run.seed)
+                bar.set_postfix_str(f"{run.task} {label(run.settings)}")
+                facts, (result,) = evaluate(run, journal, llm, leave=False)
+                decode = DecodeConfig(**facts["config"]["decode"])
+                row = row_of(run, result)
+                bar.write(
+                    f"{model}  {run.task}  {row['setting']}: {row['accuracy']:.1f} %, "
+                    f"{row['tokens_per_forward']:.2f} tokens/forward, "
+                    f"{row['tokens_per_second']:.0f} tokens/s",
+                    file=sys.stdout,
+                )
+                bar.update(1)
+                yield dataclasses.replace(run, decode=decode, decode_file=None), row
+
+
+def command(config: SweepConfig) -> str:
+    """The command line of a sweep."""
+    words = [
+        f"{field.name}={getattr(config, field.name)}"
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) != field.default or field.name == "plan"
+    ]
+    return " ".join(["python -m jdllm.sweep", *words])
+
+
+def main(config: SweepConfig) -> None:
+    """Runs the plan and writes the report."""
+    enable_compilation_cache()
+    with alone(config.output):
+        with atomic_file(config.output / "config.json") as file:
+            facts = dataclasses.asdict(config)
+            file.write(json.dumps(facts, indent=2, default=str).encode() + b"\n")
+        journal = Journal(config.output / FINISHED)
+        rows = [row for _, row in perform(config.runs(), journal)]
+        where = environment() | {"mesh": sharding.describe(sharding.parse_mesh(config.mesh))}
+        names = write_report(config.output, rows, {"command": command(config), **where})
+    print((config.output / "table.md").read_text())
+    print(f"wrote {', '.join(names)} to {config.output}")
+
+
+if __name__ == "__main__":
+    cli.run(main, SweepConfig, "python -m jdllm.sweep")
