@@ -111,7 +111,7 @@ def size(path: Path) -> int:
 
 def killed_at_random(output: Path, kills: int, seed: int) -> None:
     """Kills a real run `kills` times while it writes, lets it end, and compares what is there."""
-    chance, journal, limit = random.Random(seed), output / eval.FINISHED, 50 * kills
+    chance, journal, limit = random.Random(seed), output / eval.FINISHED, 20 * kills + 45
     kept = b""
     for _ in range(kills):
         run = start(output, limit)
@@ -126,7 +126,7 @@ def killed_at_random(output: Path, kills: int, seed: int) -> None:
         assert now.startswith(kept) and len(now) > len(kept)
         kept = now[: now.rfind(b"\n") + 1]
     run = start(output, limit)
-    out, err = run.communicate(timeout=120)
+    out, err = run.communicate(timeout=600)
     assert run.returncode == 0, err
     assert f"{kept.count(b'\n')} samples are finished" in out
     assert journal.read_bytes().startswith(kept)
