@@ -58,6 +58,8 @@ class EvalConfig:
     """Compute dtype; auto keeps the stored one, on a CPU float32."""
     batch_size: int = 32
     """Most rows of a batch."""
+    verifier: str | None = None
+    """The causal model that decode.rule=verify asks."""
     seed: int = 0
     """Seed of the generated documents, and of the weights of random:<name>."""
     output: Path | None = None
@@ -279,7 +281,7 @@ def evaluate(
 
     docs = {name: documents(TASKS[name], config) for name in config.tasks}
     if llm is None:
-        llm = LLM.load(config.model, config.mesh, config.dtype, config.seed)
+        llm = LLM.load(config.model, config.mesh, config.dtype, config.seed, config.verifier)
         introduce(config.model, llm)
     length = max(TASKS[name].gen_length for name in docs)
     decode = llm.resolve(config.settings, gen_length=length)

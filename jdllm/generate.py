@@ -30,8 +30,6 @@ class GenerateConfig:
     """The user's message; needed unless replay is given."""
     model: str = "bundled"
     """bundled, a converted folder, random:<name>, or a Hugging Face folder or id."""
-    verifier: str | None = None
-    """The causal model that decode.rule=verify asks."""
     decode: DecodeConfig = DecodeConfig()
     chat: bool = True
     """Frame the prompt with the model's chat template; false passes it on as it is."""
@@ -49,6 +47,8 @@ class GenerateConfig:
     """data x model, for example 1x4; auto is data parallel where the model fits a device."""
     dtype: str = "auto"
     """Compute dtype; auto keeps the stored one, on a CPU float32."""
+    verifier: str | None = None
+    """The causal model that decode.rule=verify asks."""
     seed: int = 0
     """Seed of the weights of random:<name>; sampling has decode.seed."""
 
