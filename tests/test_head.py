@@ -58,7 +58,7 @@ def test_the_reference_is_the_definition(seed: int, levels: int, special: Specia
         np.testing.assert_allclose(ours, numbers, atol=1e-5)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     seed=st.integers(0, 999),
     levels=st.integers(1, 4),
