@@ -172,20 +172,18 @@ def count_parameters(config: ModelConfig) -> int:
     return layers + ends + config.embed
 
 
-def require_served(config: ModelConfig) -> None:
-    """ValueError for a model whose forward pass is there, but not its decoding and training."""
+def require_trainable(config: ModelConfig) -> None:
+    """ValueError for a model that can decode but not be trained."""
     if config.causal or config.shift_logits:
         fact = "causal" if config.causal else "shift_logits"
         raise ValueError(
-            f"a model with {fact}=true predicts token t + 1 in row t of its logits, which decoding "
-            "and training do not read yet; use its forward pass alone (jdllm.model.forward), or "
-            "another model"
+            f"a model with {fact}=true predicts token t + 1 in row t of its logits, which training "
+            "does not read yet; use another model"
         )
     if config.block_causal is not None:
         raise ValueError(
             f"the model attends block by block (block_causal={config.block_causal}), which "
-            "decoding and training cannot do yet; use its forward pass alone "
-            "(jdllm.model.forward), or another model"
+            "training cannot do yet; use another model"
         )
 
 

@@ -1,26 +1,48 @@
-"""Completes one prompt, and says what it cost.
+"""Completes one prompt, says what it cost, and shows how it came about.
 
 python -m jdllm.generate prompt="Fill in this sudoku ..." model=GSAI-ML/LLaDA-8B-Instruct
+python -m jdllm.generate prompt="..." viz=live trace=run.jsonl html=run.html
+python -m jdllm.generate replay=run.jsonl viz=live
 """
 
 import dataclasses
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from jdllm import cli, sharding
+import jdllm
+from jdllm import cli, replay, sharding, trace
 from jdllm.decode import DecodeConfig
 from jdllm.load import enable_compilation_cache
+from jdllm.pieces import Lexicon
+from jdllm.show import Player
+
+if TYPE_CHECKING:  # imported when it runs, so that --help is quick
+    from jdllm.llm import LLM, Batch
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:
     """Generation from one prompt."""
 
-    prompt: str
+    prompt: str = ""
     """The user's message."""
     model: str = "bundled"
     """bundled, a converted folder, random:<name>, or a Hugging Face folder or id."""
     decode: DecodeConfig = DecodeConfig()
     chat: bool = True
     """Frame the prompt with the model's chat template; false passes it on as it is."""
+    viz: Literal["none", "live"] = "none"
+    """live: show the canvas after every model call; without a terminal, as lines of text."""
+    fps: float = 10
+    """viz=live: model calls shown a second."""
+    trace: Path | None = None
+    """JSON lines to write: token, confidence, entropy and commit step by call and column."""
+    html: Path | None = None
+    """Page to write: replays the run in a browser, on its own."""
+    replay: Path | None = None
+    """A trace to show instead of running a model; needs viz or html."""
     mesh: str = "auto"
     """data x model, for example 1x4; auto is data parallel where the model fits a device."""
     dtype: str = "auto"
@@ -29,25 +51,111 @@ class GenerateConfig:
     """Seed of the weights of random:<name>; sampling has decode.seed."""
 
     def __post_init__(self):
-        if not self.prompt.strip():
+        if self.replay is None and not self.prompt.strip():
             raise ValueError('prompt is empty; write prompt="some text"')
+        if self.replay and (self.prompt or self.trace):
+            raise ValueError("replay shows a run that is over; leave prompt and trace out")
+        if self.replay and not self.html and self.viz == "none":
+            raise ValueError(f"replay={self.replay} shows nothing; add viz=live or html=FILE")
+        if not 0 < self.fps <= 1000:
+            raise ValueError(f"fps={self.fps} must lie above 0 and not above 1000")
+        if self.trace and self.trace == self.html:
+            raise ValueError(f"trace and html are both {self.html}; name two files")
+        for name, path in self.outputs.items():
+            if path.is_dir():
+                raise ValueError(f"{name}={path} is a folder; name a file")
+
+    @property
+    def outputs(self) -> dict[str, Path]:
+        """The files to write."""
+        return {n: path for n in ("trace", "html") if (path := getattr(self, n))}
 
 
 def main(config: GenerateConfig) -> None:
+    """Completes the prompt, or shows a recorded run, and writes the files that were asked for."""
+    for path in config.outputs.values():
+        path.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after the run
+    try:
+        if config.replay:
+            show_again(config, trace.read(config.replay))
+        else:
+            complete(config)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def complete(config: GenerateConfig) -> None:
     """Prints the completion, then a line with what it cost."""
     from jdllm.llm import LLM
 
     enable_compilation_cache()
     llm = LLM.load(config.model, config.mesh, config.dtype, config.seed)
-    (batch,) = llm.stream([config.prompt], config.decode, chat=config.chat)
+    if config.viz == "live" or config.outputs:
+        batch = watch(llm, config)
+    else:
+        (batch,) = llm.stream([config.prompt], config.decode, chat=config.chat)
+        print(batch.completions[0].text)
     completion = batch.completions[0]
     tokens = len(completion.ids)
-    print(completion.text)
     print(
         f"\nfinish {completion.finish_reason}, {tokens} tokens, NFE {completion.nfe}, "
         f"{tokens / batch.seconds:.1f} tokens/s on {sharding.describe(llm.mesh)} "
         f"(compilation {batch.compile_seconds:.1f} s apart)"
     )
+
+
+def watch(llm: "LLM", config: GenerateConfig) -> "Batch":
+    """Completes the prompt with every model call shown and recorded."""
+    facts, decode = llm.config, llm.resolve(config.decode)
+    pieces = Lexicon(llm.tokenizer, facts.mask_id, (*facts.stop_ids, facts.eos_id))
+    with Player(pieces, config.fps, shown=config.viz == "live") as player:
+        (batch,) = llm.stream(
+            [config.prompt], decode, chat=config.chat, watch=lambda _, stretch: player(stretch)
+        )
+    about = describe(llm, config, decode, batch)
+    player.finish(about["completion"])
+    save(config, trace.Run(player.record, pieces, about))
+    return batch
+
+
+def show_again(config: GenerateConfig, run: trace.Run) -> None:
+    """Shows a recorded run."""
+    with Player(run.pieces, config.fps, shown=config.viz == "live") as player:
+        player(run.record)
+    player.finish(run.about.get("completion") or "")
+    save(config, run)
+
+
+def save(config: GenerateConfig, run: trace.Run) -> None:
+    """Writes the trace and the page, where they were asked for."""
+    if config.trace:
+        trace.write(config.trace, run)
+    if config.html:
+        replay.write(config.html, run)
+
+
+def describe(
+    llm: "LLM", config: GenerateConfig, decode: DecodeConfig, batch: "Batch"
+) -> dict[str, Any]:
+    """What a trace says about its run."""
+    completion = batch.completions[0]
+    return {
+        "prompt": config.prompt,
+        "completion": completion.text,
+        "finish_reason": completion.finish_reason,
+        "nfe": completion.nfe,
+        "seconds": round(batch.seconds, 6),
+        "model": config.model,
+        "chat": config.chat,
+        "decode": dataclasses.asdict(decode),
+        "environment": {
+            "jdllm": jdllm.__version__,
+            "jax": version("jax"),
+            "python": platform.python_version(),
+            "mesh": sharding.describe(llm.mesh),
+            "dtype": llm.config.dtype,
+        },
+    }
 
 
 if __name__ == "__main__":

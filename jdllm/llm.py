@@ -9,7 +9,7 @@ import json
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Self
 
 import jax
@@ -18,9 +18,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jdllm import sharding
+from jdllm import sharding, trace
 from jdllm.configs import ModelConfig
-from jdllm.decode import DecodeConfig, DecodeState, Request, Setup, decode, make_setup
+from jdllm.decode import DecodeConfig, DecodeState, Request, Setup, Trace, decode, make_setup
 from jdllm.load import choose_mesh, load_parts, locate
 from jdllm.tokenizer import encode_prompts, load_tokenizer
 
@@ -127,7 +127,8 @@ class LLM:
         config = config or self.defaults
         return config.resolve(
             gen_length=self.defaults.gen_length or gen_length,
-            block_length=self.defaults.block_length or 32,
+            block_length=self.defaults.block_length or self.config.block_causal or 32,
+            model=self.config,
         )
 
     def encode(self, prompts: Sequence[Prompt], chat: bool = True) -> list[list[int]]:
@@ -173,23 +174,31 @@ class LLM:
         batch_size: int = 32,
         chat: bool = True,
         stop: Sequence[str] = (),
+        watch: Callable[[int, trace.Record], None] | None = None,
     ) -> Iterator[Batch]:
-        """As `generate`, but yields each batch when it is finished, shortest prompts first."""
+        """As `generate`, but yields each batch when it is finished, shortest prompts first.
+
+        `watch` is called with the index of a prompt and the record of its model calls; where it
+        is called again for that prompt, the calls follow on (`trace.join`). Its time is not
+        counted. The record is made by a program of its own: without `watch` it costs nothing.
+        """
         config = self.resolve(config)
         rows = self.encode(prompts, chat)
         gen_length = config.gen_length or 0
         longest = max(map(len, rows), default=0)
-        if longest + gen_length > self.config.max_length:
+        setup = make_setup(config, self.config)
+        if setup.canvas_length(longest) > self.config.max_length:
             raise ValueError(
                 f"a prompt of {longest} tokens and gen_length={gen_length} exceed the model's "
                 f"{self.config.max_length} columns; shorten one of them"
             )
         seeds = _row_seeds(rows)
-        setup = make_setup(config, self.config)
         replicas = self.mesh.shape["data"]
         for index in plan_batches([len(row) for row in rows], batch_size, replicas):
-            request = self._request([rows[i] for i in index], [seeds[i] for i in index], config)
-            program, compile_seconds = self._program(request, setup)
+            request = self._request(
+                [rows[i] for i in index], [seeds[i] for i in index], config, setup
+            )
+            program, compile_seconds = self._program(request, setup, watch is not None)
             start = time.perf_counter()
             state: DecodeState = program(self._params, request)
             tokens, nfe, forwards = jax.device_get((state.tokens, state.nfe, state.forwards))
@@ -198,19 +207,25 @@ class LLM:
                 self._completion(row[len(rows[i]) :][:gen_length], int(count), stop)
                 for i, row, count in zip(index, tokens, nfe, strict=False)
             ]
+            if watch:
+                kept = jax.device_get(state.trace)
+                for row, i in enumerate(index):
+                    length = setup.canvas_length(len(rows[i]))
+                    watch(i, self._record(kept, row, int(forwards), len(rows[i]), length))
             yield Batch(index, completions, int(forwards), seconds, compile_seconds)
 
-    def _request(self, rows: list[list[int]], seeds: list[int], config: DecodeConfig) -> Request:
+    def _request(
+        self, rows: list[list[int]], seeds: list[int], config: DecodeConfig, setup: Setup
+    ) -> Request:
         """Canvases on the mesh, filled up with idle rows to a multiple of the data axis."""
-        gen_length = config.gen_length or 0
         replicas = self.mesh.shape["data"]
         height = -(-len(rows) // replicas) * replicas
-        room = min(bucket(max(1, *map(len, rows))), self.config.max_length - gen_length)
-        tokens = np.full((height, room + gen_length), self.config.pad_id, np.int32)
+        room = setup.canvas_length(bucket(max(1, *map(len, rows))))
+        tokens = np.full((height, min(room, self.config.max_length)), self.config.pad_id, np.int32)
         lengths = np.ones(height, np.int32)
         for i, row in enumerate(rows):
             tokens[i, : len(row)] = row
-            tokens[i, len(row) : len(row) + gen_length] = self.config.mask_id
+            tokens[i, len(row) : setup.canvas_length(len(row))] = self.config.mask_id
             lengths[i] = len(row)
         numbers = np.array(seeds + [0] * (height - len(rows)), np.uint32)
         base = jax.random.key(config.seed)
@@ -219,13 +234,20 @@ class LLM:
         placed = jax.device_put((tokens, lengths, keys, idle), sharding.by_row(self.mesh))
         return Request(*placed)
 
-    def _program(self, request: Request, setup: Setup) -> tuple[Any, float]:
+    def _record(
+        self, kept: Trace, row: int, calls: int, prompt_length: int, length: int
+    ) -> trace.Record:
+        """What the loop kept of a row."""
+        arrays = {name: getattr(kept, name)[:, row] for name in ("tokens", *trace.LOOKS)}
+        return trace.cut(arrays, calls, prompt_length, length, self.config.mask_id)
+
+    def _program(self, request: Request, setup: Setup, watched: bool = False) -> tuple[Any, float]:
         """The compiled loop for this shape and these rules, and the seconds spent compiling."""
-        key = (request.tokens.shape, setup)
+        key = (request.tokens.shape, setup, watched)
         if key in self._programs:
             return self._programs[key], 0.0
         start = time.perf_counter()
-        program = decode.lower(self._graph, self._params, request, setup).compile()
+        program = decode.lower(self._graph, self._params, request, setup, watched).compile()
         self._programs[key] = program
         return program, time.perf_counter() - start
 

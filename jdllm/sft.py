@@ -21,7 +21,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from jdllm import checkpoint, cli, files, sharding, train
-from jdllm.configs import ModelConfig, count_parameters, require_served
+from jdllm.configs import ModelConfig, count_parameters, require_trainable
 from jdllm.data import (
     Rows,
     batch_index,
@@ -315,7 +315,7 @@ def prepare(config: SFTConfig) -> Job | None:
     if source is None:
         raise ValueError(f"model={config.model} has no tokenizer of its own; add tokenizer=bundled")
     model, graph, params = load_parts(config.model, mesh, dtype="float32", seed=config.seed)
-    require_served(model)
+    require_trainable(model)
     rows = load_rows(config, model, source)
     settle(config, rows)
     print(f"{len(rows.tokens)} examples, {count_parameters(model):,} parameters")

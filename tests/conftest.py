@@ -1,6 +1,7 @@
 """Test set-up: a compilation cache, float32 matrix products, and 8 virtual CPU devices."""
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -17,6 +18,22 @@ jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def find_chromium() -> tuple[str, str] | None:
+    """Chromium and its driver on the path, or None."""
+    found = (shutil.which("chromium"), shutil.which("chromedriver"))
+    return found if all(found) else None  # type: ignore
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out tests marked `browser` where there is none; CI and `-m browser` want them all."""
+    wanted = os.environ.get("CI") or "browser" in (config.option.markexpr or "")
+    if wanted or find_chromium():
+        return
+    left_out = [item for item in items if item.get_closest_marker("browser")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(autouse=True)

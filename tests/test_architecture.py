@@ -14,10 +14,13 @@ FLOORS: list[list[str]] = [
     ["jdllm.configs", "jdllm.cache", "jdllm.weights", "jdllm.head", "jdllm.moe", "jdllm.model"],
     ["jdllm.unmask", "jdllm.stop", "jdllm.checkpoint"],
     ["jdllm.decode", "jdllm.train"],
-    ["jdllm.tokenizer", "jdllm.convert", "jdllm.tasks", "jdllm.data", "jdllm.load"],
-    ["jdllm.llm", "jdllm.harness"],
+    [
+        "jdllm.tokenizer", "jdllm.convert", "jdllm.tasks", "jdllm.data", "jdllm.load",
+        "jdllm.pieces", "jdllm.trace",
+    ],
+    ["jdllm.llm", "jdllm.harness", "jdllm.show", "jdllm.replay"],
     ["jdllm.eval", "jdllm.generate", "jdllm.sft", "jdllm.convert.__main__"],
-]
+]  # fmt: skip
 # Pairs that the order alone would allow.
 FORBIDDEN = {
     ("jdllm.tasks", "jdllm.convert"),
@@ -32,6 +35,7 @@ OUTSIDE = GROUND | {
     "huggingface_hub",
     "lm_eval",
     "ml_dtypes",
+    "rich",
     "safetensors",
     "tokenizers",
     "tqdm",

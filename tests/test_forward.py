@@ -14,7 +14,6 @@ from jax.sharding import PartitionSpec as P
 from jdllm import DecodeConfig, checkpoint, sharding
 from jdllm.cache import Cache
 from jdllm.configs import NAMED, ModelConfig
-from jdllm.decode import make_setup
 from jdllm.llm import LLM
 from jdllm.model import Transformer, assemble, forward, named
 from jdllm.sft import SFTConfig
@@ -129,23 +128,24 @@ def test_biases_are_placed_by_their_axes(name: str):
     np.testing.assert_allclose(run(params, *rows), expected, atol=1e-4)
 
 
-# ---------------------------------------------------------------- what cannot be done yet
+# ---------------------------------------------------------------- what cannot be done
 
 
 @pytest.mark.parametrize("name, fact", [("dream", "shift_logits"), ("qwen2", "causal")])
-def test_decoding_and_training_refuse(tmp_path: Path, name: str, fact: str):
+def test_training_refuses(tmp_path: Path, name: str, fact: str):
     config, arrays = random_model(name)
-    decode = DecodeConfig(gen_length=8, block_length=8)
-    with pytest.raises(ValueError, match=f"{fact}=true predicts token t . 1 in row t"):
-        make_setup(decode, config)
-    llm = LLM(config, *assemble(config, arrays), sharding.parse_mesh("1x1"))
-    with pytest.raises(ValueError, match="do not read yet"):
-        llm.generate([[1, 2, 3]], decode)
     _, params = assemble(config, arrays)
     checkpoint.save_model(tmp_path, config, jax.tree.map(jnp.asarray, params))
-    with pytest.raises(ValueError, match="do not read yet"):
+    with pytest.raises(ValueError, match=f"{fact}=true predicts token t . 1 in row t"):
         train(
             SFTConfig(
                 task="sudoku:1", model=str(tmp_path), tokenizer="bundled", output=tmp_path / "run"
             )
         )
+
+
+def test_a_causal_model_drafts_nothing():
+    config, arrays = random_model("qwen2")
+    llm = LLM(config, *assemble(config, arrays), sharding.parse_mesh("1x1"))
+    with pytest.raises(ValueError, match="can judge drafts as a verifier"):
+        llm.generate([[1, 2, 3]], DecodeConfig(gen_length=8, block_length=8))

@@ -1,15 +1,7 @@
-"""Replays recorded runs of the reference implementations: logits, hidden states, decode traces.
-
-The root is JDLLM_GOLDENS or tests/goldens. What there is to replay is found by content; a family
-that is not supported yet stands in UNSUPPORTED with its reason.
-"""
+"""Replays recorded forward passes of the reference implementations: logits and hidden states."""
 
 import dataclasses
-import json
-import os
-import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,113 +9,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jdllm import sharding
 from jdllm.cache import Cache
-from jdllm.configs import ModelConfig
 from jdllm.convert.families import FAMILIES
 from jdllm.convert.shards import Shards
 from jdllm.convert.table import restore_sources
-from jdllm.decode import DecodeConfig, Request, decode, make_setup
-from jdllm.load import load_parts
 from jdllm.model import Transformer, abstract, named, rms_norm, visible_keys
+from tests.recordings import CASES, ROOT, UNSUPPORTED, Case, Checkpoint, discover, load, supported
 
-ROOT = Path(os.environ.get("JDLLM_GOLDENS", Path(__file__).parent / "goldens"))
 ATOL = 2e-3
-MOE = {"LLaDAMoEModelLM", "LLaDA2MoeModelLM"}  # their logits.npz has a layout of its own
 MOE_ATOL = 5e-4
-EOT = 314  # stands for LLaDA's end-of-turn id in the tiny vocabularies
-
-# (kind, name) -> why it is not replayed yet. Names: the architecture of a checkpoint, the family
-# of a decode trace, the folder of likelihoods, the stem of a traces_*.json.
-UNSUPPORTED = {
-    ("decode", "apd"): "drafts checked by a verifier, and shifted logits, are not decoded yet",
-    ("decode", "dinfer"): "dInfer's rules and vicinity cache are not written yet",
-    ("decode", "dream"): "shifted logits and Dream's rules are not in the decode loop yet",
-    ("decode", "fast_dream"): "shifted logits and Fast-dLLM's Dream blocks are not decoded yet",
-    ("likelihood", "likelihood"): "likelihood scoring is not written yet",
-    ("traces", "traces_dinfer"): "dInfer's rules and block loop are not written yet",
-    ("traces", "traces_dinfer_itersmooth"): "iteration smoothing is not written yet",
-    ("traces", "traces_official"): "the exact block cache of LLaDA2 is not written yet",
-    ("traces", "traces_sglang"): "the exact block cache of LLaDA2 is not written yet",
-}
-
-
-class Case(NamedTuple):
-    kind: str
-    name: str
-    """What UNSUPPORTED is keyed by, besides the kind."""
-    id: str
-    path: Path
-    entry: dict[str, Any]
-
-
-def discover(root: Path) -> list[Case]:
-    """Everything below `root` that can be replayed; ValueError where there is nothing."""
-    if not root.is_dir():
-        raise ValueError(f"JDLLM_GOLDENS={root} is not a folder")
-    cases = []
-    for config in sorted(root.rglob("config.json")):
-        folder = config.parent
-        if list(folder.glob("*.safetensors")):
-            architecture = json.loads(config.read_text())["architectures"][0]
-            name = str(folder.relative_to(root))
-            cases.append(Case("checkpoint", architecture, f"{name}-checkpoint", folder, {}))
-    for index in sorted(root.rglob("decode/index.json")):
-        for entry in json.loads(index.read_text()):
-            family = entry["family"]
-            ident = f"decode-{family}-{entry['name']}"
-            cases.append(Case("decode", family, ident, index.parent.parent / entry["file"], entry))
-    for path in sorted(root.rglob("likelihood/*.npz")):
-        cases.append(Case("likelihood", "likelihood", f"likelihood-{path.stem}", path, {}))
-    for path in sorted(root.rglob("traces_*.json")):
-        for entry in json.loads(path.read_text()):
-            ident = f"{path.parent.name}-{path.stem}-{entry['name']}"
-            cases.append(Case("traces", path.stem, ident, path, entry))
-    if not cases:
-        raise ValueError(f"JDLLM_GOLDENS={root} holds nothing to replay")
-    return cases
-
-
-CASES = discover(ROOT)
-
-
-def supported(kind: str, moe: bool = False) -> list[Any]:
-    rows = [c for c in CASES if c.kind == kind and (kind, c.name) not in UNSUPPORTED]
-    rows = [c for c in rows if (c.name in MOE) == moe]
-    return [pytest.param(case, id=case.id) for case in rows]
-
-
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    config: ModelConfig
-    graph: nnx.GraphDef
-    params: nnx.State
-
-
-def with_mask(folder: Path, scratch: Path) -> Path:
-    """The folder, or a copy whose config.json names the mask: some leave that to a tokenizer."""
-    facts = json.loads((folder / "config.json").read_text())
-    if facts["architectures"][0] not in MOE or (folder / "tokenizer.json").exists():
-        return folder
-    copy = Path(shutil.copytree(folder, scratch / folder.name))
-    facts["mask_token_id"] = facts["vocab_size"] - 1
-    (copy / "config.json").write_text(json.dumps(facts))
-    return copy
-
-
-@pytest.fixture(scope="module")
-def load(tmp_path_factory: pytest.TempPathFactory):
-    loaded: dict[Path, Checkpoint] = {}
-
-    def get(folder: Path) -> Checkpoint:
-        if folder not in loaded:
-            source = str(with_mask(folder, tmp_path_factory.mktemp("goldens")))
-            config, graph, params = load_parts(source, sharding.parse_mesh("1x1"), "float32")
-            config = dataclasses.replace(config, stop_ids=(config.eos_id, EOT))
-            loaded[folder] = Checkpoint(config, graph, params)
-        return loaded[folder]
-
-    return get
 
 
 @jax.jit(static_argnames=("graph",))
@@ -158,7 +52,7 @@ def test_missing_or_empty_root_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("case", supported("checkpoint"))
-def test_checkpoint(case: Case, load):
+def test_checkpoint(case: Case):
     """Logits; every layer's residual stream and padded inputs where they were recorded."""
     checkpoint = load(case.path)
     if not (case.path / "logits.npz").exists():  # then at least every weight is the stored one
@@ -242,7 +136,7 @@ MASKS = {"full": None, "block4": 4, "block8": 8}
 
 
 @pytest.mark.parametrize("case", supported("checkpoint", moe=True))
-def test_expert_checkpoint(case: Case, load):
+def test_expert_checkpoint(case: Case):
     """Every branch of every layer under every recorded mask; routing picks exactly."""
     checkpoint, stored = load(case.path), np.load(case.path / "logits.npz")
     ids = stored["input_ids"]
@@ -283,7 +177,7 @@ def assert_keys_and_values(cache: Cache, stored: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("case", supported("checkpoint", moe=True))
-def test_expert_checkpoint_in_parts(case: Case, load):
+def test_expert_checkpoint_in_parts(case: Case):
     """Positions that do not begin at 0; a block against stale keys, and against an exact cache."""
     checkpoint, stored = load(case.path), np.load(case.path / "logits.npz")
     params, graph = checkpoint.params, with_blocks(checkpoint, None)
@@ -306,96 +200,3 @@ def test_expert_checkpoint_in_parts(case: Case, load):
         assert_keys_and_values(cache, stored["cache8__prefill_kv"])
         logits, _ = run_cached(graph, params, ids[:, 16:], columns[:, 16:], seen, cache)
         np.testing.assert_allclose(logits, stored["cache8__block_logits"], atol=MOE_ATOL)
-
-
-def llada_config(params: dict[str, Any]) -> DecodeConfig:
-    """LLaDA's generate.py: no cache, a fixed number of steps, no stop."""
-    return DecodeConfig(
-        rule="quota", cache="none", stop="none", run_all_steps=True, earlier_masks=True, **params
-    )
-
-
-def fast_llada_config(params: dict[str, Any]) -> DecodeConfig:
-    """Fast-dLLM's generate functions, and dInfer's copy of them."""
-    settings = dict(params)
-    variant = settings.pop("variant")
-    rule = "quota"
-    if "threshold" in settings:
-        rule = "threshold"
-    elif "factor" in settings:
-        rule = "factor"
-    if rule != "quota":
-        settings.pop("steps")
-    early = settings.pop("early_stop", False)
-    late = variant == "nvlabs" and settings["cache"] != "none"
-    return DecodeConfig(
-        rule=rule, stop="eos_fill" if early else "none", check_late=late, **settings
-    )
-
-
-CONFIGS = {"llada": llada_config, "fast_llada": fast_llada_config}
-
-
-def left_aligned(prompt_BP: np.ndarray, shown_BP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Moves left padding to the right end, where our rows have it; also the prompt lengths."""
-    order = np.argsort(~shown_BP.astype(bool), axis=1, kind="stable")
-    return np.take_along_axis(prompt_BP, order, axis=1), shown_BP.sum(1)
-
-
-@pytest.mark.parametrize("case", supported("decode"))
-def test_decode(case: Case, load):
-    """Canvas before every model call, NFE and output, exactly."""
-    stored = np.load(case.path)
-    checkpoint = load(ROOT / case.entry["checkpoint"])
-    prompt, canvases = stored["prompt"], stored["canvas"].astype(np.int32)
-    B, P = prompt.shape
-    shown = stored["attention_mask"] if "attention_mask" in stored else np.ones((B, P), np.int32)
-    options = CONFIGS[case.name](case.entry["params"]).resolve()
-    aligned, lengths = left_aligned(prompt, shown)
-    gen = options.gen_length or 0
-    tokens = np.full((B, P + gen), checkpoint.config.mask_id, np.int32)
-    for row in range(B):
-        tokens[row, : lengths[row]] = aligned[row, : lengths[row]]
-        tokens[row, lengths[row] + gen :] = checkpoint.config.pad_id
-    draws = jnp.array(stored["uniforms"], jnp.float32) if "uniforms" in stored else None
-    request = Request(
-        tokens=jnp.array(tokens),
-        prompt_lengths=jnp.array(lengths, jnp.int32),
-        keys=jax.random.split(jax.random.key(0), B),
-        idle=jnp.zeros(B, bool),
-        recorded=draws,
-    )
-    setup = make_setup(options, checkpoint.config)
-    state = decode(checkpoint.graph, checkpoint.params, request, setup, trace=True)
-    assert int(state.forwards) == case.entry["nfe"]
-    assert state.nfe.tolist() == [case.entry["nfe"]] * B
-    trace = np.asarray(state.trace)[: case.entry["nfe"] + 1]
-    for row in range(B):
-        start = P - lengths[row]  # theirs begins behind the left padding
-        ours = trace[:, row, : lengths[row] + gen]
-        np.testing.assert_array_equal(ours, canvases[:, row, start:])
-        np.testing.assert_array_equal(ours[-1], stored["final"][row, start:])
-
-
-@pytest.mark.parametrize("case", supported("traces"))
-def test_traces_of_one_prompt(case: Case, load):
-    """LLaDA's own loop on a mixture of experts, exactly."""
-    stored, entry = np.load(case.path.with_suffix(".npz")), case.entry
-    checkpoint = load(case.path.parent)
-    params = dict(entry["params"])
-    assert params.pop("mask_id") == checkpoint.config.mask_id
-    options = llada_config(params).resolve()
-    prompt = entry["prompt_ids"]
-    tokens = [*prompt, *[checkpoint.config.mask_id] * (options.gen_length or 0)]
-    request = Request(
-        tokens=jnp.array([tokens], jnp.int32),
-        prompt_lengths=jnp.array([len(prompt)], jnp.int32),
-        keys=jax.random.split(jax.random.key(0), 1),
-        idle=jnp.zeros(1, bool),
-    )
-    setup = make_setup(options, checkpoint.config)
-    state = decode(checkpoint.graph, checkpoint.params, request, setup, trace=True)
-    trace = np.asarray(state.trace)[: entry["nfe"] + 1, 0]
-    assert int(state.forwards) == entry["nfe"]
-    np.testing.assert_array_equal(trace, stored[f"{entry['name']}__canvas"])
-    assert trace[-1].tolist() == entry["output_ids"]

@@ -15,6 +15,7 @@ from jdllm.unmask import (
     Random,
     Threshold,
     Unmasker,
+    View,
     split_quota,
 )
 
@@ -27,9 +28,27 @@ def odds(p: list[float]) -> jnp.ndarray:
     return jnp.array(values, jnp.float32)[None]
 
 
-def chosen(selection, p, masked=None, quota=0) -> list[int]:
-    mask = jnp.array([masked if masked is not None else [True] * len(p)])
-    return np.flatnonzero(selection(odds(p), mask, jnp.array([quota]))[0]).tolist()
+def view(
+    masked: list[bool], quota: int = 1, logits=None, ids=None, settled=None, share: float = 1.0
+) -> View:
+    """One row; no draws, no floor."""
+    N = len(masked)
+    return View(
+        logits=jnp.zeros((1, N, 10)) if logits is None else logits,
+        ids_BN=jnp.where(jnp.array([masked]), MASK, 0) if ids is None else jnp.array([ids]),
+        masked_BN=jnp.array([masked]),
+        settled_BN=jnp.array([settled or [False] * N]),
+        quota_B=jnp.array([quota]),
+        share_B=jnp.array([share]),
+        floor_B=jnp.array([-jnp.inf]),
+        draw=lambda shape: jnp.zeros((1, *shape)),
+    )
+
+
+def chosen(selection, p, masked=None, quota=1) -> list[int]:
+    seen = view([True] * len(p) if masked is None else masked, quota)
+    score = odds(p)
+    return np.flatnonzero(selection(score, Probability().value(score), seen)[0]).tolist()
 
 
 def test_quota_takes_the_best_and_the_lowest_index_on_ties():
@@ -69,8 +88,8 @@ def test_confidence_does_not_saturate():
     values = Probability()(logits, jnp.zeros((1, 2), jnp.int32), lambda shape: jnp.zeros(shape))
     np.testing.assert_allclose(values[0], [40.0, 60.0])
     assert chosen(Quota(), [0.5, 0.5], quota=1) == [0]
-    masked = jnp.ones((1, 2), bool)
-    assert np.flatnonzero(Quota()(values, masked, jnp.array([1]))[0]).tolist() == [1]
+    picked = Quota()(values, values, view([True, True], 1))
+    assert np.flatnonzero(picked[0]).tolist() == [1]
 
 
 @settings(max_examples=50, deadline=None)
@@ -87,28 +106,26 @@ def test_log_odds_are_those_of_the_softmax(seed: int):
 
 def test_suppressed_ids_rank_last_but_are_still_taken():
     logits = jnp.array([[[0.0, 5.0, 1.0], [2.0, 1.0, 0.0]]])
-    rule = Unmasker(Argmax(MASK), Probability(suppressed=(1,)), Quota())
-    masked = jnp.ones((1, 2), bool)
-    ids, first = rule(logits, masked, jnp.array([1]), lambda shape: jnp.zeros(shape))
-    assert ids.tolist() == [[1, 0]]
-    assert first.tolist() == [[False, True]]
-    _, both = rule(logits, masked, jnp.array([2]), lambda shape: jnp.zeros(shape))
-    assert both.tolist() == [[True, True]]
+    rule = Unmasker(Argmax((MASK,)), Probability(suppressed=(1,)), Quota())
+    first, _ = rule(view([True, True], 1, logits), {})
+    assert first.candidate_BN.tolist() == [[1, 0]]
+    assert first.ids_BN.tolist() == [[MASK, 0]]
+    both, _ = rule(view([True, True], 2, logits), {})
+    assert both.ids_BN.tolist() == [[1, 0]]
 
 
 def test_forbidden_and_mask_ids_are_never_predicted():
     logits = jnp.zeros((1, 1, 10)).at[0, 0, MASK].set(9.0).at[0, 0, 4].set(8.0).at[0, 0, 2].set(7.0)
-    rule = Unmasker(Argmax(MASK), Probability(), Quota(), forbidden=(4,))
-    ids, _ = rule(logits, jnp.ones((1, 1), bool), jnp.array([1]), lambda shape: jnp.zeros(shape))
-    assert ids.tolist() == [[2]]
+    rule = Unmasker(Argmax((MASK,)), Probability(), Quota(), forbidden=(4,))
+    assert rule(view([True], 1, logits), {})[0].ids_BN.tolist() == [[2]]
 
 
 @pytest.mark.parametrize("selection", [Quota(), Threshold(0.9), Factor(1.0)])
 @pytest.mark.parametrize("value", [np.nan, -np.inf, np.inf])
 def test_worthless_confidences_still_make_progress(selection, value):
     values = jnp.full((1, 4), value, jnp.float32)
-    masked = jnp.array([[False, True, False, True]])
-    got = np.flatnonzero(selection(values, masked, jnp.array([1]))[0]).tolist()
+    seen = view([False, True, False, True], 1)
+    got = np.flatnonzero(selection(values, values, seen)[0]).tolist()
     assert got and set(got) <= {1, 3}
 
 
@@ -126,14 +143,26 @@ def test_quotas_sum_to_the_masks_remainder_first(masks: int, steps: int):
     assert int(split_quota(jnp.array([masks]), steps, jnp.array(steps))[0]) == 0
 
 
-def look(tokens: list[int], prompt: int, block: tuple[int, int], opening: bool = False) -> Look:
+def look(tokens: list[int], prompt: int, block: tuple[int, int], **facts) -> Look:
     columns = jnp.arange(len(tokens))[None]
-    inside = (columns >= block[0]) & (columns < block[1])
-    return Look(columns >= prompt, inside, MASK, opening)
+    none = jnp.zeros(columns.shape, bool)
+    known = {
+        "generated_BT": columns >= prompt,
+        "block_BT": (columns >= block[0]) & (columns < block[1]),
+        "mask_id": MASK,
+        "opening": False,
+        "closing": False,
+        "nfe_B": jnp.array([1]),
+        "candidates_BT": jnp.full(columns.shape, -1),
+        "written_BT": none,
+    }
+    return Look(**known | facts)
 
 
-def run(stop, tokens, prompt, block, opening=False):
-    after, done = stop(jnp.array([tokens]), look(tokens, prompt, block, opening))
+def run(stop, tokens, prompt, block, opening=False, **facts):
+    canvas = jnp.array([tokens])
+    seen = look(tokens, prompt, block, opening=opening, **facts)
+    after, done, _ = stop(canvas, seen, stop.start(canvas))
     return after[0].tolist(), bool(done[0])
 
 

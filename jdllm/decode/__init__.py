@@ -1,14 +1,17 @@
-"""Decoding: config.py is what a user may set, loop.py the one jitted loop."""
+"""Decoding: what a user may set, what that means for a model, and the one loop that does it."""
 
-from jdllm.decode.config import DecodeConfig, Setup, make_setup, make_unmasker
-from jdllm.decode.loop import DecodeState, Request, decode
+from jdllm.decode.config import DecodeConfig
+from jdllm.decode.loop import decode
+from jdllm.decode.setup import Setup, make_rule, make_setup
+from jdllm.decode.state import DecodeState, Request, Trace
 
 __all__ = [
     "DecodeConfig",
     "DecodeState",
     "Request",
     "Setup",
+    "Trace",
     "decode",
+    "make_rule",
     "make_setup",
-    "make_unmasker",
 ]

@@ -1,158 +1,191 @@
-"""DecodeConfig, what a user may set, and Setup, what it means for one model."""
+"""DecodeConfig: what a user may set about decoding."""
 
 import dataclasses
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from jdllm import stop as stops
-from jdllm import unmask
-from jdllm.configs import ModelConfig, require_served
+from jdllm.configs import ModelConfig
+from jdllm.decode.checks import CONFLICTS, RANGES
+
+Parity = Literal[
+    "none", "llada", "fast_dllm", "dinfer", "dream", "fast_dream", "llada2", "sglang", "apd"
+]
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
-    """How to decode. The defaults are Fast-dLLM's: threshold 0.9 with the dual cache."""
+    """How to decode. The defaults are Fast-dLLM's: threshold 0.9 with the dual cache.
+
+    For block-causal models (LLaDA2) they are threshold 0.95 with the exact block cache.
+    """
 
     gen_length: int | None = None
     """Columns to generate (default: the model's own, else the task's, else 128)."""
     block_length: int | None = None
-    """Columns of a block; must divide gen_length (default: the model's own, else 32)."""
-    rule: Literal["threshold", "factor", "quota"] = "threshold"
-    """threshold and factor: as many tokens a step as are confident. quota: a fixed number."""
-    threshold: float = 0.9
-    """threshold: a token is taken once its probability is at least this (the best one always)."""
+    """Columns of a block; 0 is one block over all (default: the model's own, else 32)."""
+    align: bool | None = None
+    """Blocks are counted from column 0, so that the first holds the prompt's tail (default: where
+    the model is block-causal)."""
+    lookahead: int | None = None
+    """Only so many columns from the first mask on are seen and filled (apd)."""
+
+    rule: Literal[
+        "threshold",
+        "factor",
+        "quota",
+        "hierarchy",
+        "entropy_bound",
+        "origin",
+        "allowance",
+        "verify",
+    ] = "threshold"
+    """Which positions are unmasked in a step; docs/decoding.md tells each."""
+    threshold: float | None = None
+    """threshold, hierarchy, allowance: confidence from which a token is taken."""
+    edge: Literal["at_least", "above", "slack"] | None = None
+    """threshold: >=, > or dInfer's >= min(best - 1e-5, threshold)."""
+    low_threshold: float = 0.62
+    """hierarchy: what the best of a run of masks must exceed."""
     factor: float = 1.0
     """factor: the r-th best needs probability 1 - factor/(r + 1)."""
+    entropy_bound: float = 0.35
+    """entropy_bound: nats that the tokens of a step may sum to."""
+    verify_weight: float = 0.5
+    """verify: the diffusion model's part in the mixture with the verifier."""
+
+    remasking: Literal["low_confidence", "random", "leftright", "topk_margin", "entropy"] = (
+        "low_confidence"
+    )
+    """What ranks positions: their token's probability, chance, place, margin or entropy."""
+    schedule: Literal["masks", "columns", "timesteps"] = "masks"
+    """quota, origin: how `steps` spread over a block's masks, its columns, or Dream's times."""
     steps: int | None = None
-    """quota: steps in all, spread evenly over blocks (default: one token a step)."""
-    remasking: Literal["low_confidence", "random"] = "low_confidence"
-    """What ranks positions: the probability of their token, or chance."""
+    """quota, origin, allowance: steps in all, spread evenly over blocks (default: one token each).
+    threshold: a floor on the tokens of a step (LLaDA2.0)."""
+    tokens_per_step: int | None = None
+    """quota: so many tokens in every step, instead of `steps`."""
+    minimal_topk: int = 1
+    """LLaDA2.0: at most gen_length / minimal_topk steps."""
+    eps: float = 1e-3
+    """timesteps: the time of the last step."""
+
     temperature: float = 0.0
-    """Scale of the Gumbel noise on the logits; 0 takes the most likely token."""
+    """gumbel: scale of the noise on the logits. categorical: divides the logits. 0 is greedy."""
+    sampling: Literal["gumbel", "categorical"] = "gumbel"
+    """LLaDA's sampling, or Dream's and LLaDA2's."""
+    top_p: float | None = None
+    top_k: int | None = None
+    alg_temp: float | None = None
+    """Dream: temperature of the choice among positions."""
     cfg_scale: float = 0.0
     """Classifier-free guidance against the prompt masked out; 0 is off."""
-    cache: Literal["none", "prefix", "dual"] = "dual"
-    """Which keys and values are reused within a block; none is exact."""
-    stop: Literal["eos", "eos_fill", "none"] = "eos"
-    """When a row ends before its canvas is full (eos_fill: dInfer's early_stop)."""
     logits_eos_inf: bool = False
     """LLaDA: never predict eos."""
     confidence_eos_eot_inf: bool = False
     """LLaDA: take eos and end-of-turn last (at temperature > 0, as there, only end-of-turn)."""
     seed: int = 0
-    run_all_steps: bool = False
-    """LLaDA's own loop: run every step of the quota, even when nothing is left to do."""
-    check_late: bool = False
-    """Fast-dLLM's own loop: one cached pass a block even if the full pass finished it."""
-    earlier_masks: bool = False
-    """LLaDA's own loop: masks left of the block, the prompt's included, compete too."""
+
+    credit: bool = False
+    """dInfer: tokens that were on top before gain logits."""
+    credit_alpha: float = 0.7
+    credit_beta: float = 0.8
+    credit_gamma: float = 0.2
+    edit_threshold: float | None = None
+    """LLaDA2.1: a token of the block is replaced by one of a probability above this."""
+    edit_passes: int = 16
+    """Passes over a block without masks, at most."""
+    edit_penalty: float = 0.0
+    """SGLang: taken off the logit of the left neighbour's token."""
+    delete_id: int | None = None
+    """SGLang's JointThresholdInDel: this token deletes its position."""
+    split_id: int | None = None
+    """SGLang's JointThresholdInDel: this token inserts a mask before its position."""
+    cont_weight: float = 0.0
+    """dInfer's IterSmooth: how much of its prediction a mask's embedding carries; 0 is off."""
+    cont_init: float = 0.15
+    cont_growth: float = 0.02
+    threshold_decay: float = 0.02
+    """IterSmooth: the threshold falls from 1 by this much a step."""
+
+    cache: Literal["none", "prefix", "dual", "block"] | None = None
+    """Which keys and values are reused; none is exact, for block-causal models block too."""
+    refresh_every: int | None = None
+    """prefix, dual: every so many passes of a block, one is full."""
+    prefix_look: int = 0
+    """prefix, dual: columns before the block that are computed again with it (vicinity)."""
+    after_look: int = 0
+    """dual: columns behind the block that are computed again with it (vicinity)."""
+    warmup: int = 0
+    """prefix, dual: so many passes of the first block are full."""
+    kv_window: int | None = None
+    """verify: columns before the first mask that are computed again; the rest is cached."""
+
+    stop: Literal["eos", "eos_fill", "eos_block", "eos_return", "eos_any", "none"] = "eos"
+    """When a row ends before its canvas is full."""
+    stop_fill: bool = False
+    """eos_block: every later column becomes eos (dInfer's early_stop)."""
+    stable_steps: int | None = None
+    """A block is filled once its predictions stayed the same for so many steps."""
+    max_forwards: int | None = None
+    """A row ends after so many model evaluations."""
+
+    parity: Parity = "none"
+    """Copies the loop of one reference, its idle calls and couplings between rows included."""
+    expected_tpf: int = 8
+    """parity=dinfer: masks / this = calls made without looking."""
+    maximum_unroll: int = 4
+    """parity=dinfer: and at most so many."""
 
     def __post_init__(self):
         for name, kind in get_type_hints(DecodeConfig).items():
-            choices = get_args(kind) if get_origin(kind) is Literal else ()
-            if choices and getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)} must be {' or '.join(choices)}")
-        checks = {
-            "gen_length": (self.gen_length or 1) >= 1,
-            "block_length": (self.block_length or 1) >= 1,
-            "threshold": 0 <= self.threshold <= 1,
-            "factor": self.factor >= 0,
-            "temperature": self.temperature >= 0,
-            "cfg_scale": self.cfg_scale >= 0,
-        }
-        if bad := [name for name, good in checks.items() if not good]:
-            raise ValueError(
-                f"{bad[0]}={getattr(self, bad[0])} is out of range (lengths from 1, threshold in "
-                "[0, 1], the others from 0)"
-            )
-        if self.rule != "quota" and (self.steps is not None or self.run_all_steps):
-            raise ValueError(f"steps and run_all_steps belong to rule=quota, not rule={self.rule}")
-        if self.earlier_masks and self.cache != "none":
-            raise ValueError(f"earlier_masks needs cache=none, not cache={self.cache}")
+            literal = next((k for k in (kind, *get_args(kind)) if get_origin(k) is Literal), None)
+            value = getattr(self, name)
+            if literal and value is not None and value not in get_args(literal):
+                raise ValueError(f"{name}={value} must be {' or '.join(get_args(literal))}")
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"{name}={value} is out of range: it must lie in [{low}, {high}]")
+        for wrong, sentence in CONFLICTS:
+            if wrong(self):
+                raise ValueError(sentence.format(c=self))
 
-    def resolve(self, gen_length: int = 128, block_length: int = 32) -> "DecodeConfig":
-        """Fills in lengths and steps that were left open; ValueError where they do not divide."""
+    def resolve(
+        self,
+        gen_length: int = 128,
+        block_length: int = 32,
+        model: ModelConfig | None = None,
+    ) -> "DecodeConfig":
+        """Fills in what was left open, by lengths given and `model`'s kind.
+
+        ValueError where steps do not divide over the blocks, or the model does not fit the rule.
+        """
+        causal = model is not None and model.block_causal is not None
         gen = self.gen_length or gen_length
-        block = self.block_length or min(block_length, gen)
-        steps = self.steps or gen
-        if gen % block:
-            raise ValueError(f"block_length={block} must divide gen_length={gen}")
-        if steps % (gen // block):
-            raise ValueError(
-                f"steps={steps} must be a multiple of the {gen // block} blocks of "
-                f"gen_length={gen} and block_length={block}"
-            )
-        steps = steps if self.rule == "quota" else None
-        return dataclasses.replace(self, gen_length=gen, block_length=block, steps=steps)
-
-
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """A resolved DecodeConfig for one model: the rules as objects, static under jit."""
-
-    unmasker: unmask.Unmasker
-    stop: stops.Stop
-    cache: str
-    blocks: int
-    block_length: int
-    quota_steps: int | None
-    """Steps of a block under a quota; None where confidence decides."""
-    cfg_scale: float
-    run_all_steps: bool
-    check_late: bool
-    earlier_masks: bool
-
-    @property
-    def step_limit(self) -> int:
-        """A bound on the steps of a block for any weights: each unmasks at least one position."""
-        return self.quota_steps or self.block_length + 1
-
-
-def make_unmasker(config: DecodeConfig, model: ModelConfig) -> unmask.Unmasker:
-    """The rule that `config` describes, for the special ids of `model`."""
-    greedy = config.temperature == 0
-    end_of_turn = tuple(i for i in model.stop_ids if i != model.eos_id)
-    # The reference writes -inf into both tensors, which are one and the same at temperature 0.
-    ends = (model.eos_id, *end_of_turn) if greedy else end_of_turn
-    suppressed = ends if config.confidence_eos_eot_inf else ()
-    selections = {
-        "quota": unmask.Quota(),
-        "threshold": unmask.Threshold(config.threshold),
-        "factor": unmask.Factor(config.factor),
-    }
-    chance = config.remasking == "random"
-    return unmask.Unmasker(
-        candidate=unmask.Argmax(model.mask_id)
-        if greedy
-        else unmask.Gumbel(model.mask_id, config.temperature),
-        confidence=unmask.Random() if chance else unmask.Probability(suppressed),
-        selection=selections[config.rule],
-        forbidden=(model.eos_id,) if config.logits_eos_inf else (),
-    )
-
-
-def make_setup(config: DecodeConfig, model: ModelConfig) -> Setup:
-    """Static description of the loop for a resolved `config` and `model`.
-
-    ValueError where the lengths are still open, or the loop cannot read the model's logits.
-    """
-    require_served(model)
-    if config.gen_length is None or config.block_length is None:
-        raise ValueError("lengths are still open: call DecodeConfig.resolve first")
-    blocks = config.gen_length // config.block_length
-    endings = {
-        "none": stops.NoStop(),
-        "eos": stops.EosStop(model.eos_id, model.stop_ids),
-        "eos_fill": stops.EosFill(model.eos_id),
-    }
-    return Setup(
-        unmasker=make_unmasker(config, model),
-        stop=endings[config.stop],
-        cache=config.cache,
-        blocks=blocks,
-        block_length=config.block_length,
-        quota_steps=config.steps // blocks if config.steps else None,
-        cfg_scale=config.cfg_scale,
-        run_all_steps=config.run_all_steps,
-        check_late=config.check_late,
-        earlier_masks=config.earlier_masks,
-    )
+        block = min(block_length, gen) if self.block_length is None else self.block_length or gen
+        align = causal if self.align is None else self.align
+        blocks = -(-gen // block)
+        steps, threshold = self.steps, self.threshold
+        if self.rule in ("quota", "origin", "allowance") and not self.tokens_per_step:
+            steps = min(steps or gen, gen // self.minimal_topk)
+            if steps % blocks and self.schedule != "columns":
+                raise ValueError(
+                    f"steps={steps} must be a multiple of the {blocks} blocks of "
+                    f"gen_length={gen} and block_length={block}"
+                )
+        elif steps:
+            steps = min(steps, gen // self.minimal_topk)
+        if threshold is None:
+            threshold = 0.95 if causal else 0.9
+        cache = self.cache or ("block" if causal else "dual")
+        if self.rule == "verify" or self.parity in ("llada", "dream"):
+            cache = "none"
+        return dataclasses.replace(
+            self,
+            gen_length=gen,
+            block_length=block,
+            align=align,
+            steps=steps,
+            threshold=threshold,
+            edge=self.edge or ("above" if causal else "at_least"),
+            cache=cache,
+        )

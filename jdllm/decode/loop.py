@@ -1,8 +1,8 @@
 """The only decode loop: block diffusion, jitted whole, no host round trip between steps.
 
 A row is [prompt | generated columns | padding]: its first block starts right behind its own
-prompt, so rows of unequal prompts share a batch without touching each other. Blocks are the outer
-`while_loop`, denoising steps the inner one; a finished row is frozen, and its NFE stops counting.
+prompt, or at a multiple of the block length. Blocks are the outer `while_loop`, denoising steps
+the inner one; a finished row is frozen, and its NFE stops counting.
 """
 
 import dataclasses
@@ -12,72 +12,46 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jdllm import stop as stops
-from jdllm import unmask
-from jdllm.cache import PLANS, Cache
-from jdllm.decode.config import Setup
+from jdllm.cache import Cache
+from jdllm.decode import runner, verifier
+from jdllm.decode.geometry import Geometry, put, rows, span
+from jdllm.decode.inputs import forward, guided, smoothed
+from jdllm.decode.setup import Setup
+from jdllm.decode.state import COMMIT, FULL, PREFILL, Clock, DecodeState, Request, Trace
 from jdllm.model import Transformer
-from jdllm.unmask import split_quota
+from jdllm.stop import Look
+from jdllm.unmask import Decision, Draw, View
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What decoding starts from: one row a prompt."""
-
-    tokens: jax.Array
-    """int32 [B, T]: prompt, then gen_length masks, then padding."""
-    prompt_lengths: jax.Array
-    """int32 [B]."""
-    keys: jax.Array
-    """Random keys [B], one a row, so that draws do not depend on batch mates."""
-    idle: jax.Array
-    """bool [B]: rows that only fill up the batch."""
-    recorded: jax.Array | None = None
-    """Uniform draws to use instead of the keys: [forwards, B, T] or [forwards, B, T, V]."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecodeState:
-    """What a step changes."""
-
-    tokens: jax.Array
-    """int32 [B, T]."""
-    done: jax.Array
-    """bool [B]."""
-    nfe: jax.Array
-    """int32 [B]: model evaluations made while the row was unfinished."""
-    forwards: jax.Array
-    """int32: model calls of the batch."""
-    block: jax.Array
-    """int32: number of the block."""
-    step: jax.Array
-    """int32: step within the block, the opening full pass included."""
-    cache: Cache | None
-    trace: jax.Array | None
-    """int32 [limit + 1, B, T]: the canvas before every model call, where asked for."""
-
-
-@partial(jax.jit, static_argnames=("graph", "setup", "trace"))
+@partial(jax.jit, static_argnames=("graph", "setup", "trace", "verifier_graph"))
 def decode(
-    graph: nnx.GraphDef, params: nnx.State, request: Request, setup: Setup, trace: bool = False
+    graph: nnx.GraphDef,
+    params: nnx.State,
+    request: Request,
+    setup: Setup,
+    trace: bool = False,
+    verifier_graph: nnx.GraphDef | None = None,
+    verifier_params: nnx.State | None = None,
 ) -> DecodeState:
     """Runs a request to its end; the result holds canvases, NFE and forwards.
 
-    Rows never influence each other. It ends for any weights: a block has at most
-    `setup.step_limit` steps besides its opening pass. With `trace` the canvas before every model
-    call is kept.
+    Rows never influence each other, unless the setup copies a reference where they do. It ends for
+    any weights: a block has at most `setup.step_limit` steps besides full passes. With `trace`
+    every model call is recorded. A verifier is needed by rule=verify only.
     """
     model = nnx.merge(graph, params)
-    loop = Loop(model, request, setup)
+    if model.config.block_causal:  # blocks are as long as the setup says
+        model.config = dataclasses.replace(model.config, block_causal=setup.block_length)
+    second = nnx.merge(verifier_graph, verifier_params) if verifier_graph is not None else None
+    loop = Loop(model, request, setup, second)
     state = loop.start(trace)
     state = jax.lax.while_loop(
         lambda s: (s.block < setup.blocks) & ~jnp.all(s.done), loop.run_block, state
     )
     if state.trace is None:
         return state
-    return dataclasses.replace(state, trace=state.trace.at[state.forwards].set(state.tokens))
+    tokens = state.trace.tokens.at[state.forwards].set(state.tokens)
+    return dataclasses.replace(state, trace=dataclasses.replace(state.trace, tokens=tokens))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,155 +61,289 @@ class Loop:
     model: Transformer
     request: Request
     setup: Setup
+    verifier: Transformer | None = None
+
+    @property
+    def at(self) -> Geometry:
+        return Geometry(self.request, self.setup, self.model.config)
 
     def start(self, trace: bool) -> DecodeState:
-        """The state before the first block."""
-        request, setup = self.request, self.setup
+        """The state before the first block; with a block cache the prompts' keys are in it."""
+        request, setup, model = self.request, self.setup, self.model
         B, T = request.tokens.shape
-        zero = jnp.zeros((), jnp.int32)
-        kind = self.model.embedding[...].dtype
-        rows = 2 * B if setup.cfg_scale else B
-        needs_cache = PLANS[setup.cache].refresh
-        limit = setup.blocks * (setup.step_limit + 1)
-        return DecodeState(
+        zero, zeros_B = jnp.zeros((), jnp.int32), jnp.zeros(B, jnp.int32)
+        kind = model.embedding[...].dtype
+        cached = setup.plan.kind != "none" or setup.kv_window
+        doubled = 2 * B if setup.cfg_scale else B
+        state = DecodeState(
             tokens=request.tokens,
             done=request.idle,
-            nfe=jnp.zeros(B, jnp.int32),
+            nfe=zeros_B,
             forwards=zero,
             block=zero,
             step=zero,
-            cache=Cache.zeros(self.model.config, rows, T, kind) if needs_cache else None,
-            trace=jnp.zeros((limit + 1, B, T), jnp.int32) if trace else None,
+            opened=zeros_B,
+            dirty=jnp.zeros(B, bool),
+            accepted=zeros_B,
+            rule=self.fresh_rule(),
+            stop=setup.stop.start(request.tokens),
+            clock=Clock(zero, zero, jnp.zeros((), bool), zero - 1),
+            cache=Cache.zeros(model.config, doubled, T, kind) if cached else None,
+            inputs=model.embed(request.tokens, kind) if setup.smooth else None,
+            trace=self.fresh_trace() if trace else None,
         )
+        return self.prefill(state) if setup.plan.kind == "block" else state
 
-    @property
-    def columns_T(self) -> jax.Array:
-        return jnp.arange(self.request.tokens.shape[1])
+    def fresh_rule(self):
+        """The rule's carry at the start of a block; a verifier has read the prompt."""
+        setup, B = self.setup, self.request.tokens.shape[0]
+        calls = 2 * setup.step_limit + 2 * setup.maximum_unroll + 2
+        carry = setup.rule.start(B, self.at.view_length, calls)
+        if self.verifier is not None:
+            carry = carry | {"verifier": verifier.read_prompt(self.verifier, self.request)}
+        return carry
 
-    @property
-    def generated_BT(self) -> jax.Array:
-        """Columns behind the prompt, before the padding."""
-        return (self.columns_T >= self.request.prompt_lengths[:, None]) & self.visible_BT
-
-    @property
-    def visible_BT(self) -> jax.Array:
-        """Columns before the padding."""
-        return self.columns_T < self.block_start(self.setup.blocks)[:, None]
-
-    def block_start(self, block: jax.Array | int) -> jax.Array:
-        """First column of the block, by row [B]."""
-        return self.request.prompt_lengths + block * self.setup.block_length
-
-    def block_masks(self, tokens_BT: jax.Array, block: jax.Array) -> jax.Array:
-        """How many masks each row's block holds [B]."""
-        columns_BN = _span(self.block_start(block), self.setup.block_length)
-        ids_BN = jnp.take_along_axis(tokens_BT, columns_BN, axis=1)
-        return jnp.sum(ids_BN == self.model.config.mask_id, axis=1)
-
-    def active(self, state: DecodeState) -> jax.Array:
-        """Rows for which the coming call counts and may write [B]."""
-        wanted_B = self.block_masks(state.tokens, state.block) > 0
-        if self.setup.run_all_steps:
-            wanted_B = jnp.ones_like(wanted_B)
-        if self.setup.check_late:
-            wanted_B |= state.step == 1
-        return wanted_B & ~state.done
+    def fresh_trace(self) -> Trace:
+        B, T = self.request.tokens.shape
+        C, N = self.setup.call_limit, self.at.view_length
+        return Trace(
+            tokens=jnp.zeros((C + 1, B, T), jnp.int32),
+            kind=jnp.zeros(C, jnp.int32),
+            columns=jnp.full((C, B, N), -1, jnp.int32),
+            candidates=jnp.zeros((C, B, N), jnp.int32),
+            confidence=jnp.zeros((C, B, N)),
+            entropy=jnp.zeros((C, B, N)),
+        )
 
     def run_block(self, state: DecodeState) -> DecodeState:
         """One block: an opening pass where the cache plan has one, then steps until it is clean."""
-        masks_B = self.block_masks(state.tokens, state.block)
-        refresh = PLANS[self.setup.cache].refresh
-        state = dataclasses.replace(state, step=jnp.zeros((), jnp.int32))
-        if refresh:
-            state = self.call(state, masks_B, opening=True)
-        last = self.setup.step_limit + (refresh and self.setup.check_late)
+        setup = self.setup
+        masks_B = self.masks(state)
+        state = dataclasses.replace(
+            state, step=jnp.zeros((), jnp.int32), opened=masks_B, rule=self.fresh_rule()
+        )
+        state = runner.open_block(self, state)
+        state = jax.lax.while_loop(
+            lambda s: (s.step < runner.last_step(setup)) & runner.unfinished(self, s),
+            lambda s: runner.iterate(self, s),
+            state,
+        )
+        return self.close_block(state)
 
-        def unfinished(s: DecodeState) -> jax.Array:
-            return (s.step < last) & jnp.any(self.active(s))
+    def masks(self, state: DecodeState) -> jax.Array:
+        """How many masks each row's block holds [B]."""
+        columns_BN = span(self.at.block_start(state.block), self.setup.block_length)
+        masked_BN = self.at.ids(state.tokens, columns_BN) == self.model.config.mask_id
+        return jnp.sum(masked_BN & (columns_BN < self.at.canvas_B1), axis=1)
 
-        state = jax.lax.while_loop(unfinished, lambda s: self.call(s, masks_B, False), state)
+    def active(self, state: DecodeState) -> jax.Array:
+        """Rows for which the coming call counts and may write [B]."""
+        quirks = self.setup.quirks
+        if quirks.coupled:
+            return ~state.done
+        wanted_B = self.setup.rule.wants(self.masks(state), state.rule)
+        if quirks.all_steps:
+            wanted_B |= state.step < self.setup.least_steps
+        if quirks.late_check and self.setup.plan.refreshes:
+            wanted_B |= state.step == 1
+        return wanted_B & ~state.done
+
+    def call(self, state: DecodeState, kind: int) -> DecodeState:
+        """One model call, FULL or STEP, and what follows from it: unmask, stop, count."""
+        setup, at = self.setup, self.at
+        active_B = self.active(state)
+        view_BN, window_BT = at.view(state), at.window(state, kind)
+        hidden_BND, hidden_BTD, cache = forward(self, state, view_BN, window_BT)
+        special = None if setup.cfg_scale else setup.rule.special
+        view = self.look(state, kind, view_BN, active_B)
+        if special is None:
+            view = dataclasses.replace(view, logits=guided(self, hidden_BND))
+        else:
+            view = dataclasses.replace(view, best=self.model.best(hidden_BND, special))
+        decision, carry = setup.rule(view, state.rule)
+        new_BN = jnp.where(active_B[:, None], decision.ids_BN, view.ids_BN)
+        tokens_BT = put(state.tokens, new_BN, view_BN)
+        inputs = smoothed(self, state, tokens_BT, window_BT, hidden_BTD) if setup.smooth else None
+        state = dataclasses.replace(
+            state,
+            nfe=state.nfe + active_B,
+            trace=self.recorded(state, kind, view_BN, decision, hidden_BND),
+            rule=_keep(active_B, carry, state.rule),
+            dirty=jnp.where(active_B, jnp.any(new_BN != view.ids_BN, 1), state.dirty),
+            accepted=jnp.where(active_B, jnp.sum(new_BN != view.ids_BN, 1), state.accepted),
+            cache=cache,
+            inputs=inputs,
+            forwards=state.forwards + 1,
+            step=state.step + 1,
+        )
+        seen = self.stop_look(state, tokens_BT, kind)
+        candidates_BT = put(seen.candidates_BT, decision.candidate_BN, view_BN)
+        seen = dataclasses.replace(seen, candidates_BT=candidates_BT)
+        return self.judge(state, tokens_BT, seen, active_B)
+
+    def look(
+        self,
+        state: DecodeState,
+        kind: int,
+        view_BN: jax.Array,
+        active_B: jax.Array,
+    ) -> View:
+        """What the rule is shown of this call, but for the head's output."""
+        setup, at = self.setup, self.at
+        ids_BN = at.ids(state.tokens, view_BN)
+        inside_BN = (view_BN < at.limit_B1(state)) & active_B[:, None]
+        masked_BN = inside_BN & (ids_BN == self.model.config.mask_id)
+        opening = kind == FULL and setup.plan.refreshes
+        if setup.quirks.first_column and opening:
+            masked_BN &= view_BN == at.block_start(state.block)[:, None]
+        masks_B = jnp.sum(masked_BN, axis=1)
+        quota_B, share_B = setup.schedule(state.opened, masks_B, state.step)
+        if setup.quirks.first_column and opening:
+            quota_B = jnp.ones_like(quota_B)
+        floor_B = jnp.full(masks_B.shape, -jnp.inf)
+        if setup.smooth:
+            floor_B = 1 - state.nfe * setup.smooth.decay
+        given_BN = at.ids(self.request.tokens, view_BN) != self.model.config.mask_id
+        return View(
+            ids_BN=ids_BN,
+            masked_BN=masked_BN,
+            settled_BN=inside_BN & ~masked_BN & ~given_BN,
+            quota_B=quota_B,
+            share_B=share_B,
+            floor_B=floor_B,
+            draw=self.draw(state, view_BN),
+            verify=None
+            if self.verifier is None
+            else verifier.judge(self.verifier, state.tokens, view_BN),
+        )
+
+    def judge(
+        self, state: DecodeState, tokens_BT: jax.Array, look: Look, rows_B: jax.Array
+    ) -> DecodeState:
+        """The state with `tokens_BT`, after the stop rules have had their say on some rows."""
+        stopped_BT, ended_B, carry = self.setup.stop(tokens_BT, look, state.stop)
+        ended_B &= rows_B
+        if self.setup.quirks.coupled:
+            ended_B = jnp.broadcast_to(jnp.all(ended_B | self.request.idle), ended_B.shape)
+        return dataclasses.replace(
+            state,
+            tokens=jnp.where(rows_B[:, None], stopped_BT, tokens_BT),
+            done=state.done | ended_B,
+            stop=_keep(rows_B, carry, state.stop),
+        )
+
+    def stop_look(self, state: DecodeState, tokens_BT: jax.Array, kind: int | None) -> Look:
+        """What stop rules see after a call of some kind, or after a block (None)."""
+        return Look(
+            generated_BT=self.at.generated_BT,
+            block_BT=self.at.block_BT(state.block),
+            mask_id=self.model.config.mask_id,
+            opening=kind == FULL and self.setup.plan.refreshes,
+            closing=kind is None,
+            nfe_B=state.nfe,
+            candidates_BT=jnp.full_like(tokens_BT, -1),
+            written_BT=tokens_BT != state.tokens,
+        )
+
+    def close_block(self, state: DecodeState) -> DecodeState:
+        """Stop rules for the block as a whole, and its keys into a block cache."""
+        if self.setup.quirks.coupled:
+            state = self.commit(state)
+        look = self.stop_look(state, state.tokens, None)
+        state = self.judge(state, state.tokens, look, ~state.done)
+        over_B = self.at.block_start(state.block + 1) >= self.at.canvas_B1[:, 0]
+        state = dataclasses.replace(state, done=state.done | over_B)
+        if not self.setup.quirks.coupled:
+            state = self.commit(state)
         return dataclasses.replace(state, block=state.block + 1)
 
-    def call(self, state: DecodeState, masks_B: jax.Array, opening: bool) -> DecodeState:
-        """One model call and what follows from it: unmask, stop, count."""
-        setup, mask_id = self.setup, self.model.config.mask_id
-        active_B = ~state.done if opening else self.active(state)
+    def prefill(self, state: DecodeState) -> DecodeState:
+        """Keys of everything before the first blocks."""
+        width = state.tokens.shape[1] - self.setup.gen_length
+        starts_B = self.at.block_start(0)
+        rows_B = ~state.done & ((starts_B > 0) | self.setup.quirks.coupled)
+        columns_BT = jnp.broadcast_to(jnp.arange(width), (state.tokens.shape[0], width))
+        return jax.lax.cond(
+            jnp.any(rows_B),
+            lambda s: self.absorb(s, columns_BT, starts_B[:, None], rows_B, PREFILL),
+            lambda s: s,
+            state,
+        )
+
+    def commit(self, state: DecodeState) -> DecodeState:
+        """Keys of a block's final tokens, unless its last call has seen them."""
+        if self.setup.plan.kind != "block":
+            return state
+        rows_B = ~state.done & state.dirty
+        if self.setup.quirks.coupled:
+            rows_B = jnp.broadcast_to(jnp.any(rows_B), rows_B.shape)
+        columns_BN = span(self.at.block_start(state.block), self.setup.block_length)
+        ends_B1 = self.at.block_start(state.block + 1)[:, None]
+        return jax.lax.cond(
+            jnp.any(rows_B),
+            lambda s: self.absorb(s, columns_BN, ends_B1, rows_B, COMMIT),
+            lambda s: s,
+            state,
+        )
+
+    def absorb(
+        self,
+        state: DecodeState,
+        columns_BT: jax.Array,
+        ends_B1: jax.Array,
+        rows_B: jax.Array,
+        kind: int,
+    ) -> DecodeState:
+        """A model call that only writes keys and values; columns from `ends_B1` on are left out."""
+        T = state.tokens.shape[1]
+        width = columns_BT.shape[1]
+        columns_BT = jnp.where(columns_BT < ends_B1, columns_BT, T + jnp.arange(width))
+        _, _, cache = forward(self, state, columns_BT[:, :0], columns_BT, ends_B1)
         trace = state.trace
         if trace is not None:
-            trace = trace.at[state.forwards].set(state.tokens)
-        view_BN = self.view(state.block)
-        logits_BNV, cache = self.logits(state, view_BN, opening)
-        before_BN = jnp.take_along_axis(state.tokens, view_BN, axis=1)
-        end_B1 = self.block_start(state.block + 1)[:, None]
-        masked_BN = (before_BN == mask_id) & (view_BN < end_B1) & active_B[:, None]
-        quota_B = split_quota(masks_B, setup.quota_steps or 1, state.step)
-        ids_BN, chosen_BN = setup.unmasker(
-            logits_BNV, masked_BN, quota_B, self.draw(state, view_BN)
-        )
-        tokens_BT = _put(state.tokens, jnp.where(chosen_BN, ids_BN, before_BN), view_BN)
-        start_B1 = self.block_start(state.block)[:, None]
-        block_BT = (self.columns_T >= start_B1) & (self.columns_T < end_B1)
-        look = stops.Look(self.generated_BT, block_BT, mask_id, opening)
-        stopped_BT, ended_B = setup.stop(tokens_BT, look)
-        return DecodeState(
-            tokens=jnp.where(active_B[:, None], stopped_BT, tokens_BT),
-            done=state.done | (ended_B & active_B),
-            nfe=state.nfe + active_B,
-            forwards=state.forwards + 1,
-            block=state.block,
-            step=state.step + 1,
+            trace = dataclasses.replace(
+                trace,
+                tokens=trace.tokens.at[state.forwards].set(state.tokens),
+                kind=trace.kind.at[state.forwards].set(kind),
+            )
+        return dataclasses.replace(
+            state,
             cache=cache,
             trace=trace,
+            nfe=state.nfe + rows_B,
+            forwards=state.forwards + 1,
+            dirty=state.dirty & ~rows_B,
         )
 
-    def view(self, block: jax.Array) -> jax.Array:
-        """Columns whose logits are wanted [B, N]: the block, or with earlier_masks the canvas."""
-        if self.setup.earlier_masks:
-            return jnp.broadcast_to(self.columns_T, self.request.tokens.shape)
-        return _span(self.block_start(block), self.setup.block_length)
+    def recorded(
+        self,
+        state: DecodeState,
+        kind: int,
+        view_BN: jax.Array,
+        decision: Decision,
+        hidden_BND: jax.Array,
+    ) -> Trace | None:
+        """The trace with this call, where one is kept."""
+        trace, i = state.trace, state.forwards
+        if trace is None:
+            return None
+        log_p = jax.nn.log_softmax(guided(self, hidden_BND), axis=-1)
+        own_BN = jnp.take_along_axis(log_p, decision.candidate_BN[..., None], axis=-1)[..., 0]
+        entropy_BN = -jnp.sum(jnp.exp(log_p) * jnp.maximum(log_p, -1e9), axis=-1)
+        return Trace(
+            tokens=trace.tokens.at[i].set(state.tokens),
+            kind=trace.kind.at[i].set(kind),
+            columns=trace.columns.at[i].set(view_BN),
+            candidates=trace.candidates.at[i].set(decision.candidate_BN),
+            confidence=trace.confidence.at[i].set(jnp.exp(own_BN)),
+            entropy=trace.entropy.at[i].set(entropy_BN),
+        )
 
-    def logits(
-        self, state: DecodeState, view_BN: jax.Array, opening: bool
-    ) -> tuple[jax.Array, Cache | None]:
-        """Logits [B, N, V] of the columns in view, and the cache after the call."""
-        tokens_BT, scale = state.tokens, self.setup.cfg_scale
-        B, T = tokens_BT.shape
-        visible_BT = self.visible_BT
-        window_BT = self.window(state.block, opening)
-        if scale:
-            tokens_BT = _interleave(tokens_BT, self.without_prompt(tokens_BT))
-            visible_BT, window_BT, view_BN = (
-                _interleave(x, x) for x in (visible_BT, window_BT, view_BN)
-            )
-        fed_BT = jnp.take_along_axis(tokens_BT, window_BT, axis=1, mode="clip")
-        x_BTD = self.model.embed(fed_BT, self.model.embedding[...].dtype)
-        hidden_BTD, cache = self.model(x_BTD, window_BT, visible_BT, state.cache)
-        inside_BN = view_BN - window_BT[:, :1]
-        logits_BNV = self.model.logits(_rows(hidden_BTD, inside_BN))
-        if scale:
-            pair = logits_BNV.reshape(B, 2, *logits_BNV.shape[1:])
-            logits_BNV = pair[:, 1] + (scale + 1) * (pair[:, 0] - pair[:, 1])
-        return logits_BNV, None if state.cache is None else cache
-
-    def window(self, block: jax.Array, opening: bool) -> jax.Array:
-        """Columns to feed; those beyond the canvas are neither kept nor seen."""
-        B, T = self.request.tokens.shape
-        kind = "canvas" if opening else PLANS[self.setup.cache].window
-        if kind == "canvas":
-            return jnp.broadcast_to(self.columns_T, (B, T))
-        blocks = 1 if kind == "block" else self.setup.blocks
-        return _span(self.block_start(block), blocks * self.setup.block_length)
-
-    def without_prompt(self, tokens_BT: jax.Array) -> jax.Array:
-        """The unconditional canvas: every column that was given is masked."""
-        given_BT = self.request.tokens != self.model.config.mask_id
-        return jnp.where(given_BT, self.model.config.mask_id, tokens_BT)
-
-    def draw(self, state: DecodeState, view_BN: jax.Array) -> unmask.Draw:
+    def draw(self, state: DecodeState, view_BN: jax.Array) -> Draw:
         """Uniform draws of this call: from each row's key and NFE, or as recorded."""
         recorded = self.request.recorded
         if recorded is not None:
-            return lambda shape: _rows(recorded[state.forwards], view_BN)
+            return lambda shape: rows(recorded[state.forwards], view_BN)
         keys_B = jax.vmap(jax.random.fold_in)(self.request.keys, state.nfe)
 
         def fresh(shape: tuple[int, ...]) -> jax.Array:
@@ -247,20 +355,10 @@ class Loop:
         return fresh
 
 
-def _span(start_B: jax.Array, length: int) -> jax.Array:
-    return start_B[:, None] + jnp.arange(length)
+def _keep(rows_B: jax.Array, new, old):
+    """`new` in the given rows, `old` elsewhere; every array leads with the rows."""
 
+    def pick(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.where(rows_B.reshape(-1, *[1] * (a.ndim - 1)), a, b)
 
-def _rows(x_BTX: jax.Array, columns_BN: jax.Array) -> jax.Array:
-    return jax.vmap(lambda x, columns: x[columns])(x_BTX, columns_BN)
-
-
-def _put(tokens_BT: jax.Array, new_BN: jax.Array, columns_BN: jax.Array) -> jax.Array:
-    return jax.vmap(lambda row, new, columns: row.at[columns].set(new))(
-        tokens_BT, new_BN, columns_BN
-    )
-
-
-def _interleave(a_BX: jax.Array, b_BX: jax.Array) -> jax.Array:
-    """Rows a0, b0, a1, b1, ...: pairs stay on one shard of the batch."""
-    return jnp.stack([a_BX, b_BX], axis=1).reshape(-1, *a_BX.shape[1:])
+    return jax.tree.map(pick, new, old)

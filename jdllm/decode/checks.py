@@ -1,0 +1,92 @@
+"""What a DecodeConfig may not say: values out of range, and combinations that make no sense."""
+
+from collections.abc import Callable
+from typing import Any
+
+INFINITY = float("inf")
+
+# name -> least and greatest value; None is always allowed
+RANGES: dict[str, tuple[float, float]] = {
+    "gen_length": (1, INFINITY), "block_length": (0, INFINITY), "lookahead": (1, INFINITY),
+    "threshold": (0, INFINITY), "low_threshold": (0, 1), "factor": (0, INFINITY),
+    "entropy_bound": (0, INFINITY), "verify_weight": (0, 1), "steps": (1, INFINITY),
+    "tokens_per_step": (1, INFINITY), "minimal_topk": (1, INFINITY), "eps": (0, 1),
+    "temperature": (0, INFINITY), "top_p": (0, 1), "top_k": (1, INFINITY),
+    "alg_temp": (0, INFINITY), "cfg_scale": (0, INFINITY), "edit_passes": (0, INFINITY),
+    "edit_threshold": (0, 1), "cont_weight": (0, 1), "refresh_every": (1, INFINITY),
+    "prefix_look": (0, INFINITY), "after_look": (0, INFINITY), "warmup": (0, INFINITY),
+    "kv_window": (1, INFINITY), "stable_steps": (1, INFINITY), "max_forwards": (1, INFINITY),
+    "expected_tpf": (1, INFINITY), "maximum_unroll": (1, INFINITY),
+}  # fmt: skip
+
+COUNTLESS = ("factor", "hierarchy", "entropy_bound", "verify")
+BY_PROBABILITY = ("factor", "hierarchy", "allowance")
+
+# What is wrong, and the sentence that says so and how to mend it; {c} is the config.
+CONFLICTS: tuple[tuple[Callable[[Any], Any], str], ...] = (
+    (
+        lambda c: c.steps and c.tokens_per_step,
+        "steps={c.steps} and tokens_per_step={c.tokens_per_step} say one thing twice; keep one",
+    ),
+    (
+        lambda c: (c.threshold or 0) > 1 and c.remasking != "entropy",
+        "threshold={c.threshold} is out of range: a probability lies in [0, 1]",
+    ),
+    (
+        lambda c: c.steps and c.rule in COUNTLESS,
+        "steps={c.steps} means nothing to rule={c.rule}; leave it out, or use rule=quota",
+    ),
+    (
+        lambda c: c.tokens_per_step and c.rule != "quota",
+        "tokens_per_step={c.tokens_per_step} belongs to rule=quota, not rule={c.rule}",
+    ),
+    (
+        lambda c: c.rule == "entropy_bound" and c.remasking != "entropy",
+        "rule=entropy_bound sums entropies; set remasking=entropy, not {c.remasking}",
+    ),
+    (
+        lambda c: c.rule in BY_PROBABILITY and c.remasking != "low_confidence",
+        "rule={c.rule} compares probabilities; set remasking=low_confidence, not {c.remasking}",
+    ),
+    (
+        lambda c: c.rule == "threshold" and c.remasking in ("random", "leftright"),
+        "rule=threshold needs a confidence; remasking={c.remasking} is none, use rule=quota",
+    ),
+    (
+        lambda c: (
+            (c.prefix_look or c.after_look or c.warmup or c.refresh_every)
+            and c.cache in ("none", "block")
+        ),
+        "prefix_look, after_look, warmup and refresh_every need cache=prefix or dual, "
+        "not cache={c.cache}",
+    ),
+    (
+        lambda c: c.parity in ("llada", "dream") and c.cache not in (None, "none"),
+        "parity={c.parity} has no cache; set cache=none, not cache={c.cache}",
+    ),
+    (
+        lambda c: (c.delete_id is None) != (c.split_id is None),
+        "delete_id={c.delete_id} and split_id={c.split_id} go together; set both or neither",
+    ),
+    (
+        lambda c: c.delete_id is not None and c.edit_threshold is None,
+        "delete_id={c.delete_id} edits tokens; set edit_threshold too",
+    ),
+    (
+        lambda c: c.edit_threshold is not None and c.rule != "threshold",
+        "edit_threshold={c.edit_threshold} needs rule=threshold, not rule={c.rule}",
+    ),
+    (
+        lambda c: c.cont_weight and c.cfg_scale,
+        "cont_weight={c.cont_weight} feeds embeddings, cfg_scale={c.cfg_scale} masks tokens; "
+        "use one of them",
+    ),
+    (
+        lambda c: c.kv_window and c.rule != "verify",
+        "kv_window={c.kv_window} belongs to rule=verify, not rule={c.rule}; see cache",
+    ),
+    (
+        lambda c: c.stop_fill and c.stop != "eos_block",
+        "stop_fill belongs to stop=eos_block, not stop={c.stop}",
+    ),
+)

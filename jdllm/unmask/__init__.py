@@ -1,0 +1,36 @@
+"""Unmasking rules: which masked positions take which tokens, given the block's logits.
+
+A rule is a composition of a candidate (which token), a confidence (how sure), a selection (which
+positions) and a schedule (how many). They know arrays only; rows never depend on each other.
+"""
+
+from jdllm.unmask.candidate import Argmax, Gumbel, Warp
+from jdllm.unmask.confidence import (
+    Leftmost,
+    Margin,
+    NegativeEntropy,
+    Probability,
+    Random,
+    Tempered,
+)
+from jdllm.unmask.credit import Credit
+from jdllm.unmask.edit import Edit
+from jdllm.unmask.rule import Carry, Decision, Rule, Unmasker
+from jdllm.unmask.schedule import CarryOver, Columns, Each, Masks, Schedule, Timesteps, split_quota
+from jdllm.unmask.selection import (
+    Allowance,
+    EntropyBound,
+    Factor,
+    Hierarchy,
+    Quota,
+    Share,
+    Threshold,
+)
+from jdllm.unmask.view import Draw, View
+
+__all__ = [
+    "Allowance", "Argmax", "Carry", "CarryOver", "Columns", "Credit", "Decision", "Draw", "Each",
+    "Edit", "EntropyBound", "Factor", "Gumbel", "Hierarchy", "Leftmost", "Margin", "Masks",
+    "NegativeEntropy", "Probability", "Quota", "Random", "Rule", "Schedule", "Share", "Tempered",
+    "Threshold", "Timesteps", "Unmasker", "View", "Warp", "split_quota",
+]  # fmt: skip

@@ -1,0 +1,74 @@
+"""Candidates: which token a position would take; and what happens to its logits before that."""
+
+import dataclasses
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+from jdllm.unmask.view import LOWEST, Draw, gumbel, without
+
+
+class Candidate(Protocol):
+    """Chooses a token for every position: logits [B, N, V] -> ids [B, N]."""
+
+    def __call__(self, logits_BNV: jax.Array, draw: Draw) -> jax.Array: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Argmax:
+    """The most likely token that is not in `excluded`.
+
+    Excluding [MASK] is ours: the references would leave such a position masked, and their
+    while-loops would spin on it for ever.
+    """
+
+    excluded: tuple[int, ...]
+
+    def __call__(self, logits_BNV: jax.Array, draw: Draw) -> jax.Array:
+        return jnp.argmax(without(logits_BNV, self.excluded), axis=-1).astype(jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gumbel:
+    """LLaDA's sampling: argmax of logits - T log(-log u), [MASK] excluded.
+
+    The references compute exp(logits) / (-log u)^T in float64; the logarithm of that is the same
+    rule without overflow, so float32 does. Note that T scales the noise, not the logits. With
+    T = 1 on logits that a Warp has divided, it draws from their softmax (Dream, LLaDA2).
+    """
+
+    excluded: tuple[int, ...]
+    temperature: float
+
+    def __call__(self, logits_BNV: jax.Array, draw: Draw) -> jax.Array:
+        noisy = logits_BNV + self.temperature * gumbel(draw(logits_BNV.shape[1:]))
+        return jnp.argmax(without(noisy, self.excluded), axis=-1).astype(jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Warp:
+    """Dream's and LLaDA2's order: divide by the temperature, then top_p, then top_k.
+
+    Both filters also apply at temperature 0, where they change confidences. What they drop gets
+    the lowest finite logit. top_p keeps the first token that crosses the line; ties with the last
+    kept token stay.
+    """
+
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+
+    def __call__(self, logits_BNV: jax.Array) -> jax.Array:
+        if self.temperature:
+            logits_BNV = logits_BNV / self.temperature
+        if self.top_p is not None and self.top_p < 1:
+            ordered = jnp.sort(logits_BNV, axis=-1, descending=True)
+            mass = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
+            last_BN1 = jnp.sum(mass[..., :-1] <= self.top_p, axis=-1, keepdims=True)
+            bar = jnp.take_along_axis(ordered, last_BN1, axis=-1)
+            logits_BNV = jnp.where(logits_BNV < bar, LOWEST, logits_BNV)
+        if self.top_k is not None and self.top_k < logits_BNV.shape[-1]:
+            bar = jax.lax.top_k(logits_BNV, self.top_k)[0][..., -1:]
+            logits_BNV = jnp.where(logits_BNV < bar, LOWEST, logits_BNV)
+        return logits_BNV

@@ -1,0 +1,103 @@
+"""Unmasker: one complete rule, composed of a candidate, a confidence and a selection."""
+
+import dataclasses
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from jdllm.head import Special
+from jdllm.unmask.candidate import Argmax, Candidate, Warp
+from jdllm.unmask.confidence import Confidence
+from jdllm.unmask.credit import Credit
+from jdllm.unmask.edit import Edit
+from jdllm.unmask.selection import Selection
+from jdllm.unmask.view import View, without
+
+Carry = dict[str, Any]
+"""What the parts of a rule remember between the calls of a block, by part."""
+
+
+class Decision(NamedTuple):
+    """What a rule made of a view."""
+
+    ids_BN: jax.Array
+    """The columns' new contents."""
+    candidate_BN: jax.Array
+    """The token that each position would take."""
+    value_BN: jax.Array
+    """The confidence in it, as thresholds see it."""
+
+
+class Rule(Protocol):
+    """What the loop asks of a rule. Rows never depend on each other."""
+
+    @property
+    def special(self) -> Special | None:
+        """The ids to treat apart, for a rule that reads best tokens only; None: it reads logits."""
+        ...
+
+    def start(self, rows: int, columns: int, calls: int) -> Carry:
+        """The carry of a fresh block of at most `calls` calls."""
+        ...
+
+    def wants(self, masks_B: jax.Array, carry: Carry) -> jax.Array:
+        """Rows whose block needs another call, given how many masks are left [B]."""
+        ...
+
+    def __call__(self, view: View, carry: Carry) -> tuple[Decision, Carry]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Unmasker:
+    """The rule that its parts say; every part but three is optional."""
+
+    candidate: Candidate
+    confidence: Confidence
+    selection: Selection
+    forbidden: tuple[int, ...] = ()
+    """Ids whose logits are -inf from the start (LLaDA's logits_eos_inf)."""
+    credit: Credit | None = None
+    warp: Warp | None = None
+    edit: Edit | None = None
+
+    @property
+    def special(self) -> Special | None:
+        changes = self.credit or self.warp or (self.edit and self.edit.penalty)
+        if changes or not isinstance(self.candidate, Argmax) or self.confidence.reads_logits:
+            return None
+        suppressed = getattr(self.confidence, "suppressed", ())
+        return Special(self.candidate.excluded, suppressed, self.forbidden)
+
+    def start(self, rows: int, columns: int, calls: int) -> Carry:
+        carry: Carry = {}
+        if self.credit:
+            carry["credit"] = self.credit.start(rows, columns, calls)
+        if self.edit:
+            carry["edit"] = self.edit.start(rows)
+        return carry
+
+    def wants(self, masks_B: jax.Array, carry: Carry) -> jax.Array:
+        return self.edit.wants(masks_B, carry["edit"]) if self.edit else masks_B > 0
+
+    def __call__(self, view: View, carry: Carry) -> tuple[Decision, Carry]:
+        carry = dict(carry)
+        if view.best is not None:
+            ids_BN = view.best.ids
+            score_BN = self.confidence.of_best(view.best, view.draw)
+        else:
+            logits = without(view.logits_BNV.astype(jnp.float32), self.forbidden)
+            if self.credit:
+                logits, carry["credit"] = self.credit(logits, view.masked_BN, carry["credit"])
+            if self.edit:
+                logits = self.edit.discourage(logits, view.ids_BN)
+            if self.warp:
+                logits = self.warp(logits)
+            ids_BN = self.candidate(logits, view.draw)
+            score_BN = self.confidence(logits, ids_BN, view.draw)
+        value_BN = self.confidence.value(score_BN)
+        chosen_BN = self.selection(score_BN, value_BN, view)
+        new_BN = jnp.where(chosen_BN, ids_BN, view.ids_BN)
+        if self.edit:
+            new_BN, carry["edit"] = self.edit(new_BN, ids_BN, value_BN, view, carry["edit"])
+        return Decision(new_BN, ids_BN, value_BN), carry

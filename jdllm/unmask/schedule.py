@@ -1,0 +1,115 @@
+"""Schedules: how many tokens a step should reveal, from the masks a block began with and has left.
+
+A schedule that has `steps` bounds the steps of a block; the others are bounded by its length.
+"""
+
+import dataclasses
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Schedule(Protocol):
+    """Masks at the block's start and now [B], step -> quota [B], share of the masks [B]."""
+
+    @property
+    def steps(self) -> int | None: ...
+
+    def __call__(
+        self, opened_B: jax.Array, masks_B: jax.Array, step: jax.Array
+    ) -> tuple[jax.Array, jax.Array]: ...
+
+
+def split_quota(masks_B: jax.Array, steps: int, step: jax.Array) -> jax.Array:
+    """How many of a block's `masks_B` masks go in `step` of `steps`: the remainder goes first."""
+    base_B, rest_B = masks_B // steps, masks_B % steps
+    return jnp.where(step < steps, base_B + (step < rest_B), 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Each:
+    """The same number every step."""
+
+    tokens: int = 1
+    steps: int | None = None
+
+    def __call__(self, opened_B, masks_B, step):
+        return jnp.full_like(masks_B, self.tokens), jnp.ones(masks_B.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Masks:
+    """The masks that a block began with, spread over its steps (LLaDA, Fast-dLLM)."""
+
+    steps: int
+
+    def __call__(self, opened_B, masks_B, step):
+        return split_quota(opened_B, self.steps, step), jnp.ones(masks_B.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """The block's length, prompt or not, spread over its steps (LLaDA2, BlockInfer)."""
+
+    length: int
+    steps: int
+
+    def __call__(self, opened_B, masks_B, step):
+        columns_B = jnp.full_like(masks_B, self.length)
+        return split_quota(columns_B, self.steps, step), jnp.ones(masks_B.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class CarryOver:
+    """Masks spread over the steps; what earlier steps left over is added (Fast-dLLM's Dream).
+
+    Behind the last step everything is due. The reference then also runs as many steps as that
+    step dropped tokens, some of them idle; here the block ends when it is clean.
+    """
+
+    per_block: int
+
+    @property
+    def steps(self) -> int | None:
+        return None
+
+    def __call__(self, opened_B, masks_B, step):
+        due_B = jnp.minimum(step + 1, self.per_block) * (opened_B // self.per_block)
+        due_B = jnp.where(step + 1 >= self.per_block, opened_B, due_B)
+        return due_B - (opened_B - masks_B), jnp.ones(masks_B.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Timesteps:
+    """Dream's: from time t to s, int(masks * (1 - s/t)) go; the last step takes the rest.
+
+    Times run from 1 to `eps` in float32, computed as torch.linspace does, because the truncation
+    is sensitive to the last bit. With `mean` every row uses the batch's average count, as the
+    reference does.
+    """
+
+    steps: int
+    eps: float
+    mean: bool = False
+
+    def __call__(self, opened_B, masks_B, step):
+        shares = jnp.asarray(self.shares())
+        share = shares[jnp.minimum(step, self.steps - 1)]
+        masks = masks_B.astype(jnp.float32)
+        masks = jnp.full_like(masks, jnp.mean(masks)) if self.mean else masks
+        return (masks * share).astype(jnp.int32), jnp.full_like(masks, share)
+
+    def shares(self) -> np.ndarray:
+        """1 - s/t of every step [steps], float32, the last one 1."""
+        n = self.steps + 1
+        start, end = np.float32(1), np.float32(self.eps)
+        step = (end - start) / np.float32(n - 1)
+        i = np.arange(n)
+        up = start + i.astype(np.float32) * step
+        down = end - (n - 1 - i).astype(np.float32) * step
+        times = np.where(i < n // 2, up, down).astype(np.float32)
+        shares = np.float32(1) - times[1:] / times[:-1]
+        shares[-1] = 1
+        return shares

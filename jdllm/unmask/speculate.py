@@ -1,0 +1,64 @@
+"""Adaptive parallel decoding: a causal verifier decides how much of the draft is kept (APD)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jdllm.unmask.candidate import Warp
+from jdllm.unmask.confidence import Probability
+from jdllm.unmask.rule import Carry, Decision
+from jdllm.unmask.view import View, gumbel, without
+
+
+@dataclasses.dataclass(frozen=True)
+class Speculate:
+    """Keeps the draft's longest prefix that the mixture of both models would have drawn too.
+
+    The draft is the diffusion model's; the target is drawn from weight * diffusion + (1 - weight) *
+    verifier logits, over the ids that both know, with the same noise. The first masked position is
+    always kept, and counts as agreed. At temperature > 0 the reference forgets the noise of the
+    target (`greedy_target`).
+    """
+
+    excluded: tuple[int, ...]
+    weight: float
+    temperature: float = 0.0
+    greedy_target: bool = False
+    warp: Warp | None = None
+
+    @property
+    def special(self) -> None:
+        """It reads logits."""
+        return None
+
+    def start(self, rows: int, columns: int, calls: int) -> Carry:
+        return {}
+
+    def wants(self, masks_B: jax.Array, carry: Carry) -> jax.Array:
+        return masks_B > 0
+
+    def __call__(self, view: View, carry: Carry) -> tuple[Decision, Carry]:
+        assert view.verify is not None  # make_setup and the loop see to it
+        logits = view.logits_BNV.astype(jnp.float32)[..., : view.verify.vocab]
+        logits = self.warp(logits) if self.warp else logits
+        noise = 0.0
+        if self.temperature:
+            noise = self.temperature * gumbel(view.draw(logits.shape[1:]))
+        draft_BN = self._best(logits + noise)
+        known_BN = jnp.where(view.masked_BN, draft_BN, view.ids_BN)
+        verifier, cache = view.verify.logits(known_BN, carry["verifier"])
+        shared = logits.shape[-1]
+        mixed = self.weight * logits + (1 - self.weight) * verifier[..., :shared]
+        if not self.greedy_target:
+            mixed = mixed + noise
+        forced_BN = jnp.cumsum(view.masked_BN, axis=-1) == 1
+        differs_BN = view.masked_BN & ~forced_BN & (self._best(mixed) != draft_BN)
+        chosen_BN = view.masked_BN & (jnp.cumsum(differs_BN, axis=-1) == 0)
+        new_BN = jnp.where(chosen_BN, draft_BN, view.ids_BN)
+        confidence = Probability()
+        value_BN = confidence.value(confidence(logits, draft_BN, view.draw))
+        return Decision(new_BN, draft_BN, value_BN), carry | {"verifier": cache}
+
+    def _best(self, logits: jax.Array) -> jax.Array:
+        return jnp.argmax(without(logits, self.excluded), axis=-1).astype(jnp.int32)
