@@ -40,6 +40,7 @@ MODELS = {
         moe=MoEConfig(experts=8, top_k=2, expert_mlp=16, shared_mlp=32, dense_layers=(0,)),
     ),
 }
+MODELS["blocks"] = dataclasses.replace(MODELS["experts"], kv_heads=2, block_causal=8)
 
 
 def spread(request: Request, mesh: jax.sharding.Mesh) -> Request:
@@ -127,12 +128,30 @@ def test_a_model_axis_sums_twice_a_layer(name: str, mesh: str):
 )
 def test_a_data_axis_exchanges_a_done_flag(name: str, options: dict[str, Any]):
     """A single scalar a step, in the condition of the loop, and one a block."""
-    text = program(name, "8x1", dataclasses.replace(OPTIONS, **options).resolve())
-    conditions, passes = in_loops(text)
+    conditions, passes = in_loops(program(name, "8x1", dataclasses.replace(OPTIONS, **options)))
     assert not passes
-    assert conditions
+    assert len(conditions) == 2
     for sent in conditions:
         assert [(x.kind, x.shape) for x in sent] == [("all-reduce", "pred[]")]
+
+
+def test_a_block_cache_asks_once_a_block_whether_to_write():
+    """Another flag: whether any row's finished block is not in the cache yet."""
+    options = DecodeConfig(gen_length=16, block_length=8).resolve(model=MODELS["blocks"])
+    conditions, passes = in_loops(program("blocks", "8x1", options))
+    assert len(conditions) == 2 and len(passes) == 1
+    for sent in conditions + passes:
+        assert [(x.kind, x.shape) for x in sent] == [("all-reduce", "pred[]")]
+
+
+def test_rules_that_read_logits_send_numbers_a_position():
+    """XLA splits max, sum and argmax over slices of the vocabulary; logits stay where they are."""
+    options = dataclasses.replace(OPTIONS, remasking="entropy")
+    _, passes = in_loops(program("grouped", "2x4", options))
+    positions = 4 * (OPTIONS.block_length or 0)
+    for sent in passes:
+        head = [x for x in sent if part(x) == "head"]
+        assert 0 < sum(x.elements for x in head) <= 4 * 4 * positions
 
 
 # The same tokens
