@@ -27,7 +27,7 @@ class GenerateConfig:
     """Generation from one prompt."""
 
     prompt: str = ""
-    """The user's message."""
+    """The user's message; needed unless replay is given."""
     model: str = "bundled"
     """bundled, a converted folder, random:<name>, or a Hugging Face folder or id."""
     decode: DecodeConfig = DecodeConfig()

@@ -187,6 +187,11 @@ def test_watching_shows_the_run_of_the_twin_and_changes_nothing(llm: LLM, config
         wanted = watched(nnx.merge(llm._graph, llm._params), llm.config, config, prompt)
         busy = np.r_[True, (record.tokens[1:] != record.tokens[:-1]).any(1)]
         np.testing.assert_array_equal(record.tokens[busy], wanted.tokens)
+        np.testing.assert_array_equal(record.guesses[busy[1:]], wanted.guesses)
+        np.testing.assert_allclose(record.sureness[busy], wanted.sureness, atol=1e-5)
+        for name in ("confidence", "entropy"):
+            mine, theirs = (getattr(x, name) for x in (record, wanted))
+            np.testing.assert_allclose(mine[busy[1:]], theirs, atol=1e-5)
         assert found[i].nfe == wanted.calls == busy.sum() - 1
 
 
