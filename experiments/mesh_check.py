@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -141,9 +142,7 @@ def measure(options: MeshConfig, mesh_text: str, rows: int, parts: Any, trace: P
     step = (seconds - less) / (forwards - fewer)
     blocks = options.gen_length // options.block_length
     memory = program.memory_analysis()
-    if trace is not None:
-        with jax.profiler.trace(str(trace)):
-            run(full)
+    profile = {} if trace is None else {"profile": profiled(lambda: run(full), trace)}
     return {
         "mesh": mesh_text,
         "rows": rows,
@@ -156,7 +155,7 @@ def measure(options: MeshConfig, mesh_text: str, rows: int, parts: Any, trace: P
         "temporary_gigabytes_a_device": memory.temp_size_in_bytes / 1e9 if memory else None,
         "peak_gigabytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 1e9,
         "compile_seconds": compiled,
-    }
+    } | profile
 
 
 def all_reduce_microseconds(config: ModelConfig, block_length: int) -> dict[str, float]:
@@ -177,6 +176,18 @@ def all_reduce_microseconds(config: ModelConfig, block_length: int) -> dict[str,
         seconds = median_seconds(functools.partial(lambda y: jax.block_until_ready(run(y)), x), 5)
         found[f"{x.nbytes} bytes"] = 1e6 * seconds / count
     return found
+
+
+def profiled(run: Any, folder: Path) -> dict[str, Any]:
+    """Where the time of a run goes; what the profiler says if it cannot."""
+    try:
+        with jax.profiler.trace(str(folder)):
+            run()
+        return where_time_goes(folder)
+    except (RuntimeError, OSError, ValueError) as error:
+        return {"error": str(error)[:500]}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def where_time_goes(folder: Path, top: int = 12) -> dict[str, Any]:
@@ -305,11 +316,8 @@ def main(options: MeshConfig) -> None:
                 found["left_out"].append(f"{mesh_text} rows={rows}")
                 continue
             parts = parts or (config, *cheap_weights(config, sharding.parse_mesh(mesh_text)))
-            profiled = trace / f"{mesh_text}-{rows}" if rows == 1 else None
-            row = measure(options, mesh_text, rows, parts, profiled)
-            if profiled:
-                row["profile"] = where_time_goes(profiled)
-            found["rows"].append(row)
+            watched = trace if rows == 1 else None
+            found["rows"].append(measure(options, mesh_text, rows, parts, watched))
             save()
         del parts  # before the next mesh's weights are made
     found["efficiency"] = efficiencies(found["rows"])

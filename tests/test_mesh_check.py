@@ -51,7 +51,9 @@ def test_it_measures_every_case(script, tmp_path, monkeypatch):
     }
     assert "ms_per_block_step" in found["variants"]["default"]
     assert "xla_there_is_none" in found["variants"]["one-shot all-reduce"]["error"]
-    assert not list(target.parent.glob("*.tmp"))
+    assert ["profile" in row for row in found["rows"]] == [True, True, False]
+    assert found["rows"][1]["profile"]["planes"]
+    assert list(target.parent.iterdir()) == [target]  # no trace, no half-written result is left
 
 
 def test_nothing_starts_late(script, tmp_path):

@@ -1,7 +1,7 @@
 """The same tokens, losses and gradients on every mesh, and what the compiled programs send.
 
-Eight virtual CPU devices. What decodes today stands in REPLAYS: a family that joins test_goldens'
-tables is replayed here as well; the few in QUICK run by default, the rest with `-m slow`.
+Eight virtual CPU devices. Whatever test_traces replays is replayed here on meshes, by its own
+tests; the few in QUICK by default, the rest with `-m slow`.
 """
 
 import dataclasses
@@ -24,18 +24,10 @@ from jdllm.llm import LLM
 from jdllm.load import load_parts
 from jdllm.model import forward, named
 from jdllm.tasks import countdown
+from tests import test_traces
 from tests.collectives import Collective, in_loops
 from tests.models import on_mesh, random_arrays
-from tests.test_goldens import (
-    CASES,
-    CONFIGS,
-    EOT,
-    ROOT,
-    Case,
-    left_aligned,
-    llada_config,
-    with_mask,
-)
+from tests.recordings import ROOT, Case, Checkpoint, has_ties, load, supported
 
 MESHES = ("8x1", "4x2", "2x4", "1x8")
 TINY = dataclasses.replace(NAMED["tiny"], heads=8, kv_heads=8, head_dim=8)
@@ -48,29 +40,38 @@ MODELS = {
         moe=MoEConfig(experts=8, top_k=2, expert_mlp=16, shared_mlp=32, dense_layers=(0,)),
     ),
 }
+MODELS["blocks"] = dataclasses.replace(MODELS["experts"], kv_heads=2, block_causal=8)
 
 
-def splits(config: ModelConfig, mesh: str) -> bool:
-    """Whether the query heads divide."""
-    return config.heads % sharding.parse_mesh(mesh).shape["model"] == 0
+def spread(request: Request, mesh: jax.sharding.Mesh) -> Request:
+    """The rows by shards of the batch, filled up with idle ones, which hold no mask."""
+    count = len(request.tokens)
+    spare = -count % mesh.shape["data"]
+
+    def more(x: jax.Array, axis: int = 0) -> jax.Array:
+        return jnp.concatenate([x, jnp.take(x, jnp.zeros(spare, int), axis=axis)], axis)
+
+    idle = jnp.arange(count + spare) >= count
+    parts = (more(request.tokens) * ~idle[:, None], more(request.prompt_lengths))
+    placed = jax.device_put((*parts, more(request.keys), idle), sharding.by_row(mesh))
+    recorded = request.recorded
+    if recorded is not None:
+        recorded = jax.device_put(more(recorded, 1), NamedSharding(mesh, P(None, "data")))
+    return Request(*placed, recorded=recorded)
 
 
-def rows(mesh: jax.sharding.Mesh, lengths: list[int], prompts: np.ndarray, facts: Any) -> Request:
-    """Rows [prompt | masks | padding] by shards of the batch, filled up with idle ones."""
-    config, gen, draws = facts
-    count = -(-len(lengths) // mesh.shape["data"]) * mesh.shape["data"]
-    tokens = np.full((count, prompts.shape[1] + gen), config.pad_id, np.int32)
-    for row, length in enumerate(lengths):
-        tokens[row, :length] = prompts[row, :length]
-        tokens[row, length : length + gen] = config.mask_id
-    spare = count - len(lengths)
-    keys = jax.random.split(jax.random.key(0), count)
-    by_row = (tokens, np.array([*lengths, *[1] * spare], np.int32), keys)
-    placed = jax.device_put((*by_row, np.arange(count) >= len(lengths)), sharding.by_row(mesh))
-    if draws is not None:
-        draws = np.pad(draws, [(0, 0), (0, spare), *[(0, 0)] * (draws.ndim - 2)], mode="edge")
-        draws = jax.device_put(draws.astype(np.float32), NamedSharding(mesh, P(None, "data")))
-    return Request(*placed, recorded=draws)
+def fresh_request(config: ModelConfig, prompts: list[list[int]], gen: int) -> Request:
+    """Rows [prompt | masks | padding]."""
+    tokens = np.full((len(prompts), max(map(len, prompts)) + gen), config.pad_id, np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+        tokens[row, len(prompt) :][:gen] = config.mask_id
+    return Request(
+        tokens=jnp.array(tokens),
+        prompt_lengths=jnp.array([len(p) for p in prompts], jnp.int32),
+        keys=jax.random.split(jax.random.key(0), len(prompts)),
+        idle=jnp.zeros(len(prompts), bool),
+    )
 
 
 # What the compiled loops send
@@ -79,8 +80,7 @@ def rows(mesh: jax.sharding.Mesh, lengths: list[int], prompts: np.ndarray, facts
 def program(name: str, mesh: str, options: DecodeConfig) -> str:
     config, grid = MODELS[name], sharding.parse_mesh(mesh)
     graph, params = on_mesh(config, random_arrays(config), grid)
-    gen = options.gen_length or 0
-    request = rows(grid, [8] * 8, np.zeros((8, 8), np.int32), (config, gen, None))
+    request = spread(fresh_request(config, [[0] * 8] * 8, options.gen_length or 0), grid)
     lowered = decode.lower(graph, params, request, make_setup(options, config))
     return lowered.compile().as_text() or ""
 
@@ -92,7 +92,6 @@ def part(found: Collective) -> str:
 
 
 OPTIONS = DecodeConfig(gen_length=16, block_length=8).resolve()
-HEAD = 4  # what XLA makes of argmax and logsumexp over logits [B, N, V] in slices of V
 
 
 @pytest.mark.parametrize(
@@ -100,7 +99,7 @@ HEAD = 4  # what XLA makes of argmax and logsumexp over logits [B, N, V] in slic
     [("multi-head", "1x8"), ("grouped", "2x4"), ("experts", "4x2"), ("tied", "2x4")],
 )
 def test_a_model_axis_sums_twice_a_layer(name: str, mesh: str):
-    """An all-reduce a branch and one for the lookup; the head sends numbers, never logits."""
+    """An all-reduce a branch, one for the lookup and one for the head, of a few numbers."""
     config, text = MODELS[name], program(name, mesh, OPTIONS)
     shape = sharding.parse_mesh(mesh).shape
     conditions, passes = in_loops(text)
@@ -113,9 +112,9 @@ def test_a_model_axis_sums_twice_a_layer(name: str, mesh: str):
         )
         assert sorted(map(part, model)) == sorted(branches | {"embed"})
         assert {x.kind for x in model} == {"all-reduce"}
-        assert len(head) <= HEAD
         positions = 8 // shape["data"] * (OPTIONS.block_length or 0)
-        assert sum(x.elements for x in head) <= 4 * shape["model"] * positions
+        assert [x.kind for x in head] == ["all-reduce"]
+        assert head[0].elements == 4 * shape["model"] * positions
 
 
 @pytest.mark.parametrize(
@@ -129,94 +128,103 @@ def test_a_model_axis_sums_twice_a_layer(name: str, mesh: str):
 )
 def test_a_data_axis_exchanges_a_done_flag(name: str, options: dict[str, Any]):
     """A single scalar a step, in the condition of the loop, and one a block."""
-    text = program(name, "8x1", dataclasses.replace(OPTIONS, **options).resolve())
-    conditions, passes = in_loops(text)
+    conditions, passes = in_loops(program(name, "8x1", dataclasses.replace(OPTIONS, **options)))
     assert not passes
-    assert conditions
+    assert len(conditions) == 2
     for sent in conditions:
         assert [(x.kind, x.shape) for x in sent] == [("all-reduce", "pred[]")]
+
+
+def test_a_block_cache_asks_once_a_block_whether_to_write():
+    """Another flag: whether any row's finished block is not in the cache yet."""
+    options = DecodeConfig(gen_length=16, block_length=8).resolve(model=MODELS["blocks"])
+    conditions, passes = in_loops(program("blocks", "8x1", options))
+    assert len(conditions) == 2 and len(passes) == 1
+    for sent in conditions + passes:
+        assert [(x.kind, x.shape) for x in sent] == [("all-reduce", "pred[]")]
+
+
+def test_rules_that_read_logits_send_numbers_a_position():
+    """XLA splits max, sum and argmax over slices of the vocabulary; logits stay where they are."""
+    options = dataclasses.replace(OPTIONS, remasking="entropy")
+    _, passes = in_loops(program("grouped", "2x4", options))
+    positions = 4 * (OPTIONS.block_length or 0)
+    for sent in passes:
+        head = [x for x in sent if part(x) == "head"]
+        assert 0 < sum(x.elements for x in head) <= 4 * 4 * positions
 
 
 # The same tokens
 
 
-def replayed(case: Case) -> bool:
-    return (case.kind == "decode" and case.name in CONFIGS) or (
-        case.kind == "traces" and case.name == "traces_llada_loop"
-    )
-
-
-REPLAYS = [case for case in CASES if replayed(case)]
+REPLAYS = [
+    (test_traces.test_decode, param.values[0])
+    for param in supported("decode")
+    if not has_ties(param)
+] + [(test_traces.test_engines, param.values[0]) for param in supported("traces")]
 QUICK = {
-    ("decode-fast_llada-dual_thr0.6", "8x1"),
-    ("decode-fast_llada-dual_gqa_thr0.6", "2x4"),
-    ("decode-llada-cfg_batch2_leftpad", "4x2"),
-    ("llada_moe-traces_llada_loop-", "2x4"),
+    "decode-fast_llada-dual_oneblock_thr0.7-8x1",
+    "decode-fast_llada-prefix_gqa_thr0.6-2x4",
+    "decode-llada-cfg_batch2_leftpad-4x2",
+    "decode-dream-entropy_batch2-2x4",
+    "decode-dinfer-itersmooth_dual-4x2",
+    "llada_moe-traces_llada_loop-steps6_b24-2x4",
+    "llada2_moe-traces_official-p3_bl8_t30-4x2",
 }
 
 
 def replays() -> list[Any]:
-    pairs = [(case, mesh) for case in REPLAYS for mesh in MESHES]
-    found, quick = [], set(QUICK)
-    for case, mesh in pairs:
-        hit = {q for q in quick if case.id.startswith(q[0]) and mesh == q[1]}
-        quick -= hit  # of several that a prefix names, the first
-        marks = () if hit else (pytest.mark.slow,)
-        found.append(pytest.param(case, mesh, id=f"{case.id}-{mesh}", marks=marks))
+    found = []
+    for replay, case in REPLAYS:
+        for mesh in MESHES:
+            name = f"{case.id}-{mesh}"
+            marks = () if name in QUICK else (pytest.mark.slow,)
+            found.append(pytest.param(replay, case, mesh, id=name, marks=marks))
     return found
 
 
-def recorded(case: Case, config: ModelConfig) -> tuple[Any, DecodeConfig, Any]:
-    """Prompts [B, P] with their lengths, options, and draws with the final rows."""
-    if case.kind == "traces":
-        params = {k: v for k, v in case.entry["params"].items() if k != "mask_id"}
-        prompt = np.array([case.entry["prompt_ids"]])
-        final = np.array([case.entry["output_ids"]])
-        return (prompt, [prompt.shape[1]]), llada_config(params).resolve(), (None, final)
-    stored = np.load(case.path)
-    shown = stored["attention_mask"] if "attention_mask" in stored else stored["prompt"] >= 0
-    aligned, lengths = left_aligned(stored["prompt"], shown)
-    draws = stored.get("uniforms")
-    options = CONFIGS[case.name](case.entry["params"]).resolve()
-    return (aligned, lengths.tolist()), options, (draws, stored["final"])
+def test_the_quick_ones_are_there():
+    names = {param.id for param in replays()}
+    assert names >= QUICK or not QUICK & names  # another set of goldens has none of them
 
 
-@pytest.mark.parametrize(("case", "mesh"), replays())
-def test_goldens_on_a_mesh(case: Case, mesh: str, tmp_path: Path):
-    """Tokens and NFE of the recorded runs, exactly."""
-    folder = case.path.parent if case.kind == "traces" else ROOT / case.entry["checkpoint"]
-    folder = with_mask(folder, tmp_path)
+@pytest.mark.parametrize(("replay", "case", "mesh"), replays())
+def test_goldens_on_a_mesh(replay: Any, case: Case, mesh: str, monkeypatch: pytest.MonkeyPatch):
+    """Canvases, NFE and outputs of the recorded runs, exactly; rows are split, too."""
     grid = sharding.parse_mesh(mesh)
-    config, graph, params = load_parts(str(folder), sharding.parse_mesh("1x1"), "float32")
-    config = dataclasses.replace(config, stop_ids=(config.eos_id, EOT))
-    if not splits(config, mesh):
-        with pytest.raises(ValueError, match="cannot be split over"):
-            load_parts(str(folder), grid, "float32")
-        return
-    arrays = {name: np.asarray(leaf[...]) for name, leaf in named(params).items()}
-    graph, params = on_mesh(config, arrays, grid)
-    (prompts, lengths), options, (draws, final) = recorded(case, config)
-    gen = options.gen_length or 0
-    request = rows(grid, lengths, prompts, (config, gen, draws))
-    state = decode(graph, params, request, make_setup(options, config))
-    assert int(state.forwards) == case.entry["nfe"]
-    count, width = len(lengths), prompts.shape[1]
-    assert state.nfe.tolist()[:count] == [case.entry["nfe"]] * count
-    assert not any(state.nfe.tolist()[count:])
-    for row, length in enumerate(lengths):
-        ours = np.asarray(state.tokens)[row, : length + gen]
-        np.testing.assert_array_equal(ours, final[row, width - length :])
+
+    def place(folder: Path) -> Checkpoint:
+        one = load(folder)
+        arrays = {name: np.asarray(leaf[...]) for name, leaf in named(one.params).items()}
+        return dataclasses.replace(one, params=on_mesh(one.config, arrays, grid)[1])
+
+    def run(graph: Any, params: Any, request: Request, *rest: Any, **options: Any) -> Any:
+        state = decode(graph, params, spread(request, grid), *rest, **options)
+        count = len(request.tokens)
+        assert not np.asarray(state.nfe[count:]).any()
+        trace = jax.tree.map(lambda x: x[:, :count] if x.ndim > 1 else x, state.trace)
+        return dataclasses.replace(
+            state, tokens=state.tokens[:count], nfe=state.nfe[:count], trace=trace
+        )
+
+    monkeypatch.setattr(test_traces, "load", place)
+    monkeypatch.setattr(test_traces, "decode", run)
+    try:
+        replay(case)
+    except ValueError as error:
+        folder = ROOT / case.entry["checkpoint"] if case.kind == "decode" else case.path.parent
+        heads = load(folder).config.heads
+        assert heads % grid.shape["model"] and "cannot be split over" in str(error)
 
 
-@pytest.mark.parametrize("mesh", ["8x1", "4x2"])
-def test_uneven_and_small_batches(mesh: str):
+def test_uneven_and_small_batches():
     """A last batch that does not divide, and one row alone, get what they get on one device."""
     arrays = random_arrays(TINY, seed=1, sharpness=5)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 300, n).tolist() for n in (5, 17, 9, 30, 3, 8, 4, 11, 21)]
     options = DecodeConfig(gen_length=16, block_length=8, threshold=0.5)
     found = []
-    for text in ("1x1", mesh):
+    for text in ("1x1", "4x2"):
         grid = sharding.parse_mesh(text)
         llm = LLM(TINY, *on_mesh(TINY, arrays, grid), grid)
         together = llm.generate(prompts, options, batch_size=4)
@@ -263,22 +271,20 @@ def gaps(model: Any, canvases_FT: np.ndarray, length: int, options: DecodeConfig
 def test_the_bundled_model_differs_in_near_ties_only(mesh: str):
     """Every row whose decisions are all wider than 1e-4 has the same tokens and NFE."""
     one = LLM.load("bundled", "1x1")
-    docs = countdown.generate(16, seed=5, held_out=True)
+    docs = countdown.generate(8, seed=5, held_out=True)
     prompts = one.encode([countdown.prompt(doc) for doc in docs])
-    lengths = [len(p) for p in prompts]
-    padded = np.array([p + [0] * (max(lengths) - len(p)) for p in prompts])
     options = DecodeConfig(gen_length=24, block_length=24, cache="none").resolve()
     setup, states = make_setup(options, one.config), {}
     for text in ("1x1", mesh):
         grid = sharding.parse_mesh(text)
         config, graph, params = load_parts("bundled", grid)
-        request = rows(grid, lengths, padded, (config, options.gen_length, None))
+        request = spread(fresh_request(config, prompts, options.gen_length or 0), grid)
         states[text] = decode(graph, params, request, setup, trace=True)
     model: Any = nnx.merge(*load_parts("bundled", sharding.parse_mesh("1x1"))[1:])
     single, split = states["1x1"], states[mesh]
-    trace = np.asarray(single.trace)[: int(single.forwards) + 1]
+    trace = np.asarray(single.trace.tokens)[: int(single.forwards) + 1]
     clear = []
-    for row, length in enumerate(lengths):
+    for row, length in enumerate(map(len, prompts)):
         same = np.array_equal(single.tokens[row], split.tokens[row])
         same = same and int(single.nfe[row]) == int(split.nfe[row])
         clear.append(gaps(model, trace[:, row], length, options) > NEAR)

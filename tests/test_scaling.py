@@ -26,11 +26,19 @@ def script() -> Any:
     del sys.modules["cost_model"]
 
 
+def numbers(table: str) -> list[float]:
+    return [float(x.replace(",", "")) for x in re.findall(r"[\d,]+", table) if x != ","]
+
+
 def test_the_page_shows_what_the_script_finds(script):
+    """Exactly, but for the memory that another version of XLA may plan a little differently."""
     page = (ROOT / "docs" / "scaling.md").read_text()
     found = script.tables()
+    shown = dict(re.findall("<!-- table: (.*?) -->\n(.*?)\n<!-- end of table -->", page, re.DOTALL))
+    assert shown.keys() == found.keys()
+    assert numbers(shown.pop("head")) == pytest.approx(numbers(found.pop("head")), rel=0.1)
+    assert shown == found
     assert script.with_tables(page, found) == page
-    assert set(re.findall("<!-- table: (.*) -->", page)) == set(found)
 
 
 def test_measured_passes_of_one_device_are_met(script):

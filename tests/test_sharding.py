@@ -156,6 +156,17 @@ def test_attention_of_any_grouping_on_any_mesh(heads: int, kv_heads: int, mesh: 
     np.testing.assert_allclose(logits[1], logits[0], atol=1e-5)
 
 
+def test_rows_that_do_not_divide_are_everybodys():
+    """A batch that LLM did not fill up still works, on every device alike."""
+    config = dataclasses.replace(SPARSE, layers=1)
+    arrays, logits = random_arrays(config), []
+    for text in ("1x1", "4x2"):
+        model = nnx.merge(*on_mesh(config, arrays, text))
+        tokens, visible = np.arange(15).reshape(3, 5), np.ones((3, 5), bool)
+        logits.append(jax.jit(forward, static_argnums=3)(model, tokens, visible, jnp.float32))
+    np.testing.assert_allclose(logits[1], logits[0], atol=1e-5)
+
+
 @pytest.mark.parametrize("implementation", EXPERTS)
 def test_picks_of_other_devices_add_nothing(implementation: str):
     rng = np.random.default_rng(0)
@@ -195,8 +206,7 @@ def test_two_axes_on_one_mesh_axis_are_refused():
         sharding.spec("w", (4, 4), ("heads", "mlp"), mesh)
 
 
-@pytest.mark.parametrize("mesh", ["8x1", "4x2", "2x2", "1x4"])
-@pytest.mark.parametrize("cfg_scale", [0.0, 1.0])
+@pytest.mark.parametrize(("mesh", "cfg_scale"), [("8x1", 1.0), ("4x2", 0.0), ("1x4", 1.0)])
 def test_every_mesh_decodes_the_same_tokens(mesh: str, cfg_scale: float):
     """Five prompts, so that batches do not divide; sharp random weights, so that no ties come."""
     config = NAMED["tiny"]
