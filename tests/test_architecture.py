@@ -14,9 +14,16 @@ FLOORS: list[list[str]] = [
     ["jdllm.configs", "jdllm.cache", "jdllm.weights", "jdllm.moe", "jdllm.model"],
     ["jdllm.unmask", "jdllm.stop", "jdllm.checkpoint"],
     ["jdllm.decode", "jdllm.train"],
-    ["jdllm.tokenizer", "jdllm.convert", "jdllm.tasks", "jdllm.data", "jdllm.load"],
+    [
+        "jdllm.tokenizer",
+        "jdllm.convert",
+        "jdllm.tasks",
+        "jdllm.data",
+        "jdllm.load",
+        "jdllm.machine",
+    ],
     ["jdllm.llm", "jdllm.harness"],
-    ["jdllm.eval", "jdllm.generate", "jdllm.sft", "jdllm.convert.__main__"],
+    ["jdllm.eval", "jdllm.generate", "jdllm.sft", "jdllm.doctor", "jdllm.convert.__main__"],
 ]
 # Pairs that the order alone would allow.
 FORBIDDEN = {
@@ -32,6 +39,7 @@ OUTSIDE = GROUND | {
     "huggingface_hub",
     "lm_eval",
     "ml_dtypes",
+    "packaging",
     "safetensors",
     "tokenizers",
     "tqdm",

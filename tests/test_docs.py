@@ -14,6 +14,7 @@ import pytest
 from jdllm import cli
 from jdllm.convert.__main__ import ConvertConfig, ExportConfig
 from jdllm.convert.families import FAMILIES
+from jdllm.doctor import DoctorConfig
 from jdllm.eval import EvalConfig
 from jdllm.generate import GenerateConfig
 from jdllm.sft import SFTConfig
@@ -22,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES.append(ROOT / "jdllm" / "bundled" / "README.md")
 CONFIGS = {
+    "jdllm.doctor": DoctorConfig,
     "jdllm.eval": EvalConfig,
     "jdllm.generate": GenerateConfig,
     "jdllm.sft": SFTConfig,
