@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "model")
@@ -72,7 +72,7 @@ def describe(mesh: Mesh) -> str:
     return f"mesh data={mesh.shape['data']} x model={mesh.shape['model']} on {kind}"
 
 
-def spec(name: str, shape: Sequence[int], axes: Sequence[str], mesh: Mesh) -> P:
+def spec(name: str, shape: Sequence[int], axes: Sequence[str], mesh: Mesh | AbstractMesh) -> P:
     """The PartitionSpec of a weight called `name` with logical `axes`, under RULES.
 
     Raises ValueError, naming the weight, where an axis does not divide or two axes collide.
@@ -103,3 +103,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def by_row(mesh: Mesh) -> NamedSharding:
     """Sharding of an array whose leading axis is the batch."""
     return NamedSharding(mesh, P(RULES["batch"]))
+
+
+def abstract_mesh(text: str) -> AbstractMesh:
+    """The mesh that `text` describes as a shape alone, whether or not there are the devices."""
+    return AbstractMesh(_sizes(text, jax.device_count()), AXES)

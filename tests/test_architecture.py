@@ -13,7 +13,7 @@ FLOORS: list[list[str]] = [
     ["jdllm.kernels", "jdllm.sharding", "jdllm.cli", "jdllm.files"],
     ["jdllm.configs", "jdllm.cache", "jdllm.weights", "jdllm.moe", "jdllm.model"],
     ["jdllm.unmask", "jdllm.stop", "jdllm.checkpoint"],
-    ["jdllm.decode", "jdllm.train"],
+    ["jdllm.decode", "jdllm.train", "jdllm.plan"],
     [
         "jdllm.tokenizer",
         "jdllm.convert",

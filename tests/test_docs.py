@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from jdllm import cli
-from jdllm.convert.__main__ import ConvertConfig, ExportConfig
+from jdllm.convert.__main__ import ConvertConfig, ExportConfig, PlanConfig, with_model
 from jdllm.convert.families import FAMILIES
 from jdllm.doctor import DoctorConfig
 from jdllm.eval import EvalConfig
@@ -28,6 +28,7 @@ CONFIGS = {
     "jdllm.generate": GenerateConfig,
     "jdllm.sft": SFTConfig,
     "jdllm.convert export": ExportConfig,
+    "jdllm.convert plan": PlanConfig,
 } | {f"jdllm.convert {family}": ConvertConfig for family in FAMILIES}
 
 
@@ -51,6 +52,8 @@ def test_every_command_parses(command: str):
     name = words.pop(0)
     if name == "jdllm.convert":
         name = f"{name} {words.pop(0)}"
+    if name == "jdllm.convert plan":
+        words = with_model(words)
     config = CONFIGS[name]
     default = ConvertConfig(source="x") if config is ConvertConfig else None
     parsed = cli.parse(config, words, name, default)

@@ -169,7 +169,12 @@ def test_text_ends_at_the_end_of_turn_too(tmp_path: Path, eos: int, stops: tuple
 
 
 @pytest.mark.parametrize(
-    "name, parameters", [("dream-7b", 7_615_616_512), ("qwen2.5-0.5b", 494_032_768)]
+    "name, parameters",
+    [
+        ("dream-7b", 7_615_616_512),
+        ("qwen2.5-0.5b", 494_032_768),
+        ("llada-moe-7b", 7_356_880_896),
+    ],
 )
 def test_named_shapes_are_those_of_the_published_configs(name: str, parameters: int):
     config = NAMED[name]
