@@ -91,11 +91,9 @@ def convert(source: Source, tokenizer_files: Path, output: Path) -> None:
     with files.atomic_folder(output) as folder:
         files.require_space(folder, needed)
         if "tokenizer.json" not in copy_tokenizer(tokenizer_files, folder):
-            slow = (folder / "vocab.json").exists()
-            unread = " (vocab.json is copied, but not read)" if slow else ""
             print(
-                f"warning: {tokenizer_files} has no tokenizer.json{unread}, so the model will "
-                "take token ids only",
+                f"warning: {tokenizer_files} has no tokenizer.json, so the model will take token "
+                "ids only",
                 file=sys.stderr,
             )
         with contextlib.closing(progress(source)) as units:

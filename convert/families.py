@@ -11,6 +11,7 @@ from jdllm.configs import ModelConfig
 from jdllm.convert import dream, llada, llada2, llada_moe, qwen2
 from jdllm.convert.shards import DTYPES, Shards
 from jdllm.convert.table import ANY, ConversionError, Family, check, kept, stream
+from jdllm.tokenizer import added_tokens
 
 FAMILIES: dict[str, Family] = {
     "llada": llada.FAMILY,
@@ -75,12 +76,11 @@ def check_keys(family: Family, hf: dict[str, Any], allow_unknown: Sequence[str] 
 
 
 def special_tokens(folder: Path) -> dict[str, int]:
-    """Ids of the added tokens in tokenizer.json, by text; empty without that file."""
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        return {}
-    added = _read_json(path).get("added_tokens", [])
-    return {token["content"]: token["id"] for token in added}
+    """Ids of the tokenizer's added tokens, by text; empty without a tokenizer."""
+    try:
+        return {token["content"]: token["id"] for token in added_tokens(folder)}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConversionError(f"the tokenizer in {folder} cannot be read: {error}") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
