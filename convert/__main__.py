@@ -31,6 +31,10 @@ from jdllm.plan import Planner
 from jdllm.tokenizer import copy_tokenizer
 
 PROG = "python -m jdllm.convert"
+# Subcommands that convert: the family of each, and the Hugging Face id that it converts by default.
+COMMANDS = {name: (name, family.source) for name, family in FAMILIES.items()} | {
+    "diffucoder": ("dream", "apple/DiffuCoder-7B-Instruct")
+}
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -108,10 +112,10 @@ def progress(source: Source) -> Generator[tuple[str, dict[str, LazyArray]]]:
             bar.update(sum(lazy.size for lazy in arrays.values()))
 
 
-def run_convert(family: str, words: Sequence[str]) -> None:
-    """The subcommand of one family."""
-    default = ConvertConfig(source=FAMILIES[family].source)
-    config = cli.parse(ConvertConfig, words, f"{PROG} {family}", default)
+def run_convert(command: str, words: Sequence[str]) -> None:
+    """One of COMMANDS."""
+    family, source = COMMANDS[command]
+    config = cli.parse(ConvertConfig, words, f"{PROG} {command}", ConvertConfig(source=source))
     output = config.output or converted_folder(config.source)
     files.refuse_existing(output)
     folder = fetch(config.source)
@@ -130,11 +134,12 @@ def run_export(words: Sequence[str]) -> None:
 def describe_model(model: str) -> ModelConfig:
     """The facts of what `plan` was asked about; of a repository only its config.json is fetched."""
     of_family = {config.family: config for config in reversed(NAMED.values())}
-    if config := NAMED.get(model.removeprefix("random:")) or of_family.get(model):
+    family = COMMANDS[model][0] if model in COMMANDS else None
+    if config := NAMED.get(model.removeprefix("random:")) or of_family.get(family or ""):
         return config
     if "/" not in model and not Path(model).is_dir():
         raise ValueError(
-            f"{model} is neither a family ({', '.join(FAMILIES)}) nor a named shape "
+            f"{model} is neither a family ({', '.join(COMMANDS)}) nor a named shape "
             f"({', '.join(NAMED)}) nor a folder"
         )
     folder = fetch(model, ["config.json", "tokenizer.json"])
@@ -183,7 +188,7 @@ def run_plan(words: Sequence[str]) -> None:
 def main(words: Sequence[str] | None = None) -> None:
     """Runs a subcommand; a checkpoint that cannot be converted is one sentence and status 1."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs a traceback before it raises
-    commands = {family: partial(run_convert, family) for family in FAMILIES}
+    commands = {command: partial(run_convert, command) for command in COMMANDS}
     with cli.one_sentence():
         cli.dispatch(commands | {"export": run_export, "plan": run_plan}, words, PROG)
 

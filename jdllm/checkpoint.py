@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jdllm import sharding
 from jdllm.configs import ModelConfig, is_converted
-from jdllm.model import abstract, assemble, named
+from jdllm.model import Transformer, abstract, assemble, named
 
 PIECE_BYTES = 4 << 20  # how much of a weight is read, encoded and written at a time
 
@@ -211,10 +211,10 @@ def place_stream(
     return assemble(config, arrays)
 
 
-def random_model(config: ModelConfig, mesh: Mesh, seed: int = 0) -> tuple[nnx.GraphDef, nnx.State]:
-    """Random weights made directly on the devices, in the target sharding."""
-    from jdllm.model import Transformer
-
+def random_maker(
+    config: ModelConfig, mesh: Mesh
+) -> tuple[nnx.GraphDef, Callable[[jax.Array], nnx.State]]:
+    """Static graph, and the jitted function that makes weights of a key in the target sharding."""
     targets = placements(config, mesh)
     graph, params = nnx.split(abstract(config))
     shardings = jax.tree.unflatten(jax.tree.structure(params), list(targets.values()))
@@ -222,4 +222,10 @@ def random_model(config: ModelConfig, mesh: Mesh, seed: int = 0) -> tuple[nnx.Gr
     def make(key: jax.Array) -> nnx.State:
         return nnx.state(Transformer(config, nnx.Rngs(params=key)))
 
-    return graph, jax.jit(make, out_shardings=shardings)(jax.random.key(seed))
+    return graph, jax.jit(make, out_shardings=shardings)
+
+
+def random_model(config: ModelConfig, mesh: Mesh, seed: int = 0) -> tuple[nnx.GraphDef, nnx.State]:
+    """Random weights made directly on the devices, in the target sharding."""
+    graph, make = random_maker(config, mesh)
+    return graph, make(jax.random.key(seed))

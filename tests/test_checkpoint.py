@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from jdllm import checkpoint, sharding
 from jdllm.checkpoint import LazyArray
-from jdllm.configs import NAMED, is_converted
+from jdllm.configs import NAMED, count_parameters, is_converted
 from jdllm.files import atomic_folder
 from jdllm.model import named
 
@@ -169,6 +169,21 @@ def test_random_models_do_not_depend_on_the_mesh():
 
 
 # ---------------------------------------------------------------- folders
+
+
+@pytest.mark.parametrize("mesh", ["1x1", "1x2", "2x4"])
+@pytest.mark.parametrize("name", [name for name in NAMED if name != "llada-1.5"])
+def test_random_weights_of_every_named_shape(name: str, mesh: str):
+    """Abstractly, nothing is allocated: all of a model's parameters, in shapes that shard."""
+    config, grid = NAMED[name], sharding.parse_mesh(mesh)
+    if config.heads % grid.shape["model"]:
+        with pytest.raises(ValueError, match="cannot be split over"):
+            checkpoint.random_maker(config, grid)
+        return
+    graph, make = checkpoint.random_maker(config, grid)
+    made = jax.eval_shape(make, jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(made)) == count_parameters(config)
+    assert nnx.merge(graph, made).config == config
 
 
 def test_atomic_folder_appears_at_the_end(tmp_path: Path):

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from jdllm import cli
-from jdllm.convert.__main__ import ConvertConfig, ExportConfig, PlanConfig, with_model
+from jdllm.configs import NAMED, count_parameters
+from jdllm.convert.__main__ import COMMANDS, ConvertConfig, ExportConfig, PlanConfig, with_model
 from jdllm.convert.families import FAMILIES
 from jdllm.doctor import DoctorConfig
 from jdllm.eval import EvalConfig
@@ -29,7 +30,7 @@ CONFIGS = {
     "jdllm.sft": SFTConfig,
     "jdllm.convert export": ExportConfig,
     "jdllm.convert plan": PlanConfig,
-} | {f"jdllm.convert {family}": ConvertConfig for family in FAMILIES}
+} | {f"jdllm.convert {family}": ConvertConfig for family in COMMANDS}
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -102,6 +103,18 @@ def test_links_lead_somewhere(page: Path):
     links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
     missing = [x for x in links if "://" not in x and not (page.parent / x).exists()]
     assert not missing
+
+
+def test_the_table_of_families_is_complete_and_true():
+    """Every family, the id that it converts by default, and the size of its first named shape."""
+    rows = re.findall(r"^\| .*\(`(\w+)`\) \|(.*)\|$", (ROOT / "README.md").read_text(), re.M)
+    assert [family for family, _ in rows] == list(FAMILIES)
+    for family, row in rows:
+        ids, parameters, memory = (cell.strip() for cell in row.split("|")[:3])
+        assert all(source in ids for command, source in COMMANDS.values() if command == family)
+        count = next(count_parameters(c) for c in NAMED.values() if c.family == family)
+        assert float(parameters.removesuffix(" B")) == round(count / 1e9, 1)
+        assert int(memory.removesuffix(" GB")) == round(2 * count / 1e9)
 
 
 def test_the_table_is_the_measured_one():
