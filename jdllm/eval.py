@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 import jdllm
-from jdllm import cli, sharding
+from jdllm import cli, processes, sharding
 from jdllm.configs import ModelConfig, count_parameters
 from jdllm.decode import DecodeConfig
 from jdllm.files import atomic_file
@@ -246,7 +246,8 @@ def evaluate(config: EvalConfig) -> tuple[dict[str, Any], list[TaskResult]]:
     decode = llm.resolve(config.decode, gen_length=length)
     parameters = count_parameters(llm.config)
     print(f"model {config.model}: {parameters:,} parameters in {llm.config.dtype}")
-    print(f"{sharding.describe(llm.mesh)} ({os.cpu_count()} CPU cores, jax {jax.__version__})")
+    where = f"{processes.describe()}, {sharding.describe(llm.mesh)}"
+    print(f"{where} ({os.cpu_count()} CPU cores, jax {jax.__version__})")
     results = []
     for name, chosen in docs.items():
         lm = JdllmLM(llm, decode=decode, batch_size=config.batch_size)
@@ -282,6 +283,7 @@ def report(config: EvalConfig, model: ModelConfig, results: Sequence[TaskResult]
 
 def main(config: EvalConfig) -> None:
     """Evaluates, prints the table and an example, and writes the output folder if there is one."""
+    processes.initialize()
     enable_compilation_cache()
     if config.output:
         config.output.mkdir(parents=True, exist_ok=True)  # fails now rather than after the run

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jdllm import sharding
+from jdllm import processes, sharding
 from jdllm.configs import ModelConfig
 from jdllm.decode import DecodeConfig, DecodeState, Request, Setup, decode, make_setup
 from jdllm.load import load_parts, locate
@@ -192,7 +192,7 @@ class LLM:
             program, compile_seconds = self._program(request, setup)
             start = time.perf_counter()
             state: DecodeState = program(self._params, request)
-            tokens, nfe, forwards = jax.device_get((state.tokens, state.nfe, state.forwards))
+            tokens, nfe, forwards = processes.gather((state.tokens, state.nfe, state.forwards))
             seconds = time.perf_counter() - start
             completions = [
                 self._completion(row[len(rows[i]) :][:gen_length], int(count), stop)
@@ -216,7 +216,7 @@ class LLM:
         base = jax.random.key(config.seed)
         keys = jax.vmap(lambda n: jax.random.fold_in(base, n))(numbers)
         idle = np.arange(height) >= len(rows)
-        placed = jax.device_put((tokens, lengths, keys, idle), sharding.by_row(self.mesh))
+        placed = processes.place((tokens, lengths, keys, idle), sharding.by_row(self.mesh))
         return Request(*placed)
 
     def _program(self, request: Request, setup: Setup) -> tuple[Any, float]:

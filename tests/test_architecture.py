@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground up. A room may import rooms of lower floors, and those before it on its own.
 FLOORS: list[list[str]] = [
-    ["jdllm.kernels", "jdllm.sharding", "jdllm.cli", "jdllm.files"],
+    ["jdllm.kernels", "jdllm.sharding", "jdllm.processes", "jdllm.cli", "jdllm.files"],
     ["jdllm.configs", "jdllm.cache", "jdllm.weights", "jdllm.moe", "jdllm.model"],
     ["jdllm.unmask", "jdllm.stop", "jdllm.checkpoint"],
     ["jdllm.decode", "jdllm.train", "jdllm.plan"],
@@ -23,7 +23,14 @@ FLOORS: list[list[str]] = [
         "jdllm.machine",
     ],
     ["jdllm.llm", "jdllm.harness"],
-    ["jdllm.eval", "jdllm.generate", "jdllm.sft", "jdllm.doctor", "jdllm.convert.__main__"],
+    [
+        "jdllm.eval",
+        "jdllm.generate",
+        "jdllm.sft",
+        "jdllm.doctor",
+        "jdllm.launch",
+        "jdllm.convert.__main__",
+    ],
 ]
 # Pairs that the order alone would allow.
 FORBIDDEN = {

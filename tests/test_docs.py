@@ -18,6 +18,7 @@ from jdllm.convert.families import FAMILIES
 from jdllm.doctor import DoctorConfig
 from jdllm.eval import EvalConfig
 from jdllm.generate import GenerateConfig
+from jdllm.launch import LaunchConfig, split
 from jdllm.sft import SFTConfig
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +52,10 @@ def commands() -> list[str]:
 def test_every_command_parses(command: str):
     words = shlex.split(command)
     name = words.pop(0)
+    if name == "jdllm.launch":
+        own, words = split(words)
+        assert isinstance(cli.parse(LaunchConfig, own, name), LaunchConfig)
+        name = words.pop(0)
     if name == "jdllm.convert":
         name = f"{name} {words.pop(0)}"
     if name == "jdllm.convert plan":
