@@ -2,6 +2,7 @@
 
 python -m jdllm.convert llada source=GSAI-ML/LLaDA-1.5 output=models/llada-1.5
 python -m jdllm.convert export source=models/mine output=models/mine-hf
+python -m jdllm.convert plan llada-8b mesh=1x2 batch=16 length=1024 memory=80
 """
 
 import contextlib
@@ -13,17 +14,27 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
-from jdllm import checkpoint, cli, files
+from jdllm import checkpoint, cli, files, sharding
 from jdllm.checkpoint import LazyArray
+from jdllm.configs import NAMED, ModelConfig, count_parameters, is_converted
 from jdllm.convert.export import export
-from jdllm.convert.families import FAMILIES, Source, open_source
+from jdllm.convert.families import FAMILIES, Source, open_source, read_facts
 from jdllm.convert.fetch import converted_folder, fetch
+from jdllm.decode import DecodeConfig
+from jdllm.load import compute_dtype, enable_compilation_cache
+from jdllm.machine import read_memory
+from jdllm.plan import Planner
 from jdllm.tokenizer import copy_tokenizer
 
 PROG = "python -m jdllm.convert"
+# Subcommands that convert: the family of each, and the Hugging Face id that it converts by default.
+COMMANDS = {name: (name, family.source) for name, family in FAMILIES.items()} | {
+    "diffucoder": ("dream", "apple/DiffuCoder-7B-Instruct")
+}
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -55,17 +66,38 @@ class ExportConfig:
     """Largest size of one safetensors file."""
 
 
+@dataclasses.dataclass(frozen=True)
+class PlanConfig:
+    """Says what a model needs on a mesh, before anything is loaded."""
+
+    model: str
+    """A family, a named shape such as llada-8b, or a converted or Hugging Face folder or id."""
+    mesh: str = "auto"
+    """data x model, for example 4x2; it may be larger than this machine."""
+    batch: int = 8
+    """Rows that decode together, over the whole mesh."""
+    length: int | None = None
+    """Columns of a canvas: prompt and completion (default: 1024, or the model's)."""
+    memory: float | None = None
+    """GB of one device of another kind than this machine's (default: this machine, as it is)."""
+    dtype: str = "auto"
+    """As in the other commands; with memory=, auto is the stored one."""
+    decode: DecodeConfig = DecodeConfig()
+
+    def __post_init__(self):
+        if self.batch < 1 or (self.length or 1) < 1 or not (self.memory or 1) > 0:
+            raise ValueError("batch and length must be 1 or more, and memory more than 0")
+
+
 def convert(source: Source, tokenizer_files: Path, output: Path) -> None:
     """Streams `source` into `output`; OSError where its disk has no room for it."""
     needed = int(source.shards.count * np.dtype(source.config.dtype).itemsize * 1.02)
     with files.atomic_folder(output) as folder:
         files.require_space(folder, needed)
         if "tokenizer.json" not in copy_tokenizer(tokenizer_files, folder):
-            slow = (folder / "vocab.json").exists()
-            unread = " (vocab.json is copied, but not read)" if slow else ""
             print(
-                f"warning: {tokenizer_files} has no tokenizer.json{unread}, so the model will "
-                "take token ids only",
+                f"warning: {tokenizer_files} has no tokenizer.json, so the model will take token "
+                "ids only",
                 file=sys.stderr,
             )
         with contextlib.closing(progress(source)) as units:
@@ -80,10 +112,10 @@ def progress(source: Source) -> Generator[tuple[str, dict[str, LazyArray]]]:
             bar.update(sum(lazy.size for lazy in arrays.values()))
 
 
-def run_convert(family: str, words: Sequence[str]) -> None:
-    """The subcommand of one family."""
-    default = ConvertConfig(source=FAMILIES[family].source)
-    config = cli.parse(ConvertConfig, words, f"{PROG} {family}", default)
+def run_convert(command: str, words: Sequence[str]) -> None:
+    """One of COMMANDS."""
+    family, source = COMMANDS[command]
+    config = cli.parse(ConvertConfig, words, f"{PROG} {command}", ConvertConfig(source=source))
     output = config.output or converted_folder(config.source)
     files.refuse_existing(output)
     folder = fetch(config.source)
@@ -99,12 +131,66 @@ def run_export(words: Sequence[str]) -> None:
     print(f"wrote {config.output}")
 
 
+def describe_model(model: str) -> ModelConfig:
+    """The facts of what `plan` was asked about; of a repository only its config.json is fetched."""
+    of_family = {config.family: config for config in reversed(NAMED.values())}
+    family = COMMANDS[model][0] if model in COMMANDS else None
+    if config := NAMED.get(model.removeprefix("random:")) or of_family.get(family or ""):
+        return config
+    if "/" not in model and not Path(model).is_dir():
+        raise ValueError(
+            f"{model} is neither a family ({', '.join(COMMANDS)}) nor a named shape "
+            f"({', '.join(NAMED)}) nor a folder"
+        )
+    folder = fetch(model, ["config.json", "tokenizer.json"])
+    return checkpoint.read_config(folder) if is_converted(folder) else read_facts(folder)[1]
+
+
+def memory_here() -> int:
+    """Bytes that one device of this machine has for us; CPU devices share the host's."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit") or read_memory() // jax.local_device_count()
+
+
+def with_model(words: Sequence[str]) -> list[str]:
+    """`plan`'s words, of which the first may be the model alone."""
+    bare = bool(words) and "=" not in words[0] and not words[0].startswith("-")
+    return [f"model={words[0]}", *words[1:]] if bare else list(words)
+
+
+def run_plan(words: Sequence[str]) -> None:
+    """The subcommand plan."""
+    config = cli.parse(PlanConfig, with_model(words), f"{PROG} plan")
+    enable_compilation_cache()
+    model = describe_model(config.model)
+    elsewhere = config.memory is not None
+    if not elsewhere or config.dtype != "auto":
+        model = dataclasses.replace(model, dtype=compute_dtype(config.dtype, model.dtype))
+    mesh = sharding.abstract_mesh(config.mesh)
+    length = config.length or min(1024, model.max_length)
+    decoding = config.decode.resolve(gen_length=min(128, length), model=model)
+    planner = Planner(model, mesh, length, decoding, elsewhere)
+    plan = planner.plan(config.batch)
+    memory = int(config.memory * 1e9) if config.memory else memory_here()
+    print(
+        f"{config.model}: {count_parameters(model) / 1e9:.2f} B parameters in {model.dtype}\n"
+        f"mesh data={mesh.shape['data']} x model={mesh.shape['model']}, batch {config.batch}, "
+        f"{length} columns, {decoding.block_length} a block, cache {decoding.cache}\n\n"
+        f"GB on each device"
+    )
+    for part in dataclasses.fields(plan):
+        print(f"{part.name:<14}{getattr(plan, part.name) / 1e9:>8.3f}")
+    verdict = "fits" if plan.total <= memory else "does not fit"
+    print(f"{'total':<14}{plan.total / 1e9:>8.3f}  {verdict} in {memory / 1e9:.3f}")
+    print(f"largest batch that fits: {planner.largest_batch(memory)}")
+
+
 def main(words: Sequence[str] | None = None) -> None:
     """Runs a subcommand; a checkpoint that cannot be converted is one sentence and status 1."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs a traceback before it raises
-    commands = {family: partial(run_convert, family) for family in FAMILIES}
+    commands = {command: partial(run_convert, command) for command in COMMANDS}
     with cli.one_sentence():
-        cli.dispatch(commands | {"export": run_export}, words, PROG)
+        cli.dispatch(commands | {"export": run_export, "plan": run_plan}, words, PROG)
 
 
 if __name__ == "__main__":

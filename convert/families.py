@@ -9,8 +9,9 @@ from typing import Any
 from jdllm.checkpoint import LazyArray
 from jdllm.configs import ModelConfig
 from jdllm.convert import dream, llada, llada2, llada_moe, qwen2
-from jdllm.convert.shards import Shards
+from jdllm.convert.shards import DTYPES, Shards
 from jdllm.convert.table import ANY, ConversionError, Family, check, kept, stream
+from jdllm.tokenizer import added_tokens
 
 FAMILIES: dict[str, Family] = {
     "llada": llada.FAMILY,
@@ -75,12 +76,11 @@ def check_keys(family: Family, hf: dict[str, Any], allow_unknown: Sequence[str] 
 
 
 def special_tokens(folder: Path) -> dict[str, int]:
-    """Ids of the added tokens in tokenizer.json, by text; empty without that file."""
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        return {}
-    added = _read_json(path).get("added_tokens", [])
-    return {token["content"]: token["id"] for token in added}
+    """Ids of the tokenizer's added tokens, by text; empty without a tokenizer."""
+    try:
+        return {token["content"]: token["id"] for token in added_tokens(folder)}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConversionError(f"the tokenizer in {folder} cannot be read: {error}") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -114,6 +114,30 @@ def _read_facts(family: Family, hf: dict[str, Any], folder: Path) -> ModelConfig
     return config
 
 
+def read_facts(
+    folder: Path, family: str | None = None, allow_unknown: Sequence[str] = ()
+) -> tuple[str, ModelConfig]:
+    """Family and facts of a Hugging Face folder, of which only config.json need be there.
+
+    `family` insists on one; the dtype is what config.json names. Raises ConversionError, in one
+    sentence, where it describes nothing that is supported.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        raise ConversionError(f"{folder} has no config.json: it is not a Hugging Face model")
+    hf = _read_json(path)
+    found = recognise(hf, folder)
+    if family not in (None, found):
+        raise ConversionError(f"{folder} holds a model of the family {found}, not {family}")
+    entry = FAMILIES[found]
+    check_keys(entry, hf, allow_unknown)
+    config = _read_facts(entry, hf, folder)
+    dtype = hf.get("dtype") or hf.get("torch_dtype")
+    return found, dataclasses.replace(
+        config, dtype=dtype if dtype in DTYPES.values() else config.dtype
+    )
+
+
 def open_source(
     folder: Path,
     family: str | None = None,
@@ -126,17 +150,8 @@ def open_source(
     precision. Raises ConversionError or ShardError, in one sentence, for anything that would load
     wrongly.
     """
-    path = folder / "config.json"
-    if not path.exists():
-        raise ConversionError(f"{folder} has no config.json: it is not a Hugging Face model")
-    hf = _read_json(path)
-    found = recognise(hf, folder)
-    if family not in (None, found):
-        raise ConversionError(f"{folder} holds a model of the family {found}, not {family}")
-    entry = FAMILIES[found]
-    check_keys(entry, hf, allow_unknown)
-    config = _read_facts(entry, hf, folder)
-    shards = Shards(folder)
+    found, config = read_facts(folder, family, allow_unknown)
+    entry, shards = FAMILIES[found], Shards(folder)
     check(entry, config, shards)
     apart = kept(entry, config)
     config = dataclasses.replace(config, dtype=shards.resolve_dtype(dtype, apart))

@@ -1,6 +1,7 @@
 """Where checkpoints come from: a folder as it is, or a Hugging Face id downloaded once."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -21,8 +22,10 @@ def converted_folder(source: str) -> Path:
     return home() / "models" / name
 
 
-def fetch(source: str) -> Path:
+def fetch(source: str, patterns: Sequence[str] = PATTERNS) -> Path:
     """The folder of `source`; an id such as GSAI-ML/LLaDA-1.5 is downloaded or found in the cache.
+
+    Of a repository only the files that `patterns` name are.
 
     FileNotFoundError, in one sentence, where it is neither a folder nor can be downloaded.
     """
@@ -31,7 +34,7 @@ def fetch(source: str) -> Path:
     if source.count("/") != 1 or source.startswith((".", "/")):
         raise FileNotFoundError(f"{source} is neither a folder nor a Hugging Face id (owner/name)")
     try:
-        return Path(snapshot_download(source, allow_patterns=list(PATTERNS)))
+        return Path(snapshot_download(source, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise FileNotFoundError(

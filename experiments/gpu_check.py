@@ -1,4 +1,5 @@
-"""What needs a GPU, in one call: golden runs in float32, the bundled model, a LLaDA-8B block step.
+"""What needs a GPU, in one call: golden runs in float32, the bundled model, memory
+plans, a LLaDA-8B block step.
 
 python experiments/gpu_check.py output=experiments/results/gpu_check.json
 """
@@ -16,7 +17,8 @@ import jax
 import numpy as np
 
 from jdllm import DecodeConfig, cli, sharding
-from jdllm.llm import LLM
+from jdllm.llm import LLM, bucket
+from jdllm.plan import Planner
 from jdllm.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,17 +92,64 @@ def block_step(llm: LLM, rows: int, cache: Any) -> dict[str, Any]:
     }
 
 
+def plan_and_peak(model: str, batch: int, length: int) -> dict[str, Any]:
+    """The planned bytes of one device, and the peak that it reports, loading included.
+
+    Where loading alone reached the peak (`load_peak` equals `peak`), the run says nothing about
+    decoding. The allocator's own waste is part of `peak`. Needs a process of its own.
+    """
+    device = jax.devices()[0]
+    decoding = DecodeConfig(gen_length=64, block_length=32, stop="none")
+    llm = LLM.load(model, sharding.parse_mesh("1x1"))
+    jax.block_until_ready(llm._params)
+    loaded = (device.memory_stats() or {})["peak_bytes_in_use"]
+    prompt = [7] * (length - 64)
+    next(iter(llm.stream([prompt] * batch, decoding, batch_size=batch)))
+    peak = (device.memory_stats() or {})["peak_bytes_in_use"]
+    columns = min(bucket(len(prompt)), llm.config.max_length - 64) + 64
+    planner = Planner(llm.config, sharding.abstract_mesh("1x1"), columns, decoding)
+    plan = planner.plan(batch)
+    return {
+        "model": model,
+        "batch": batch,
+        "columns": columns,
+        "plan": dataclasses.asdict(plan) | {"total": plan.total},
+        "load_peak": loaded,
+        "peak": peak,
+        "plan_over_peak": plan.total / peak,
+    }
+
+
+def plans(model: str) -> list[dict[str, Any]]:
+    """`plan_and_peak` of the bundled model and of `model`, each in a fresh process.
+
+    Run before this process takes the device: peaks cannot be reset.
+    """
+    found = []
+    environment = dict(os.environ, XLA_PYTHON_CLIENT_PREALLOCATE="false")
+    for words in (["bundled", "512", "512"], [model, "32", "576"]):
+        command = [sys.executable, __file__, "plan", *words]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if run.returncode:
+            found.append({"model": words[0], "error": run.stderr.strip().splitlines()[-1:]})
+        else:
+            found.append(json.loads(run.stdout.splitlines()[-1]))
+    return found
+
+
 def main(config: CheckConfig) -> None:
     """Runs everything and writes one JSON file."""
     import flax
 
     replay = goldens()  # first, while no other process holds the device's memory
+    planned = plans(config.model)
     facts: dict[str, Any] = {
         "command": f"python experiments/gpu_check.py model={config.model}",
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "flax": flax.__version__,
         "goldens": replay,
+        "plans": planned,
         "bundled": bundled(),
     }
     print(json.dumps(facts, indent=2), flush=True)
@@ -115,4 +164,7 @@ def main(config: CheckConfig) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["plan"]:
+        print(json.dumps(plan_and_peak(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))))
+        raise SystemExit
     cli.run(main, CheckConfig, "python experiments/gpu_check.py")

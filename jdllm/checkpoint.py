@@ -1,13 +1,15 @@
 """Weights on disk: a folder with config.json and one Orbax checkpoint a layer.
 
 Weights that come from elsewhere are written piece by piece, so a conversion never holds one whole
-weight, and a restore puts every weight straight into its sharding.
+weight. A restore reads each device's slices alone, into memory that a CPU device keeps as it is.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,13 @@ from jax.sharding import Mesh, NamedSharding
 
 from jdllm import sharding
 from jdllm.configs import ModelConfig, is_converted
-from jdllm.model import abstract, assemble, named
+from jdllm.model import Transformer, abstract, assemble, named
 
 PIECE_BYTES = 4 << 20  # how much of a weight is read, encoded and written at a time
+ALIGNMENT = (
+    64  # bytes: JAX takes over host memory that starts at a multiple of this, and copies other
+)
+READERS = 4  # weights of a unit that are read at the same time
 
 Index = tuple[slice, ...]
 
@@ -169,6 +175,31 @@ def _check_shapes(
             )
 
 
+def _open(path: Path, name: str) -> Any:
+    """The stored array `name` of the unit at `path`, not read yet."""
+    kvstore = {
+        "driver": "ocdbt",
+        "base": {"driver": "file", "path": f"{path}/"},
+        "path": f"{name}/",
+    }
+    return tensorstore.open({"driver": "auto", "kvstore": kvstore}, open=True, read=True).result()
+
+
+def _read(store: Any, dtype: np.dtype, index: Index) -> np.ndarray:
+    """One slice of a stored array as `dtype`, without a second copy of it on the way."""
+    view = tensorstore.cast(store[index], dtype) if store.dtype != dtype else store[index]
+    memory = np.empty(view.size * dtype.itemsize + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    array = memory[start : start + view.size * dtype.itemsize].view(dtype).reshape(view.shape)
+    tensorstore.array(array, copy=False).write(view).result()
+    return array
+
+
+def _restore(path: Path, name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    read: Any = functools.partial(_read, _open(path, name), np.dtype(leaf.dtype))
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
+
+
 def restore_model(
     folder: Path, mesh: Mesh, dtype: str | None = None
 ) -> tuple[ModelConfig, nnx.GraphDef, nnx.State]:
@@ -181,7 +212,7 @@ def restore_model(
     config = dataclasses.replace(config, dtype=dtype or config.dtype)
     targets = placements(config, mesh)
     arrays: dict[str, jax.Array] = {}
-    with ocp.StandardCheckpointer() as checkpointer:
+    with ocp.StandardCheckpointer() as checkpointer, ThreadPoolExecutor(READERS) as pool:
         for unit, leaves in units(config).items():
             wanted = {
                 name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=targets[name])
@@ -189,7 +220,8 @@ def restore_model(
             }
             path = folder.absolute() / "weights" / unit
             _check_shapes(checkpointer, path, wanted)
-            arrays |= checkpointer.restore(path, wanted)
+            restored = pool.map(functools.partial(_restore, path), wanted, wanted.values())
+            arrays |= zip(wanted, restored, strict=True)
     return config, *assemble(config, arrays)
 
 
@@ -211,10 +243,10 @@ def place_stream(
     return assemble(config, arrays)
 
 
-def random_model(config: ModelConfig, mesh: Mesh, seed: int = 0) -> tuple[nnx.GraphDef, nnx.State]:
-    """Random weights made directly on the devices, in the target sharding."""
-    from jdllm.model import Transformer
-
+def random_maker(
+    config: ModelConfig, mesh: Mesh
+) -> tuple[nnx.GraphDef, Callable[[jax.Array], nnx.State]]:
+    """Static graph, and the jitted function that makes weights of a key in the target sharding."""
     targets = placements(config, mesh)
     graph, params = nnx.split(abstract(config))
     shardings = jax.tree.unflatten(jax.tree.structure(params), list(targets.values()))
@@ -222,4 +254,10 @@ def random_model(config: ModelConfig, mesh: Mesh, seed: int = 0) -> tuple[nnx.Gr
     def make(key: jax.Array) -> nnx.State:
         return nnx.state(Transformer(config, nnx.Rngs(params=key)))
 
-    return graph, jax.jit(make, out_shardings=shardings)(jax.random.key(seed))
+    return graph, jax.jit(make, out_shardings=shardings)
+
+
+def random_model(config: ModelConfig, mesh: Mesh, seed: int = 0) -> tuple[nnx.GraphDef, nnx.State]:
+    """Random weights made directly on the devices, in the target sharding."""
+    graph, make = random_maker(config, mesh)
+    return graph, make(jax.random.key(seed))

@@ -298,11 +298,34 @@ LLADA2_MINI = ModelConfig(
     ),
 )
 
+# As published, but for vocab and norm_eps, which have not been compared with it.
+LLADA_MOE_7B = ModelConfig(
+    layers=16,
+    embed=2048,
+    heads=16,
+    kv_heads=16,
+    head_dim=128,
+    mlp=8192,
+    vocab=157184,
+    max_length=8192,
+    rope_theta=50000.0,
+    norm_eps=1e-5,
+    mask_id=156895,
+    eos_id=156892,
+    pad_id=156892,
+    stop_ids=(156892,),
+    family="llada_moe",
+    qk_norm=True,
+    rotary_dim=128,
+    moe=MoEConfig(experts=64, top_k=8, expert_mlp=1024),
+)
+
 # What `model=random:<name>` may be. "tiny" has no published counterpart; it is there so that
 # every path that takes random weights can be tried on a laptop.
 NAMED: dict[str, ModelConfig] = {
     "llada-8b": LLADA_8B,
     "llada-1.5": LLADA_8B,
+    "llada-moe-7b": LLADA_MOE_7B,
     "llada2-mini": LLADA2_MINI,
     "dream-7b": DREAM_7B,
     "diffucoder-7b": DREAM_7B,

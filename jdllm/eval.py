@@ -22,7 +22,7 @@ from typing import Any
 import jax
 
 import jdllm
-from jdllm import cli, sharding
+from jdllm import cli, processes, sharding
 from jdllm.configs import ModelConfig, count_parameters
 from jdllm.decode import DecodeConfig
 from jdllm.files import alone, atomic_file
@@ -296,7 +296,8 @@ def evaluate(
 def introduce(name: str, llm: Any) -> None:
     """Prints what was loaded, and where."""
     print(f"model {name}: {count_parameters(llm.config):,} parameters in {llm.config.dtype}")
-    print(f"{sharding.describe(llm.mesh)} ({os.cpu_count()} CPU cores, jax {jax.__version__})")
+    where = f"{processes.describe()}, {sharding.describe(llm.mesh)}"
+    print(f"{where} ({os.cpu_count()} CPU cores, jax {jax.__version__})")
 
 
 def report(config: EvalConfig, model: ModelConfig, results: Sequence[TaskResult]) -> dict[str, Any]:
@@ -326,18 +327,29 @@ def report(config: EvalConfig, model: ModelConfig, results: Sequence[TaskResult]
 
 def main(config: EvalConfig) -> None:
     """Evaluates, prints the table and an example, and writes the output folder if there is one."""
+    processes.initialize()
     enable_compilation_cache()
     with contextlib.ExitStack() as stack:
         journal = None
         if config.output:
-            stack.enter_context(alone(config.output))
-            journal = Journal(config.output / FINISHED)
+            journal = open_journal(config.output, stack)
             if journal.records:
                 print(f"{len(journal.records)} samples are finished in {config.output} already")
         facts, results = evaluate(config, journal)
         show(facts["speed"], results)
-        if config.output:
+        if config.output and processes.leads():
             save(config.output, facts, results)
+
+
+def open_journal(folder: Path, stack: contextlib.ExitStack) -> Journal:
+    """The folder's finished samples; of several processes one locks it and writes."""
+    if processes.leads():
+        stack.enter_context(alone(folder))
+        journal = Journal(folder / FINISHED)
+        processes.meet("journal")
+        return journal
+    processes.meet("journal")
+    return Journal(folder / FINISHED, writes=False)
 
 
 def show(speed: dict[str, Any], results: Sequence[TaskResult]) -> None:

@@ -23,9 +23,12 @@ def digest(facts: Any) -> str:
 class Journal:
     """Records by key, in the order of the file. The caller sees to it that it writes alone."""
 
-    def __init__(self, path: Path):
-        """Opens or makes the file; ValueError, naming the line, where it is damaged."""
-        self.path = path
+    def __init__(self, path: Path, writes: bool = True):
+        """Opens or makes the file; ValueError, naming the line, where it is damaged.
+
+        Where several processes keep the same journal, one `writes` it; the others follow in memory.
+        """
+        self.path, self.writes = path, writes
         self.records: dict[str, Record] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         data = path.read_bytes() if path.exists() else b""
@@ -33,7 +36,7 @@ class Journal:
         for number, line in enumerate(data[: self._size].split(b"\n")[:-1], 1):
             record = self._read(line, number)
             self.records[record["key"]] = record
-        if self._size < len(data):
+        if self._size < len(data) and writes:
             os.truncate(path, self._size)
 
     def _read(self, line: bytes, number: int) -> Record:
@@ -69,12 +72,13 @@ class Journal:
             json.dumps(record | {"sum": digest(record)[:8]}, ensure_ascii=False) + "\n"
             for record in records
         ]
-        data = "".join(lines).encode()
+        data = "".join(lines).encode() if self.writes else b""
         try:
-            with self.path.open("ab") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            if self.writes:
+                with self.path.open("ab") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
         except OSError as error:
             if self.path.exists():
                 os.truncate(self.path, self._size)

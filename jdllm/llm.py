@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jdllm import sharding, trace
+from jdllm import processes, sharding, trace
 from jdllm.configs import ModelConfig
 from jdllm.decode import DecodeConfig, DecodeState, Request, Setup, Trace, decode, make_setup
 from jdllm.fingerprint import fingerprint
@@ -231,7 +231,7 @@ class LLM:
             program, compile_seconds = self._program(request, setup, watch is not None)
             start = time.perf_counter()
             state: DecodeState = program(self._params, request, self._verifier[2])
-            tokens, nfe, forwards = jax.device_get((state.tokens, state.nfe, state.forwards))
+            tokens, nfe, forwards = processes.gather((state.tokens, state.nfe, state.forwards))
             seconds = time.perf_counter() - start
             slots = deal(len(index), height, replicas)
             completions = [
@@ -268,7 +268,7 @@ class LLM:
             lengths[slot], numbers[slot], idle[slot] = len(row), seed, False
         base = jax.random.key(config.seed)
         keys = jax.vmap(lambda n: jax.random.fold_in(base, n))(numbers)
-        placed = jax.device_put((tokens, lengths, keys, idle), sharding.by_row(self.mesh))
+        placed = processes.place((tokens, lengths, keys, idle), sharding.by_row(self.mesh))
         return Request(*placed)
 
     def _record(

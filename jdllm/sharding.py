@@ -170,3 +170,9 @@ def shard_index(axis: str) -> jax.Array | int:
 def sum_shards(x: jax.Array, axis: str) -> jax.Array:
     """Inside `per_shard`: the sum over the slices of the logical `axis`; else `x` itself."""
     return jax.lax.psum(x, RULES[axis]) if shard_count(axis) > 1 else x
+
+
+def abstract_mesh(text: str) -> AbstractMesh:
+    """The mesh that `text` describes as a shape alone, whether or not there are the devices."""
+    sizes = (jax.device_count(), 1) if text == "auto" else _sizes(text)
+    return AbstractMesh(sizes, AXES)

@@ -10,16 +10,18 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground up. A room may import rooms of lower floors, and those before it on its own.
 FLOORS: list[list[str]] = [
-    ["jdllm.kernels", "jdllm.sharding", "jdllm.cli", "jdllm.files", "jdllm.journal"],
+    ["jdllm.kernels", "jdllm.sharding", "jdllm.processes", "jdllm.cli", "jdllm.files",
+     "jdllm.journal"],
     ["jdllm.configs", "jdllm.cache", "jdllm.weights", "jdllm.head", "jdllm.moe", "jdllm.model"],
     [
         "jdllm.pareto", "jdllm.unmask", "jdllm.stop", "jdllm.stop_strings", "jdllm.checkpoint",
         "jdllm.fingerprint",
     ],
-    ["jdllm.decode", "jdllm.train", "jdllm.likelihood"],
+    ["jdllm.decode", "jdllm.train", "jdllm.likelihood", "jdllm.plan"],
     [
         "jdllm.tokenizer", "jdllm.convert", "jdllm.tasks", "jdllm.data", "jdllm.load",
         "jdllm.settings", "jdllm.plans", "jdllm.report", "jdllm.pieces", "jdllm.trace",
+        "jdllm.machine",
     ],
     [
         "jdllm.scoring", "jdllm.llm", "jdllm.speed", "jdllm.harness", "jdllm.grading",
@@ -27,7 +29,7 @@ FLOORS: list[list[str]] = [
     ],
     [
         "jdllm.eval", "jdllm.bench", "jdllm.sweep", "jdllm.tune", "jdllm.generate", "jdllm.sft",
-        "jdllm.convert.__main__",
+        "jdllm.doctor", "jdllm.launch", "jdllm.convert.__main__",
     ],
 ]  # fmt: skip
 # Pairs that the order alone would allow.
@@ -45,6 +47,7 @@ OUTSIDE = GROUND | {
     "lm_eval",
     "matplotlib",
     "ml_dtypes",
+    "packaging",
     "rich",
     "safetensors",
     "tokenizers",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -14,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from jdllm import checkpoint, sharding
 from jdllm.checkpoint import LazyArray
-from jdllm.configs import NAMED, is_converted
+from jdllm.configs import NAMED, count_parameters, is_converted
 from jdllm.files import atomic_folder
 from jdllm.model import named
 
@@ -81,6 +82,27 @@ def test_casts_while_restoring(saved: tuple[Path, dict[str, np.ndarray]]):
     assert config.dtype == "bfloat16"
     half = {name: array.astype(ml_dtypes.bfloat16) for name, array in expected.items()}
     assert_equal(values(params), half)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_a_cpu_keeps_what_is_read(saved: tuple[Path, dict[str, np.ndarray]], kind: str):
+    """So that host memory does not hold a weight twice while it is placed."""
+    store = checkpoint._open(saved[0].absolute() / "weights" / "embedding", "embedding")
+    rows = slice(3, 40)
+    array = checkpoint._read(store, np.dtype(kind), (rows, slice(None)))
+    np.testing.assert_array_equal(array, saved[1]["embedding"][rows].astype(kind))
+    placed = jax.device_put(array, jax.devices()[0])
+    assert placed.unsafe_buffer_pointer() == array.ctypes.data
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(b"x" * 100)])
+def test_damaged_weights_are_no_zeros(saved: tuple[Path, dict[str, np.ndarray]], harm, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(saved[0], folder)
+    for path in (folder / "weights" / "layers.0").rglob("d/*"):
+        harm(path)
+    with pytest.raises((ValueError, OSError), match="layers.0"):
+        checkpoint.restore_model(folder, sharding.parse_mesh("1x1"))
 
 
 def test_lazy_arrays_of_many_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -169,6 +191,21 @@ def test_random_models_do_not_depend_on_the_mesh():
 
 
 # ---------------------------------------------------------------- folders
+
+
+@pytest.mark.parametrize("mesh", ["1x1", "1x2", "2x4"])
+@pytest.mark.parametrize("name", [name for name in NAMED if name != "llada-1.5"])
+def test_random_weights_of_every_named_shape(name: str, mesh: str):
+    """Abstractly, nothing is allocated: all of a model's parameters, in shapes that shard."""
+    config, grid = NAMED[name], sharding.parse_mesh(mesh)
+    if config.heads % grid.shape["model"]:
+        with pytest.raises(ValueError, match="cannot be split over"):
+            checkpoint.random_maker(config, grid)
+        return
+    graph, make = checkpoint.random_maker(config, grid)
+    made = jax.eval_shape(make, jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(made)) == count_parameters(config)
+    assert nnx.merge(graph, made).config == config
 
 
 def test_atomic_folder_appears_at_the_end(tmp_path: Path):

@@ -247,6 +247,16 @@ def test_tokenizer_files_come_along(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert checkpoint.read_config(tmp_path / "with").stop_ids == (29, 28)
 
 
+def test_another_mask_in_the_same_architecture(tmp_path: Path):
+    """As of a LLaDA with a tokenizer of its own: nothing is assumed of the published one."""
+    facts = hf_config(kv_heads=2) | {"mask_token_id": 5, "eos_token_id": 1, "pad_token_id": 0}
+    source = write_hf(tmp_path / "hf", facts, random_tensors(kv_heads=2))
+    added = {"added_tokens": [{"content": "<|eot_id|>", "id": 7}]}
+    (source / "tokenizer.json").write_text(json.dumps(added))
+    config = families.open_source(source).config
+    assert (config.mask_id, config.eos_id, config.pad_id, config.stop_ids) == (5, 1, 0, (1, 7))
+
+
 def test_default_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("JDLLM_HOME", str(tmp_path / "home"))
     source = write_hf(tmp_path / "hf", hf_config(), random_tensors())

@@ -14,10 +14,13 @@ from lm_eval._cli import HarnessCLI
 
 from jdllm import cli
 from jdllm.bench import BenchConfig, GridConfig
-from jdllm.convert.__main__ import ConvertConfig, ExportConfig
+from jdllm.configs import NAMED, count_parameters
+from jdllm.convert.__main__ import COMMANDS, ConvertConfig, ExportConfig, PlanConfig, with_model
 from jdllm.convert.families import FAMILIES
+from jdllm.doctor import DoctorConfig
 from jdllm.eval import EvalConfig
 from jdllm.generate import GenerateConfig
+from jdllm.launch import LaunchConfig, split
 from jdllm.sft import SFTConfig
 from jdllm.sweep import SweepConfig
 from jdllm.tune import TuneConfig
@@ -28,13 +31,15 @@ PAGES.append(ROOT / "jdllm" / "bundled" / "README.md")
 CONFIGS = {
     "jdllm.bench": BenchConfig,
     "jdllm.bench grid": GridConfig,
+    "jdllm.doctor": DoctorConfig,
     "jdllm.eval": EvalConfig,
     "jdllm.generate": GenerateConfig,
     "jdllm.sft": SFTConfig,
     "jdllm.sweep": SweepConfig,
     "jdllm.tune": TuneConfig,
     "jdllm.convert export": ExportConfig,
-} | {f"jdllm.convert {family}": ConvertConfig for family in FAMILIES}
+    "jdllm.convert plan": PlanConfig,
+} | {f"jdllm.convert {family}": ConvertConfig for family in COMMANDS}
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -68,8 +73,14 @@ def test_every_command_parses(command: str, named_files, monkeypatch: pytest.Mon
         monkeypatch.setattr(sys, "argv", [name, *words])
         assert HarnessCLI().parse_args().model == "jdllm"
         return
+    if name == "jdllm.launch":
+        own, words = split(words)
+        assert isinstance(cli.parse(LaunchConfig, own, name), LaunchConfig)
+        name = words.pop(0)
     if words and f"{name} {words[0]}" in CONFIGS:
         name = f"{name} {words.pop(0)}"
+    if name == "jdllm.convert plan":
+        words = with_model(words)
     config = CONFIGS[name]
     default = ConvertConfig(source="x") if config is ConvertConfig else None
     parsed = cli.parse(config, words, name, default)
@@ -118,6 +129,18 @@ def test_links_lead_somewhere(page: Path):
     links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
     missing = [x for x in links if "://" not in x and not (page.parent / x).exists()]
     assert not missing
+
+
+def test_the_table_of_families_is_complete_and_true():
+    """Every family, the id that it converts by default, and the size of its first named shape."""
+    rows = re.findall(r"^\| .*\(`(\w+)`\) \|(.*)\|$", (ROOT / "README.md").read_text(), re.M)
+    assert [family for family, _ in rows] == list(FAMILIES)
+    for family, row in rows:
+        ids, parameters, memory = (cell.strip() for cell in row.split("|")[:3])
+        assert all(source in ids for command, source in COMMANDS.values() if command == family)
+        count = next(count_parameters(c) for c in NAMED.values() if c.family == family)
+        assert float(parameters.removesuffix(" B")) == round(count / 1e9, 1)
+        assert int(memory.removesuffix(" GB")) == round(2 * count / 1e9)
 
 
 def test_the_table_is_the_measured_one():

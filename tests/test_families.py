@@ -11,7 +11,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from jdllm import checkpoint
-from jdllm.configs import NAMED, NO_ID, ModelConfig, count_parameters, is_converted
+from jdllm.configs import NAMED, NO_ID, ModelConfig, count_parameters
 from jdllm.convert import families
 from jdllm.convert.__main__ import main
 from jdllm.convert.table import ConversionError, Row
@@ -169,7 +169,12 @@ def test_text_ends_at_the_end_of_turn_too(tmp_path: Path, eos: int, stops: tuple
 
 
 @pytest.mark.parametrize(
-    "name, parameters", [("dream-7b", 7_615_616_512), ("qwen2.5-0.5b", 494_032_768)]
+    "name, parameters",
+    [
+        ("dream-7b", 7_615_616_512),
+        ("qwen2.5-0.5b", 494_032_768),
+        ("llada-moe-7b", 7_356_880_896),
+    ],
 )
 def test_named_shapes_are_those_of_the_published_configs(name: str, parameters: int):
     config = NAMED[name]
@@ -264,16 +269,3 @@ def test_asking_for_another_family(tmp_path: Path, found: str, asked: str):
     source = write_hf(tmp_path / "hf", hf_config(found), random_tensors())
     with pytest.raises(ConversionError, match=f"of the family {found}, not {asked}"):
         families.open_source(source, asked)
-
-
-def test_files_of_a_slow_tokenizer_come_along(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    source = write_hf(tmp_path / "hf", hf_config("dream"), random_tensors())
-    (source / "vocab.json").write_text("{}")
-    (source / "merges.txt").write_text("#version: 0.2\n")
-    main(["dream", f"source={source}", f"output={tmp_path / 'ours'}"])
-    message = capsys.readouterr().err
-    assert "no tokenizer.json (vocab.json is copied, but not read)" in message
-    assert "token ids only" in message
-    for name in ("vocab.json", "merges.txt"):
-        assert (tmp_path / "ours" / name).read_bytes() == (source / name).read_bytes()
-    assert is_converted(tmp_path / "ours")

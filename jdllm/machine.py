@@ -1,0 +1,131 @@
+"""Facts about the machine, read without importing JAX: packages, driver, memory, folders."""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from packaging.utils import canonicalize_name
+
+# Packages whose declared requirements count.
+OWNERS = (
+    "jdllm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "jax-triton",
+)  # fmt: skip
+CUDA = re.compile(r"jax-cuda(\d+)-(plugin|pjrt)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Packages:
+    """What is installed."""
+
+    python: tuple[int, int]
+    versions: Mapping[str, str]
+    """By canonical name."""
+    requirements: Mapping[str, tuple[str, ...]]
+    """What the packages in OWNERS ask for, as they declare it."""
+
+    @property
+    def cuda(self) -> dict[str, str]:
+        """Versions of JAX's CUDA packages."""
+        return {name: v for name, v in self.versions.items() if CUDA.fullmatch(name)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """A folder that commands write to."""
+
+    path: Path
+    error: str
+    """Why nothing can be written there; empty where something can."""
+    free: int
+
+
+@dataclasses.dataclass(frozen=True)
+class HuggingFace:
+    """What downloads depend on."""
+
+    cache: Folder
+    offline: bool
+    token: bool
+    """Whether there is one; its value is not read here."""
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version, for comparing."""
+    match = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, match[0].split("."))) if match else ()
+
+
+def cuda_series(name: str) -> str:
+    """The CUDA version in the name of one of JAX's CUDA packages."""
+    match = CUDA.fullmatch(name)
+    return match[1] if match else ""
+
+
+def read_packages() -> Packages:
+    """From the metadata of what is installed; nothing is imported."""
+    versions: dict[str, str] = {
+        canonicalize_name(d.metadata["Name"]): d.version for d in importlib.metadata.distributions()
+    }
+    owners = [*OWNERS, *(name for name in versions if CUDA.fullmatch(name))]
+    asked = {n: tuple(importlib.metadata.requires(n) or ()) for n in owners if n in versions}
+    return Packages(sys.version_info[:2], versions, asked)
+
+
+def read_driver() -> str | None:
+    """Version of the loaded NVIDIA driver, as the kernel tells it."""
+    with contextlib.suppress(OSError):
+        return Path("/sys/module/nvidia/version").read_text().strip()
+    return None
+
+
+def read_memory() -> int:
+    """Bytes of host memory that can still be had; where Linux does not say, all there is."""
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        line = next(line for line in lines if line.startswith("MemAvailable:"))
+        available = int(line.split()[1]) * 1024
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # "max", or no such limit
+        limit = int((group / "memory.max").read_text())
+        available = min(available, limit - int((group / "memory.current").read_text()))
+    return available
+
+
+def read_folder(path: Path, create: bool = True) -> Folder:
+    """Tries to write a file; without `create`, into the nearest folder that is there."""
+    error, place = "", path
+    try:
+        if create:
+            path.mkdir(parents=True, exist_ok=True)
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as problem:
+        error = problem.strerror or str(problem)
+    with contextlib.suppress(OSError):
+        return Folder(path, error, shutil.disk_usage(place).free)
+    return Folder(path, error, 0)
+
+
+def read_home() -> Folder:
+    """The folder of compiled programs in JDLLM_HOME."""
+    from jdllm.convert.fetch import home
+
+    return read_folder(home() / "xla")
+
+
+def read_hugging_face() -> HuggingFace:
+    """As huggingface_hub is set up."""
+    from huggingface_hub import constants, get_token
+
+    cache = read_folder(Path(constants.HF_HUB_CACHE), create=False)
+    return HuggingFace(cache, constants.HF_HUB_OFFLINE, get_token() is not None)

@@ -1,0 +1,168 @@
+"""Many processes: who says what a process's place is, the local launcher, and equal results."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from jdllm import LLM, DecodeConfig, launch
+from jdllm.launch import LaunchConfig
+from jdllm.processes import Place, find_cluster, read_place
+
+ROOT = Path(__file__).parents[1]
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "node[1-2]",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "1",
+    "SLURM_NTASKS": "2",
+}
+OMPI = {
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+}
+
+
+@pytest.mark.parametrize(
+    ("environment", "cluster"),
+    [
+        ({}, None),
+        (SLURM, "slurm"),
+        (SLURM | {"SLURM_NTASKS": "1"}, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}, None),  # a shell inside a job
+        (OMPI, "ompi"),
+        (OMPI | {"OMPI_COMM_WORLD_SIZE": "1"}, None),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, "k8s"),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # a pod of no indexed job
+    ],
+)
+def test_clusters_are_recognised(environment: dict[str, str], cluster: str | None):
+    assert find_cluster(environment) == cluster
+
+
+def test_a_place_in_the_environment():
+    told = launch.environment(LaunchConfig(processes=3, devices=2), 1234, 2)
+    assert read_place(told) == Place("localhost:1234", 3, 2, (4, 5))
+    assert read_place({}) == Place()
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"JDLLM_PROCESS_ID": "1"}, "belong together"),
+        ({"JDLLM_PROCESS_ID": "one"}, "JDLLM_PROCESS_ID=one must be a whole number"),
+        ({"JDLLM_LOCAL_DEVICE_IDS": "0;1"}, "must be numbers such as 0,1"),
+        (
+            {
+                "JDLLM_COORDINATOR": "a:1",
+                "JDLLM_NUM_PROCESSES": "2",
+                "JDLLM_PROCESS_ID": "2",
+            },
+            "process_id=2 must be one of 0..1",
+        ),
+    ],
+)
+def test_half_a_place_is_refused(environment: dict[str, str], message: str):
+    with pytest.raises(ValueError, match=message):
+        read_place(environment)
+
+
+def test_words_of_the_launcher_and_of_the_command():
+    words = ["processes=2", "devices=4", "jdllm.eval", "mesh=8x1", "limit=3"]
+    assert launch.split(words) == (words[:2], words[2:])
+    assert launch.split(["processes=2"]) == (["processes=2"], [])
+
+
+def run(words: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
+    """A command in a fresh process; a virtual device count of the tests themselves is left out."""
+    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    kept["JAX_COMPILATION_CACHE_DIR"] = str(jax.config.jax_compilation_cache_dir)
+    kept["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    return subprocess.run(
+        [sys.executable, "-m", *words],
+        cwd=ROOT,
+        env=kept | variables,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def test_a_lost_process_ends_the_others_and_is_named(tmp_path: Path):
+    """Process 1 dies after all have met, as a killed one does; process 0 would wait for it."""
+    (tmp_path / "one_dies.py").write_text(
+        "import os, signal, time\n"
+        "from jdllm import processes\n"
+        "processes.initialize()\n"
+        "import jax\n"
+        "assert (jax.process_count(), jax.device_count()) == (2, 4)\n"
+        "print(processes.describe(), flush=True)\n"
+        "if jax.process_index() == 1:\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "time.sleep(300)\n"
+    )
+    start = time.perf_counter()
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = run(["jdllm.launch", "processes=2", "devices=2", "one_dies"], PYTHONPATH=path)
+    assert time.perf_counter() - start < 60
+    assert done.returncode == 128 + 9
+    assert "2 processes x 2 devices" in done.stdout
+    assert "process 1 of 2 was lost (signal 9); ended the others" in done.stderr
+
+
+def test_what_a_failed_process_said_is_shown():
+    done = run(["jdllm.launch", "processes=2", "jdllm.eval", "mesh={process}x1"])
+    assert done.returncode == 1
+    assert "was lost (status 1)" in done.stderr and "mesh=0x1 is not a mesh" in done.stderr
+
+
+def test_two_processes_decode_as_one(tmp_path: Path):
+    """Rows of both processes, a model that is split over the devices of each."""
+    prompts = [[7, 8, 9], [3] * 20, [1, 2], [5], [11] * 6]
+    settings: dict[str, Any] = {"gen_length": 16, "block_length": 8, "threshold": 0.02}
+    (tmp_path / "decodes.py").write_text(
+        "import json\n"
+        "from jdllm import processes\n"
+        "processes.initialize()\n"
+        "from jdllm import LLM, DecodeConfig\n"
+        "llm = LLM.load('random:tiny', '2x2')\n"
+        f"found = llm.generate({prompts}, DecodeConfig(**{settings}))\n"
+        "print('FOUND', json.dumps([[c.ids, c.nfe] for c in found]))\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = run(["jdllm.launch", "processes=2", "devices=2", "decodes"], PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
+    one = LLM.load("random:tiny", "2x2").generate(prompts, DecodeConfig(**settings))
+    assert json.loads(line.removeprefix("FOUND")) == [[c.ids, c.nfe] for c in one]
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(tmp_path: Path):
+    """2 processes x 4 devices and 1 x 8: the same samples, to the last token and model call."""
+    words = ["jdllm.eval", "limit=19", "mesh=8x1"]
+    home = {"JDLLM_HOME": str(tmp_path / "home")}
+    output = tmp_path / "two-{process}"
+    two = run(["jdllm.launch", "processes=2", "devices=4", *words, f"output={output}"], **home)
+    assert two.returncode == 0, two.stderr
+    assert "2 processes x 4 devices, mesh data=8 x model=1" in two.stdout
+    one = run([*words, f"output={tmp_path / 'one'}"], JAX_NUM_CPU_DEVICES="8", **home)
+    assert one.returncode == 0, one.stderr
+    assert "1 process x 8 devices" in one.stdout
+    tasks = [
+        json.loads((tmp_path / name / "results.json").read_text())["tasks"]
+        for name in ("one", "two-0", "two-1")
+    ]
+    assert tasks[0] == tasks[1] == tasks[2] and tasks[0]["sudoku"]["n"] == 19
+    samples = [
+        {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.jsonl")}
+        for name in ("one", "two-0", "two-1")
+    ]
+    assert samples[0] and samples[0] == samples[1] == samples[2]
