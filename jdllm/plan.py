@@ -1,6 +1,6 @@
 """Memory before anything is loaded: what one device of a mesh would hold while it decodes.
 
-Weights and cache are arithmetic on shapes and shardings. Activations are what XLA sets aside for
+Weights are arithmetic on shapes and shardings. Cache and activations are what XLA sets aside for
 the real decode loop: it is compiled, from shapes alone, for one device's share of a few layers,
 and the rest is a straight line. So the mesh may be larger than this machine.
 """
@@ -8,7 +8,7 @@ and the rest is a straight line. So the mesh may be larger than this machine.
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,6 @@ from flax import nnx
 from jax.sharding import AbstractMesh
 
 from jdllm import sharding
-from jdllm.cache import Cache
 from jdllm.configs import ModelConfig
 from jdllm.decode import DecodeConfig, Request, Setup, decode, make_setup
 from jdllm.model import abstract, named
@@ -79,19 +78,17 @@ def share(config: ModelConfig, mesh: AbstractMesh) -> ModelConfig:
     )
 
 
-def cache_bytes(config: ModelConfig, mesh: AbstractMesh, rows: int, length: int) -> int:
-    """Keys and values of a device's `rows`."""
-    kv_heads = config.kv_heads
-    if kv_heads % mesh.shape["model"] == 0:
-        kv_heads //= mesh.shape["model"]
-    held = dataclasses.replace(config, kv_heads=kv_heads, heads=kv_heads)
-    kind = jnp.dtype(config.dtype)
-    shapes = jax.eval_shape(lambda: Cache.zeros(held, rows, length, kind))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+class Program(NamedTuple):
+    """What XLA sets aside for `decode` on one device besides its arguments."""
+
+    cache: int
+    """Bytes of the keys and values in its result."""
+    scratch: int
+    """Bytes of everything else."""
 
 
-def program_bytes(config: ModelConfig, setup: Setup, rows: int, length: int) -> int:
-    """What XLA sets aside for `decode` on one device besides its arguments: outputs and scratch."""
+def compile_program(config: ModelConfig, setup: Setup, rows: int, length: int) -> Program:
+    """Compiles the decode loop from shapes alone, and looks at what it would need."""
     graph, params = nnx.split(abstract(config))
     shape: Any = jax.ShapeDtypeStruct
     params = jax.tree.map(lambda leaf: shape(leaf.shape, leaf.dtype), params)
@@ -107,7 +104,9 @@ def program_bytes(config: ModelConfig, setup: Setup, rows: int, length: int) -> 
     if found is None:
         raise ValueError(f"XLA for {jax.default_backend()} does not tell what a program needs")
     sizes = found.output_size_in_bytes - found.alias_size_in_bytes + found.temp_size_in_bytes
-    return int(sizes)
+    leaves = jax.tree.leaves(lowered.out_info.cache)
+    cache = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+    return Program(cache, int(sizes) - cache)
 
 
 class Planner:
@@ -136,41 +135,42 @@ class Planner:
         widened = elsewhere and jax.default_backend() == "cpu"
         self._dtype = "float32" if widened else config.dtype
         self._weights = weight_bytes(config, mesh)
-        self._scratch = functools.cache(self._compiled_scratch)
+        self._program = functools.cache(self._compiled)
 
     def _rows(self, batch: int) -> int:
         return -(-batch // self.mesh.shape["data"])
 
-    def _cached(self, config: ModelConfig, mesh: AbstractMesh, batch: int) -> int:
-        if self.decoding.cache == "none":
-            return 0
-        rows = self._rows(batch) * (2 if self.decoding.cfg_scale else 1)
-        return cache_bytes(config, mesh, rows, self.length)
-
-    def _compiled_scratch(self, layers: int, batch: int) -> int:
-        """Bytes besides arguments and cache of the program for a device's share of some layers."""
+    def _compiled(self, layers: int, batch: int) -> Program:
+        """For a device's share of some layers."""
         moe = self.config.moe
         if moe and len(moe.dense_layers) < self.config.layers:
             moe = dataclasses.replace(moe, dense_layers=())
         some = dataclasses.replace(self.config, layers=layers, dtype=self._dtype, moe=moe)
         some = share(some, self.mesh)
         setup = make_setup(self.decoding, some)
-        alone = AbstractMesh((1, 1), sharding.AXES)
-        needed = program_bytes(some, setup, self._rows(batch), self.length)
-        return needed - self._cached(some, alone, self._rows(batch))
+        return compile_program(some, setup, self._rows(batch), self.length)
+
+    def _cache(self, layers: int, batch: int) -> int:
+        """Of all layers, from the program for some: in the model's dtype, with all heads held."""
+        parts, kv_heads = self.mesh.shape["model"], self.config.kv_heads
+        held = kv_heads if kv_heads % parts else kv_heads // parts
+        compiled = share(self.config, self.mesh).kv_heads * jnp.dtype(self._dtype).itemsize
+        needed = held * jnp.dtype(self.config.dtype).itemsize
+        cache = self._program(layers, batch).cache // layers * self.config.layers
+        return cache * needed // compiled
 
     @functools.cached_property
     def _layer(self) -> int:
         """What each further layer adds to the scratch; no batch changes it."""
-        return max(0, self._scratch(MORE, 1) - self._scratch(FEW, 1))
+        return max(0, self._program(MORE, 1).scratch - self._program(FEW, 1).scratch)
 
     def plan(self, batch: int) -> Plan:
         """What a device holds when `batch` rows are spread over the data axis."""
         layers = min(self.config.layers, MORE)
         copies = 0 if self._elsewhere else self._layer * self.config.layers
-        activations = self._scratch(layers, batch) - self._layer * layers
-        cached = self._cached(self.config, self.mesh, batch)
-        return Plan(self._weights, cached, max(activations, 0), copies)
+        activations = self._program(layers, batch).scratch - self._layer * layers
+        cache = self._cache(layers, batch)
+        return Plan(self._weights, cache, max(activations, 0), copies)
 
     def largest_batch(self, memory: int) -> int:
         """The largest batch, in whole rows of every replica, whose plan stays within `memory`.
