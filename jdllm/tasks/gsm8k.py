@@ -87,7 +87,7 @@ def _dinfer(request: str) -> dict:
         "doc_to_text": f"Question: {{{{question}}}}\n{request}\nAnswer:",
         "doc_to_target": "{{answer}}",
         "output_type": "generate_until",
-        "generation_kwargs": {"until": ["Question:", "</s>", "<|im_end|>"], "max_gen_toks": 1024},
+        "generation_kwargs": {"until": [], "max_gen_toks": 1024},  # dInfer never applies its own
         "filter_list": [
             {
                 "name": "strict-match",
@@ -124,7 +124,7 @@ def _dinfer(request: str) -> dict:
 
 STEPS = "Let's think step by step"
 REASON = "Please reason step by step"
-DINFER = {
+CONFIGS = {
     "gsm8k_llada1.5": functools.partial(_dinfer, STEPS),
     "gsm8k_llada_moe": functools.partial(_dinfer, REASON),
     "gsm8k_llada_mini": functools.partial(_dinfer, REASON),
