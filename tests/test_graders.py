@@ -52,7 +52,7 @@ def replay(row: dict) -> dict:
             return {
                 "extracted_answer": answer,
                 "evaluation_result": str(value) if isinstance(value, complex) else value,
-                "correct": d1.countdown_match(*truth, text),
+                "correct": d1.countdown_match(truth[0], truth[1], text),
             }
         case "sudoku":
             cells = d1.sudoku_cells(puzzle(row["question"]), truth, text)
@@ -212,7 +212,7 @@ def test_sudoku_solved_by_any_grid_while_d1_counts_the_cells_listed():
     assert scores["solved"] == 0 and scores["d1_cells"] == 1
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.text() | st.text("0123456789\\{}boxedfractansw</>+-*/=., $%", max_size=40))
 def test_graders_never_raise(text):
     for completion in (text, f"\\boxed{{{text}}}", f"<answer>{text}</answer>", f"\\boxed {text}"):

@@ -98,11 +98,11 @@ def files(subjects: list[str]) -> dict[str, list[dict]]:
         ],
         "countdown/d1_cd3_test.jsonl": [{"input": "30,100,93", "output": "23"}],
     }
-    numbers = {"prompt": 2, "test": 11, "validation": 511, "train": 601}
+    numbers = {"prompt": (2, 3), "test": (11, 2), "validation": (511, 1), "train": (601, 1)}
     for name, field in (("full", "text"), ("sanitized", "prompt")):
-        for split, first in numbers.items():
+        for split, (first, count) in numbers.items():
             found[f"mbpp/{name}_{split}.jsonl"] = [
-                mbpp(first + n, f"add_{n}", f"x + {n}", str(3 + n), field) for n in range(4)
+                mbpp(first + n, f"add_{n}", f"x + {n}", str(3 + n), field) for n in range(count)
             ]
     return found
 

@@ -104,13 +104,13 @@ class CodeEval:
         self, references: Sequence[str], predictions: Sequence[Sequence[str]], k=(1,), **_
     ) -> tuple[dict[str, float], dict]:
         """Mean pass@k over documents, as the metric of that name returns it."""
-        found = []
+        found: list[tuple[int, int]] = []
         for test, programs in zip(references, predictions, strict=True):
             outcomes = run_all([f"{program}\n{test}" for program in programs])
             found.append((len(programs), sum(outcome.passed for outcome in outcomes)))
         at = [number for number in k if all(number <= samples for samples, _ in found)]
         means = {
-            f"pass@{number}": sum(pass_at_k(*counts, number) for counts in found) / len(found)
+            f"pass@{number}": sum(pass_at_k(n, right, number) for n, right in found) / len(found)
             for number in at
         }
         return means, {}

@@ -62,7 +62,7 @@ class Splits(dict):
         if self.subject not in (None, "all"):
             rows = [row for row in rows if row["subject"] == self.subject]
         if not rows:
-            raise ValueError(f"{path} holds no row{self.subject and f' of {self.subject}' or ''}")
+            raise ValueError(f"{path} has no row" + (f" of {self.subject}" if self.subject else ""))
         self[split] = Dataset.from_list(rows)
         return self[split]
 
@@ -76,14 +76,14 @@ def find(folder: Path, name: str) -> Path | None:
 @functools.lru_cache(maxsize=8)  # 57 subjects share one file
 def read(path: Path) -> list[dict]:
     """The rows of a .jsonl or .jsonl.gz file; ValueError, with the line, for one that is none."""
+    content = path.read_bytes()
+    text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
     rows = []
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open()
-    with opened as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                rows += [json.loads(line)] if line.strip() else []
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: not a JSON row; {error}") from error
+    for number, line in enumerate(text.split("\n"), start=1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not a JSON row; {error}") from error
     return rows
 
 

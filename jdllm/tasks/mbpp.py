@@ -6,6 +6,7 @@ differs from ours, both verdicts are reported, as filters of one metric.
 
 import ast
 import re
+from typing import Any
 
 from jdllm.tasks import code
 
@@ -35,9 +36,9 @@ def _parses(text: str) -> bool:
 
 
 def dinfer_program(completion: str) -> str:
-    r"""The program as dInfer's filter finds it: the first closed fence, then between BEGIN and DONE.
+    r"""The program as dInfer's filter finds it: the first closed fence, or all without one.
 
-    What is left is cut at the next fence, and \_ becomes _.
+    Of that what stands between BEGIN and DONE, cut at the next fence; \_ becomes _.
     """
     fenced = re.search(r"```(?:python)?\s*\n(.*?)```", completion, re.DOTALL)
     text = fenced[1] if fenced else completion
@@ -116,8 +117,8 @@ def whole(**_) -> dict:
     """All 427 sanitized problems, of every split, in the order of their numbers."""
     import datasets
 
-    found = datasets.load_dataset(path=HUB["dataset_path"], name=HUB["dataset_name"])
-    rows = [row for split in SPLITS for row in found[split]]
+    found: Any = datasets.load_dataset(path=HUB["dataset_path"], name=HUB["dataset_name"])
+    rows: list[dict] = [row for split in SPLITS for row in found[split]]
     return {"test": datasets.Dataset.from_list(sorted(rows, key=lambda row: row["task_id"]))}
 
 

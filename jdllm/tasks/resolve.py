@@ -56,7 +56,7 @@ def check(
             raise ValueError(f"task {name} reads its documents from {file}; {where}")
         if name in TASKS or name in ours.CONFIGS or ALIASES.get(name, name) in stock.names():
             continue
-        known = [*TASKS, *ours.CONFIGS, *ALIASES, *users, *stock.names()]
+        known = dict.fromkeys([*TASKS, *ours.CONFIGS, *ALIASES, *users, *stock.names()])
         near = difflib.get_close_matches(name, known)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise ValueError(
@@ -109,6 +109,8 @@ def resolve(
                 config = ours.CONFIGS[name]()
             if config is not None:
                 stock.refuse_code(config | {"task": name}, confirm_run_unsafe_code)
+                if prompt_file:
+                    _try_prompt(prompt_file, changes, config | {"task": name})
                 loaded["tasks"][name] = _build(config | {"task": name} | changes, samples)
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(FEWSHOT_SEED)
@@ -120,6 +122,20 @@ def documents(task: Task, data: Path | None, limit: int | None, seed: int) -> li
     if task.read is None:
         return task.generate(limit or GENERATED, seed, held_out=True)
     return task.read(data)
+
+
+def _try_prompt(file: Path, changes: dict, config: dict) -> None:
+    """ValueError, with the fields there are, for a template that the first document cannot fill."""
+    from lm_eval.utils import apply_template
+
+    doc = dict(_build(dict(config), 1).eval_docs[0])
+    try:
+        apply_template(changes["doc_to_text"], doc)
+    except Exception as error:  # of jinja2, which is lm-eval's choice
+        raise ValueError(
+            f"{file} is no prompt for task {config['task']}: {error}; it is a Jinja template over "
+            f"{', '.join(doc)}"
+        ) from error
 
 
 def _build(config: dict, samples: int) -> Any:
@@ -164,11 +180,12 @@ def _merge(loaded: dict, more: Any, changes: dict, samples: int, confirmed: bool
 def quoted(task: Any) -> str:
     """The "metric,filter" of lm-eval's results to quote for one of its task objects."""
     name = task.config.task
+    reported = task.aggregation()
     named = (task.config.metadata or {}).get("quoted") or stock.QUOTED.get(name)
-    if named:
-        return named
-    first = next(iter(task.aggregation())).replace("pass_at_k", "pass@1")
-    return f"{first},{task._filters[0].name}"
+    metric, _, part = (named or f"{next(iter(reported))},{task._filters[0].name}").partition(",")
+    if metric not in reported or metric == "pass_at_k":  # with several samples, pass_at_1 is pass@1
+        metric = "pass@1"
+    return f"{metric},{part}"
 
 
 @contextlib.contextmanager

@@ -55,42 +55,45 @@ def index(user: Path | None) -> dict[str, Any]:
 def manager(name: str, user: Path | None) -> Any:
     """A TaskManager that knows `name` and what it is made of; a user's tasks win.
 
-    It holds the user's folder and the one of lm-eval's that has the name; everything, which is
-    slow, only where a group or tag reaches further.
+    It holds the user's folder and those of lm-eval's that have the name and its members;
+    everything, which is slow, only for a tag, whose members may stand anywhere.
     """
     from lm_eval.tasks import TaskManager
 
-    folders = [user] if user else []
-    near = names().get(name)
-    if near:
-        folders.insert(0, root() / near.relative_to(root()).parts[0])
-    found = TaskManager(include_defaults=False, include_path=folders)
-    return (
-        found
-        if closed(found.task_index, name)
-        else TaskManager(include_path=[user] if user else None)
-    )
+    own: list[str | Path] = [user] if user else []
+    folders: dict[Path, None] = {}
+    wanted = [name]
+    while True:
+        near = [names()[each] for each in wanted if each in names()]
+        more = {root() / path.relative_to(root()).parts[0]: None for path in near}
+        if not more.keys() - folders.keys() and folders:
+            return TaskManager(include_path=own)
+        folders |= more
+        found = TaskManager(include_defaults=False, include_path=[*folders, *own])
+        wanted = missing(found.task_index, name)
+        if not wanted and found.task_index[name].kind.name == "TAG" and name not in index(user):
+            return TaskManager(include_path=own)
+        if not wanted:
+            return found
 
 
-def closed(index: dict[str, Any], name: str) -> bool:
-    """Whether an index of lm-eval holds `name` and, if it is a group, all its members."""
+def missing(index: dict[str, Any], name: str) -> list[str]:
+    """What an index of lm-eval lacks of `name` and, if it is a group, of its members."""
     entry = index.get(name)
-    if entry is None or entry.kind.name == "TAG":  # a tag's members may stand in any folder
-        return False
+    if entry is None:
+        return [name]
     members = (entry.cfg or {}).get("task")
     if entry.kind.name != "GROUP" or not isinstance(members, list):
-        return True
-    return all(_known(index, member) for member in members)
+        return []
+    return [lack for member in members for lack in _lacking(index, member)]
 
 
-def _known(index: dict[str, Any], member: Any) -> bool:
+def _lacking(index: dict[str, Any], member: Any) -> list[str]:
     if isinstance(member, dict):
-        if isinstance(member.get("task"), list):
-            return all(_known(index, inner) for inner in member["task"])
+        if isinstance(member.get("task"), list):  # a group that is defined in place
+            return [lack for inner in member["task"] for lack in _lacking(index, inner)]
         member = member.get("task") or member.get("group")
-    entry = index.get(member)
-    tagged = entry is not None and entry.kind.name == "TAG"
-    return tagged or closed(index, member)
+    return missing(index, member)
 
 
 def check(folder: Path) -> None:
