@@ -61,6 +61,28 @@ def test_versions_are_those_of_the_installed_tasks(task):
     assert found["metadata"]["version"] == preset.VERSIONS[task]
 
 
+def reported(task: str) -> set[str]:
+    """The "metric,filter" names of one of lm-eval's tasks; of a group, those of its first task."""
+    manager = stock.manager(task, None)
+    entry = manager.task_index[task]
+    while entry.kind.name != "TASK":
+        member = entry.cfg["task"][0] if entry.kind.name == "GROUP" else sorted(entry.tags)[0]
+        while isinstance(member, dict):
+            member = member["task"] if isinstance(member["task"], str) else member["task"][0]
+        entry = manager.task_index[member]
+    config = stock.parse(entry.yaml_path, functions=False)
+    filters = [part["name"] for part in config.get("filter_list") or [{"name": "none"}]]
+    metrics = [metric["metric"].rpartition(".")[2] for metric in config["metric_list"]]
+    names = [name.replace("pass_at_k", "pass@1") for name in metrics]
+    return {f"{metric},{part}" for metric in names for part in filters}
+
+
+@pytest.mark.parametrize("task", preset.VERSIONS)
+def test_metrics_are_those_that_the_tasks_report(task):
+    wanted = {row.metric for row in PRESETS.values() if row.task == task} - {"tokens_per_second"}
+    assert wanted and wanted <= reported(task)
+
+
 def test_a_row_prints_what_it_fixes_and_both_numbers():
     row = find("fast-dllm-gsm8k-256-prefix-parallel")
     text = preset.describe(row, 77.3, 1.2)

@@ -284,7 +284,7 @@ def _d1_and_edit() -> Iterator[Preset]:
     )
     for system, numbers, block, model in (
         ("d1", baseline, 32, LLADA),
-        ("edit", edit, 64, f"{LLADA} with EDIT's adapter"),
+        ("edit", edit, 64, LLADA),
     ):
         for task, row in numbers.items():
             for length, number in zip((128, 256, 512), row, strict=True):

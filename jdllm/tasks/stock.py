@@ -5,6 +5,7 @@ them for their task: and group: lines takes two seconds.
 """
 
 import functools
+import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,11 @@ _TAGS = re.compile(r"""^["']?tag["']?:[ \t]*(.*(?:\n[ \t]*-[ \t]*.*)*)""", re.MU
 
 @functools.cache
 def root() -> Path:
-    """The folder of lm-eval's tasks."""
-    import lm_eval
-
-    return Path(lm_eval.__file__).parent / "tasks"
+    """The folder of lm-eval's tasks; found without importing it, which takes seconds."""
+    spec = importlib.util.find_spec("lm_eval")
+    if spec is None or not spec.origin:
+        raise ModuleNotFoundError("lm-eval is not installed: python -m pip install lm-eval")
+    return Path(spec.origin).parent / "tasks"
 
 
 @functools.cache
@@ -45,10 +47,10 @@ def names() -> dict[str, Path]:
 
 def index(user: Path | None) -> dict[str, Any]:
     """The names in a user's folder, with lm-eval's entry of each."""
-    from lm_eval.tasks import TaskManager
-
     if user is None:
         return {}
+    from lm_eval.tasks import TaskManager
+
     return dict(TaskManager(include_defaults=False, include_path=[user]).task_index)
 
 
