@@ -203,7 +203,7 @@ def test_unknown_names_are_errors_with_the_nearest(folder: Path):
 
 def test_tasks_without_a_hub_say_which_file_they_want(tmp_path: Path):
     refused("sudoku_d1 .*sudoku4x4/d1_test.jsonl; pass data=FOLDER", "sudoku_d1")
-    refused("hotpotqa_sample .*has no such file", "hotpotqa_sample", data=tmp_path)
+    refused("hotpotqa_sample .*is not there", "hotpotqa_sample", data=tmp_path)
 
 
 def test_without_a_folder_or_file_the_hub_is_asked(tmp_path: Path, monkeypatch):

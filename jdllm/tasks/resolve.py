@@ -52,7 +52,7 @@ def check(
             continue
         file = NEED_FOLDER.get(name)
         if file and (data is None or hub.find(data, file) is None):
-            where = f"data={data} has no such file" if data else "pass data=FOLDER with it"
+            where = f"{data / file} is not there" if data else "pass data=FOLDER with that file"
             raise ValueError(f"task {name} reads its documents from {file}; {where}")
         if name in TASKS or name in ours.CONFIGS or ALIASES.get(name, name) in stock.names():
             continue
@@ -111,7 +111,7 @@ def resolve(
                 stock.refuse_code(config | {"task": name}, confirm_run_unsafe_code)
                 if prompt_file:
                     _try_prompt(prompt_file, changes, config | {"task": name})
-                loaded["tasks"][name] = _build(config | {"task": name} | changes, samples)
+                loaded["tasks"][name] = build(config | {"task": name} | changes, samples)
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(FEWSHOT_SEED)
     return loaded
@@ -121,14 +121,17 @@ def documents(task: Task, data: Path | None, limit: int | None, seed: int) -> li
     """The documents of one of TASKS: held-out generated ones, or those of its file."""
     if task.read is None:
         return task.generate(limit or GENERATED, seed, held_out=True)
-    return task.read(data)
+    docs = task.read(data)
+    if not docs:
+        raise ValueError(f"the file of {task.name} in data={data} has no documents")
+    return docs
 
 
 def _try_prompt(file: Path, changes: dict, config: dict) -> None:
     """ValueError, with the fields there are, for a template that the first document cannot fill."""
     from lm_eval.utils import apply_template
 
-    doc = dict(_build(dict(config), 1).eval_docs[0])
+    doc = dict(build(dict(config), 1).eval_docs[0])
     try:
         apply_template(changes["doc_to_text"], doc)
     except Exception as error:  # of jinja2, which is lm-eval's choice
@@ -138,16 +141,20 @@ def _try_prompt(file: Path, changes: dict, config: dict) -> None:
         ) from error
 
 
-def _build(config: dict, samples: int) -> Any:
+def build(config: dict, samples: int = 1) -> Any:
     """lm-eval's object for a config; with several samples, one that averages over them."""
     from lm_eval.api.task import ConfigurableTask
 
     class Averaged(ConfigurableTask):
         """Grades every sample of a document by itself; its metrics are the means."""
 
-        def process_results(self, doc: dict, results: list) -> dict[str, float]:
+        def grade(self, doc: dict, results: list) -> list[dict[str, float]]:
+            """The metrics of each sample."""
             one = super().process_results
-            grades = [one(doc, [text]) for text in results[0]]
+            return [one(doc, [text]) for text in results[0]]
+
+        def process_results(self, doc: dict, results: list) -> dict[str, float]:
+            grades = self.grade(doc, results)
             return {name: statistics.fmean(each[name] for each in grades) for name in grades[0]}
 
     if samples == 1 or config.get("output_type") != "generate_until":
