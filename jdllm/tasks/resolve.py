@@ -197,7 +197,12 @@ def quoted(task: Any) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hides lm-eval's remarks on configs; errors still show."""
+    """Hides lm-eval's remarks on configs, and that transformers, which it imports, has no PyTorch.
+
+    Errors still show.
+    """
+    silence = logging.getLogger("transformers")
+    silence.addFilter(_has_torch)
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -205,3 +210,8 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+        silence.removeFilter(_has_torch)
+
+
+def _has_torch(record: logging.LogRecord) -> bool:
+    return "PyTorch was not" not in str(record.msg)
