@@ -203,7 +203,10 @@ def test_unknown_names_are_errors_with_the_nearest(folder: Path):
 
 def test_tasks_without_a_hub_say_which_file_they_want(tmp_path: Path):
     refused("sudoku_d1 .*sudoku4x4/d1_test.jsonl; pass data=FOLDER", "sudoku_d1")
-    refused("hotpotqa_sample .*is not there", "hotpotqa_sample", data=tmp_path)
+    with pytest.raises(FileNotFoundError, match="not on the Hugging Face hub; data=.*holds none"):
+        resolve.resolve(["hotpotqa_sample"], data=tmp_path)
+    with pytest.raises(FileNotFoundError, match="sudoku4x4/d1_test.jsonl, which is not there"):
+        resolve.resolve(["sudoku_d1"], data=tmp_path)
 
 
 def test_without_a_folder_or_file_the_hub_is_asked(tmp_path: Path, monkeypatch):
@@ -286,7 +289,7 @@ def test_a_prompt_of_the_users_own(folder: Path, tmp_path: Path):
     _, prompts = evaluate("sudoku_d1", gold, folder, prompt_file=file)
     assert prompts == ["1030030100000000"]
     refused("for one task alone", "sudoku", "countdown", prompt_file=file)
-    refused("has to be a file", "sudoku", prompt_file=tmp_path / "none.txt")
+    refused("none.txt cannot be read", "sudoku", prompt_file=tmp_path / "none.txt")
     file.write_text("{{nothing}} {% if %}")
     refused(f"{file}.*question", "gsm8k_boxed", data=folder, prompt_file=file)
     refused("one task; this names a group", "mmlu", data=folder, prompt_file=file)

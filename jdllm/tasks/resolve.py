@@ -33,27 +33,29 @@ def check(
     include_path: Path | None = None,
     prompt_file: Path | None = None,
 ) -> None:
-    """ValueError for names and folders that resolve() could not serve, as far as files tell.
+    """ValueError for names that resolve() could not serve, as far as the words alone tell.
 
-    Takes two seconds where a name is neither ours nor the user's: lm-eval's are looked through.
+    Files are looked for by resolve(). Takes two seconds where a name is neither ours nor the
+    user's: lm-eval's are looked through.
     """
     if len({ALIASES.get(name, name) for name in names}) < len(names):
         raise ValueError(f"task={','.join(names)} names a task twice")
-    if include_path:
-        stock.check(include_path)
-    if prompt_file and (len(names) > 1 or not prompt_file.is_file()):
+    if prompt_file and len(names) > 1:
         raise ValueError(
-            f"prompt_file={prompt_file} has to be a file, for one task alone; "
-            f"task={','.join(names)} names {len(names)}"
+            f"prompt_file={prompt_file} is for one task alone; task={','.join(names)} are "
+            f"{len(names)}"
         )
+    if include_path and not include_path.is_dir():
+        return
     users = stock.index(include_path)
     for name in names:
         if name in users:
             continue
-        file = NEED_FOLDER.get(name)
-        if file and (data is None or hub.find(data, file) is None):
-            where = f"{data / file} is not there" if data else "pass data=FOLDER with that file"
-            raise ValueError(f"task {name} reads its documents from {file}; {where}")
+        if name in NEED_FOLDER and data is None:
+            file = NEED_FOLDER[name]
+            raise ValueError(
+                f"task {name} reads its documents from {file}; pass data=FOLDER with that file"
+            )
         if name in TASKS or name in ours.CONFIGS or ALIASES.get(name, name) in stock.names():
             continue
         known = dict.fromkeys([*TASKS, *ours.CONFIGS, *ALIASES, *users, *stock.names()])
@@ -84,13 +86,16 @@ def resolve(
     `limit` of them (100) with `seed`. prompt_file holds the prompt as a Jinja template over a
     document's fields, to the letter but for one line break at its end. `shots` and `samples`
     change the number of examples and of completions a document; with several samples, metrics are
-    means over them, and code tasks report pass@k. ValueError for what check() refuses, and, before
-    any of its code is imported, for a code task that is not confirmed.
+    means over them, and code tasks report pass@k. ValueError for what check() refuses and, before
+    any of its code is imported, for a code task that is not confirmed; FileNotFoundError where
+    neither folder nor hub has the documents.
     """
+    if include_path:
+        stock.check(include_path)
     check(names, data=data, include_path=include_path, prompt_file=prompt_file)
     changes: dict[str, Any] = {} if shots is None else {"num_fewshot": shots}
     if prompt_file:
-        changes["doc_to_text"] = prompt_file.read_text(encoding="utf-8").removesuffix("\n")
+        changes["doc_to_text"] = _template(prompt_file)
     users = stock.index(include_path)
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     with _quiet(), hub.reading(data):
@@ -115,6 +120,13 @@ def resolve(
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(FEWSHOT_SEED)
     return loaded
+
+
+def _template(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8").removesuffix("\n")
+    except OSError as error:
+        raise ValueError(f"prompt_file={file} cannot be read: {error.strerror}") from None
 
 
 def documents(task: Task, data: Path | None, limit: int | None, seed: int) -> list[dict]:
