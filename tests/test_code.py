@@ -73,6 +73,7 @@ def test_a_memory_bomb_ends_as_an_error():
         "import os; os.execv('/bin/true', ['true'])",
         "import os; os.posix_spawn('/bin/true', ['true'], {})",
         "import multiprocessing\np = multiprocessing.Process(target=print); p.start()",
+        "from multiprocessing import util; util.spawnv_passfds(b'/bin/true', [b'true'], [])",
         "import os; os.kill(os.getppid(), 9)",
         "import ctypes; ctypes.CDLL('libc.so.6').fork()",
         "import ctypes; ctypes.CDLL(None).fork()",
@@ -115,6 +116,7 @@ def test_files_are_written_in_the_own_folder_only(tmp_path):
         f"import os; os.open({str(tmp_path / 'new')!r}, os.O_CREAT | os.O_WRONLY)",
         f"import pathlib; pathlib.Path({str(tmp_path / 'new')!r}).mkdir()",
         f"import shutil; shutil.rmtree({str(tmp_path)!r})",
+        f"import sqlite3; sqlite3.connect({str(tmp_path / 'new')!r})",
         f"import os; os.symlink({str(outside)!r}, 'way'); open('way', 'w')",
     ):
         assert code.run(deed).what.startswith("PermissionError"), deed

@@ -8,6 +8,7 @@ This is a fence against what models write by mistake, not a prison against an at
 whose programs you distrust in a container.
 """
 
+import _posixsubprocess
 import contextlib
 import json
 import os
@@ -45,6 +46,7 @@ CHANGES = (  # events that change the file system; their first arguments are pat
     "os.symlink",
     "os.truncate",
     "os.utime",
+    "sqlite3.connect",
 )
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
@@ -87,7 +89,8 @@ def fence(home: str) -> None:
         return found == home or found.startswith(home + os.sep) or found == os.devnull
 
     def hook(event: str, arguments: tuple) -> None:
-        if event.startswith(REFUSED) and arguments[:1] != (None,):
+        itself = event == "ctypes.dlopen" and arguments[0] is None  # importing ctypes opens that
+        if event.startswith(REFUSED) and not itself:
             raise PermissionError(f"{event} is refused to programs under test")
         if event == "open":
             path, _, flags = arguments
@@ -101,6 +104,10 @@ def fence(home: str) -> None:
         if not all(map(inside, changed)):
             raise PermissionError(f"{event} of {changed} is refused to programs under test")
 
+    def refuse(*_: object) -> None:
+        raise PermissionError("starting processes is refused to programs under test")
+
+    _posixsubprocess.fork_exec = refuse  # the one way to a process that no hook hears of
     sys.addaudithook(hook)
 
 
