@@ -230,7 +230,7 @@ def test_a_missing_or_broken_file_is_named(folder: Path, tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="has no gsm8k/train.jsonl"):
         resolve.resolve(["gsm8k"], data=tmp_path)
     (tmp_path / "gsm8k" / "test.jsonl").write_text('{"question": "x"}\n{"question"\n')
-    with pytest.raises(ValueError, match="test.jsonl:2: not a JSON row"):
+    with pytest.raises(ValueError, match="test.jsonl:2: every line must be a JSON object"):
         resolve.resolve(["gsm8k_boxed"], data=tmp_path)
 
 

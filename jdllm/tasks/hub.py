@@ -6,14 +6,13 @@ rows instead: lm-eval's own tasks, a user's, and ours alike.
 
 import contextlib
 import functools
-import gzip
 import importlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from jdllm.tasks import jsonl
 from jdllm.tasks.code import CodeEval
 
 # (path, name) as for datasets.load_dataset -> split -> file in the folder, plain or with .gz.
@@ -55,36 +54,16 @@ class Splits(dict):
 
         if split not in self.files:
             raise KeyError(f"there is no split {split!r} but {', '.join(self.files)}")
-        path = find(self.folder, self.files[split])
+        path = jsonl.find(self.folder, self.files[split])
         if path is None:
             raise FileNotFoundError(f"{self.folder} has no {self.files[split]}, nor one with .gz")
-        rows = read(path)
+        rows = [row for _, row in jsonl.read(path)]
         if self.subject not in (None, "all"):
             rows = [row for row in rows if row["subject"] == self.subject]
         if not rows:
             raise ValueError(f"{path} has no row" + (f" of {self.subject}" if self.subject else ""))
         self[split] = Dataset.from_list(rows)
         return self[split]
-
-
-def find(folder: Path, name: str) -> Path | None:
-    """The file of a name in a folder, as it is or compressed."""
-    paths = (folder / name, folder / f"{name}.gz")
-    return next((path for path in paths if path.is_file()), None)
-
-
-@functools.lru_cache(maxsize=8)  # 57 subjects share one file
-def read(path: Path) -> list[dict]:
-    """The rows of a .jsonl or .jsonl.gz file; ValueError, with the line, for one that is none."""
-    content = path.read_bytes()
-    text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not a JSON row; {error}") from error
-    return rows
 
 
 def load(folder: Path | None, real: Any, path: str, name: str | None = None, **more: Any) -> Any:
@@ -94,7 +73,7 @@ def load(folder: Path | None, real: Any, path: str, name: str | None = None, **m
     """
     known = OLD_NAMES.get(path, path)
     files = FILES.get((known, name)) or FILES.get((known, None)) or {}
-    if folder and any(find(folder, file) for file in files.values()):
+    if folder and any(jsonl.find(folder, file) for file in files.values()):
         splits = Splits(folder, files, name if known == MMLU else None)
         return splits[more["split"]] if more.get("split") else splits
     wanted = ", ".join(files.values())
