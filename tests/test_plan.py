@@ -69,7 +69,7 @@ def compiled(
     ],
 )
 def test_the_plan_is_what_the_real_program_needs(config, batch, length, cache, mesh):
-    decoding = DecodeConfig(gen_length=64, block_length=32, cache=cache)
+    decoding = DecodeConfig(gen_length=64, block_length=32, cache=cache).resolve(model=config)
     plan = Planner(config, sharding.abstract_mesh(mesh), length, decoding).plan(batch)
     arguments, total = compiled(config, decoding, batch, length, mesh)
     assert plan.weights == pytest.approx(arguments, rel=0.02)

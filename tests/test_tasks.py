@@ -1,431 +1,367 @@
-"""The tasks: graders, generators, the hold-out list, d1's files where they are.
+"""Every task, by name and offline: documents, prompts, and lm-eval's verdict on right and wrong.
 
-JDLLM_DATA=FOLDER runs the tests that read d1's test files from that folder as well.
+The documents are those of tiny.py; JDLLM_DATA=FOLDER runs the same on the real files.
 """
 
-import importlib.util
-import itertools
 import os
-from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from jdllm.tasks import TASKS, countdown, expression, held_out, sudoku
+from jdllm.tasks import TASKS, blockinfer, mbpp, ours, resolve, stock
+from tests import tiny
 
-ROOT = Path(__file__).resolve().parents[1]
+SUBJECTS = sorted(
+    name.removeprefix("mmlu_")
+    for name, path in stock.names().items()
+    if path.parent == stock.root() / "mmlu" / "default" and path.name == f"{name}.yaml"
+)
+# name -> what lm-eval says of right answers, for each "metric,filter"
+MINERVA = " Final Answer: The final answer is ${}$. I hope it is correct."
+RIGHT: dict[str, dict[str, float]] = {
+    "gsm8k": {"exact_match,strict-match": 1, "exact_match,flexible-extract": 1},
+    "gsm8k_cot": {"exact_match,strict-match": 1, "exact_match,flexible-extract": 1},
+    "math500": {"exact_match,none": 1, "math_verify,none": 1},
+    "humaneval": {"pass@1,create_test": 1},
+    "humaneval_instruct": {"pass@1,create_test": 1},
+    "mbpp": {"pass_at_1,none": 1},
+    # lm-eval's own filter takes the "def" of an answer that starts with it for a language
+    "mbpp_instruct": {"pass_at_1,extracted": 1, "pass_at_1,extract_code": 0},
+    "truthfulqa": {"bleu_acc,none": 1, "rougeL_acc,none": 1, "rouge1_max,none": 100},
+    "mmlu": {"acc,none": 1},
+    "mmlu_generative": {"exact_match,get_response": 1},
+    "sudoku": {"solved,none": 1, "exact_match,none": 1, "cell_acc,none": 1},
+    "countdown": {"solved,none": 1, "exact_match,none": 1},
+    "sudoku_d1": {"solved,none": 1, "d1_cells,none": 1},
+    "countdown_d1": {"solved,none": 1, "d1_match,none": 1},
+    "gsm8k_boxed": {"solved,none": 1},
+    "math500_boxed": {"solved,none": 1},
+    "mbpp_sanitized": {"pass@1,extracted": 1, "pass@1,raw": 1},
+    "hotpotqa_sample": {"exact_match,none": 1, "f1,none": 1},
+    "mmlu_sample": {"exact_match,none": 1},
+    "mmlu_sample_likelihood": {"acc,none": 1},
+    **{f"gsm8k_{name}": {"exact_match,flexible-extract": 1} for name in ("llada1.5", "llada_moe")},
+    "gsm8k_llada_mini": {"exact_match,flexible-extract": 1, "exact_match,strict-match": 1},
+    **{
+        f"mbpp_sanitized_{name}": {"pass@1,extracted": 1, "pass@1,dinfer": 1}
+        for name in ("llada1.5", "llada_moe", "llada_mini")
+    },
+}
+
+
+def gold(task: str, doc: dict) -> str:
+    """An answer that is right."""
+    for start, answer in (
+        ("gsm8k_cot", lambda: f"The answer is {doc['answer'].split('####')[1].strip()}."),
+        ("gsm8k_boxed", lambda: rf"\boxed{{{doc['answer'].split('####')[1].strip()}}}"),
+        ("gsm8k", lambda: doc["answer"]),
+        ("minerva", lambda: doc["solution"] + MINERVA.format(doc["answer"])),
+        ("math500", lambda: rf"\boxed{{{doc['answer']}}}"),
+        ("humaneval", lambda: doc["canonical_solution"]),
+        ("mbpp_sanitized_", lambda: f"Here:\n```python\n{doc['code']}\n```\nDone."),
+        ("mbpp_instruct", lambda: doc["code"] + "\n```"),
+        ("mbpp", lambda: doc["code"]),
+        ("truthfulqa", lambda: doc["best_answer"]),
+        ("mmlu_sample", lambda: f"So it is {{{'ABCD'[doc['answer']]}}}"),
+        ("mmlu", lambda: "ABCD"[doc["answer"]]),
+        ("hotpotqa", lambda: f"{{{doc['answers'][0]}}}"),
+    ):  # fmt: skip
+        if task.startswith(start):
+            return answer()
+    return TASKS[task].response(doc) if task != "sudoku_d1" else doc["solution"]
+
+
+def wrong(task: str, doc: dict) -> str:
+    """The right answer, spoilt."""
+    text = gold(task, doc)
+    if "humaneval" in task or "mbpp" in task:
+        return text.replace("return", "return not")
+    if "truthfulqa" in task:
+        return doc["incorrect_answers"][0]
+    if "mmlu" in task:
+        letter = "ABCD"[doc["answer"]]
+        return text.replace(letter, "ABCD"[doc["answer"] - 1])
+    if "hotpotqa" in task:
+        return "{nobody at all}"
+    if "math" in task:
+        return text.replace("{", "{7+", 1) if "boxed" in task else ""
+    return text.translate(str.maketrans("0123456789", "1234567890"))
+
+
+def dummy(answer: Any, prompts: list[str]) -> Any:
+    """An lm-eval model that answers with answer(task, doc) and keeps the prompts."""
+    from lm_eval.api.model import LM
+
+    class Dummy(LM):
+        def generate_until(self, requests: list) -> list[str]:
+            found = []
+            for request in requests:
+                prompts.append(request.args[0])
+                text = answer(request.task_name, request.doc)
+                for stop in request.args[1]["until"]:
+                    text = text.split(stop)[0]
+                found.append(text)
+            return found
+
+        def loglikelihood(self, requests: list) -> list:
+            prompts.extend(request.args[0] for request in requests)
+            return [
+                (float(r.args[1].strip() in answer(r.task_name, r.doc).split("{")[-1]), True)
+                for r in requests
+            ]
+
+        def loglikelihood_rolling(self, requests: list) -> list:
+            raise NotImplementedError
+
+    return Dummy()
+
+
+def evaluate(name: str, answer: Any, folder: Path, **settings: Any) -> tuple[dict, list[str]]:
+    """lm-eval's results of a task, and the prompts it built."""
+    from lm_eval.evaluator import evaluate as run
+
+    limit = settings.pop("limit", None)
+    settings.setdefault("confirm_run_unsafe_code", True)
+    loaded: Any = resolve.resolve([name], data=folder, limit=limit, **settings)
+    prompts: list[str] = []
+    results: Any = run(
+        lm=dummy(answer, prompts),
+        task_dict=loaded,
+        limit=limit,
+        bootstrap_iters=0,
+        confirm_run_unsafe_code=True,
+    )
+    return results["results"], prompts
+
+
+def check(name: str, folder: Path, limit: int | None, slack: float = 1e-6) -> list[str]:
+    """Right answers score as RIGHT says, spoilt ones nothing of what is quoted."""
+    if name == "math500":
+        pytest.importorskip("math_verify", reason="lm-eval's MATH-500 needs lm-eval[math]")
+    results, prompts = evaluate(name, gold, folder, limit=limit)
+    top = results[resolve.ALIASES.get(name, name)]
+    assert {key: top[key] for key in RIGHT[name]} == pytest.approx(RIGHT[name], rel=slack)
+    spoilt, _ = evaluate(name, wrong, folder, limit=limit)
+    loaded = resolve.resolve([name], data=folder, confirm_run_unsafe_code=True, limit=limit)
+    for task in loaded["tasks"].values():
+        key = resolve.quoted(task)
+        scores = results[task.config.task][key], spoilt[task.config.task][key]
+        assert scores == pytest.approx((1, 0), abs=slack), key
+    return prompts
 
 
 @pytest.fixture(scope="module")
-def d1_folder() -> Path:
-    folder = os.environ.get("JDLLM_DATA", "")
-    if not folder:
-        pytest.skip("JDLLM_DATA is unset: it names the folder with d1's test files")
-    return Path(folder)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write(tmp_path_factory.mktemp("data"), SUBJECTS)
 
 
-def script(name: str):
-    """Load experiments/bundled/NAME.py, which is not part of the package."""
-    path = ROOT / "experiments" / "bundled" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="module")
+def real() -> Path:
+    if not os.environ.get("JDLLM_DATA"):
+        pytest.skip("JDLLM_DATA is unset: it names the folder with the real files")
+    return Path(os.environ["JDLLM_DATA"])
 
 
-# sudoku
-
-PINNED = {
-    "sudoku": [
-        {"puzzle": "0013030000202431", "solution": "4213134231242431"},
-        {"puzzle": "3200102340102000", "solution": "3241142343122134"},
-    ],
-    "countdown": [
-        {"numbers": [86, 64, 52], "target": 30},
-        {"numbers": [27, 31, 5], "target": 9},
-    ],
-}
+@pytest.mark.parametrize("name", RIGHT)
+def test_every_task_offline(name: str, folder: Path):
+    assert check(name, folder, 5 if name in ("sudoku", "countdown") else None)
 
 
-def grade_sudoku(doc: dict, completion: str) -> tuple[float, float, float]:
-    scores = TASKS["sudoku"].grade(doc, completion)
-    return scores["solved"], scores["exact_match"], scores["cell_acc"]
+# How many documents are graded: programs and MATH-500's checks take a while each.
+FEW = {"humaneval": 20, "humaneval_instruct": 20, "math500": 15, "mmlu": 3, "mmlu_generative": 3}
 
 
-def test_every_grid_is_listed_once_in_order():
-    assert len(sudoku.grids()) == 288
-    assert list(sudoku.grids()) == sorted(set(sudoku.grids()))
-    assert all(sudoku.is_grid(grid) for grid in sudoku.grids())
+@pytest.mark.parametrize("name", RIGHT)
+def test_every_task_on_the_real_files(name: str, real: Path):
+    loaded = resolve.resolve([name], data=real, confirm_run_unsafe_code=True)
+    for task in loaded["tasks"].values():
+        task.build_all_requests()
+        assert all(request.args[0].strip() for request in task.instances)
+    # of the best answers of TruthfulQA a few are closer to a wrong one, in BLEU's eyes
+    slack = 0.05 if name == "truthfulqa" else 1e-6
+    check(name, real, FEW.get(name, 20 if "mbpp" in name else 50), slack)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "1234", "1" * 16, "1234341221434322", "1234341221434321 ", "1234234134124123"]
-)
-def test_is_grid_rejects(text):
-    assert not sudoku.is_grid(text)
+def test_ours_and_the_aliases_are_all_here():
+    assert {*TASKS, *ours.CONFIGS, *resolve.ALIASES} <= set(RIGHT)
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.sampled_from(sudoku.grids()), st.sets(st.integers(0, 15)))
-def test_completions_match_a_plain_filter(grid, cells):
-    puzzle = "".join(digit if cell in cells else "0" for cell, digit in enumerate(grid))
-    plain = [g for g in sudoku.grids() if all(g[cell] == grid[cell] for cell in cells)]
-    assert sudoku.completions(puzzle) == plain
+# names
 
 
-@pytest.mark.parametrize("puzzle", ["", "5" + "0" * 15, "11" + "0" * 14])
-def test_impossible_puzzles_are_errors(puzzle):
-    with pytest.raises(ValueError, match="puzzle"):
-        sudoku.completions(puzzle)
+def refused(match: str, *names: str, **settings: Any) -> None:
+    with pytest.raises(ValueError, match=match):
+        resolve.resolve(names, **settings)
 
 
-def test_any_completion_of_an_ambiguous_puzzle_is_solved():
-    puzzle = "1030030100000000"
-    several = sudoku.completions(puzzle)
-    assert len(several) > 1
-    doc = {"puzzle": puzzle, "solution": several[1]}
-    assert TASKS["sudoku"].response(doc) == f"<answer>{several[0]}</answer>"
-    assert grade_sudoku(doc, f"<answer>{several[1]}</answer>") == (1, 1, 1)
-    solved, exact, cells = grade_sudoku(doc, f"<answer>{several[0]}</answer>")
-    assert (solved, exact) == (1, 0)
-    assert 0 < cells < 1
+def test_unknown_names_are_errors_with_the_nearest(folder: Path):
+    refused("task=gsm8kk is unknown; did you mean .*gsm8k", "gsm8kk")
+    refused("did you mean .*sudoku", "sudokus")
+    refused("names a task twice", "math500", "minerva_math500")
 
 
-def a_puzzle() -> dict:
-    grid = sudoku.grids()[100]
-    return {"puzzle": grid[:8] + "0" * 8, "solution": grid}
+def test_tasks_without_a_hub_say_which_file_they_want(tmp_path: Path):
+    refused("sudoku_d1 .*sudoku4x4/d1_test.jsonl; pass data=FOLDER", "sudoku_d1")
+    with pytest.raises(FileNotFoundError, match="not on the Hugging Face hub; data=.*holds none"):
+        resolve.resolve(["hotpotqa_sample"], data=tmp_path)
+    with pytest.raises(FileNotFoundError, match="sudoku4x4/d1_test.jsonl, which is not there"):
+        resolve.resolve(["sudoku_d1"], data=tmp_path)
 
 
-def test_sudoku_grader_finds_the_answer():
-    doc = a_puzzle()
-    good = doc["solution"]
-    spaced = f"{good[:8]}\n{good[8:]}"
-    for text in (f"so <answer> {spaced} </answer>", f"<answer>{good}", f"it is {good}."):
-        assert grade_sudoku(doc, text)[:2] == (1, 1), text
-    assert grade_sudoku(doc, f"<answer>{good}<|eot_id|>more")[:2] == (1, 1)
-    assert grade_sudoku(doc, f"<answer>1</answer><answer>{good}</answer>")[:2] == (1, 1)
+def test_without_a_folder_or_file_the_hub_is_asked(tmp_path: Path, monkeypatch):
+    asked = []
+
+    def offline(path: str, name: str | None = None, **_: Any) -> None:
+        asked.append((path, name))
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("datasets.load_dataset", offline)
+    with pytest.raises(FileNotFoundError, match="gsm8k/test.jsonl in it .no network"):
+        resolve.resolve(["gsm8k"])
+    with pytest.raises(FileNotFoundError, match="holds none of math500/test.jsonl"):
+        resolve.resolve(["math500_boxed"], data=tmp_path)
+    assert asked == [("openai/gsm8k", "main"), ("HuggingFaceH4/MATH-500", None)]
 
 
-def test_sudoku_grader_rejects():
-    doc = a_puzzle()
-    good = doc["solution"]
-    other = next(g for g in sudoku.grids() if g[:8] != good[:8])
-    assert grade_sudoku(doc, f"<answer>{other}</answer>")[0] == 0, "a clue was changed"
-    assert grade_sudoku(doc, f"<answer>{doc['puzzle']}</answer>") == (0, 0, 0)
-    assert grade_sudoku(doc, f"<answer>{good}1</answer>")[:2] == (0, 0), "17 digits"
-    assert grade_sudoku(doc, f"{good}1")[0] == 0, "part of a longer number"
-    assert grade_sudoku(doc, "") == (0, 0, 0)
+def test_a_missing_or_broken_file_is_named(folder: Path, tmp_path: Path):
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / "test.jsonl").write_bytes((folder / "gsm8k/test.jsonl").read_bytes())
+    with pytest.raises(FileNotFoundError, match="has no gsm8k/train.jsonl"):
+        resolve.resolve(["gsm8k"], data=tmp_path)
+    (tmp_path / "gsm8k" / "test.jsonl").write_text('{"question": "x"}\n{"question"\n')
+    with pytest.raises(ValueError, match="test.jsonl:2: every line must be a JSON object"):
+        resolve.resolve(["gsm8k_boxed"], data=tmp_path)
 
 
-def test_cell_accuracy_counts_the_empty_cells_only():
-    doc = a_puzzle()
-    good = doc["solution"]
-    assert grade_sudoku(doc, f"<answer>{good[:12]}0000</answer>") == (0, 0, 0.5)
-    assert grade_sudoku(doc, f"<answer>{good[:12]}</answer>") == (0, 0, 0.5)
-    assert grade_sudoku(doc, f"<answer>00000000{good[8:]}</answer>") == (0, 0, 1)
+@pytest.mark.parametrize("name", [n for n in RIGHT if "mbpp" in n or "humaneval" in n])
+def test_programs_are_run_only_when_that_is_confirmed(name: str, folder: Path, monkeypatch):
+    monkeypatch.setattr("jdllm.tasks.code.run", lambda *_, **__: pytest.fail("it was run"))
+    refused("confirm_run_unsafe_code=true", name, data=folder)
 
 
-def test_generated_sudokus_are_solvable_and_partly_ambiguous():
-    docs = TASKS["sudoku"].generate(2000, 3, held_out=False)
-    several = 0
-    for doc in docs:
-        assert doc["puzzle"].count("0") == 8
-        found = sudoku.completions(doc["puzzle"])
-        assert doc["solution"] == found[0]
-        several += len(found) > 1
-    assert 0.15 < several / len(docs) < 0.25
+def test_several_tasks_at_once_and_their_lengths(folder: Path):
+    loaded = resolve.resolve(["sudoku", "gsm8k", "countdown_d1"], data=folder, limit=3)
+    tasks = loaded["tasks"]
+    assert list(tasks) == ["sudoku", "gsm8k", "countdown_d1"]
+    assert len(tasks["sudoku"].eval_docs) == 3
+    again = resolve.resolve(["sudoku"], limit=3)["tasks"]["sudoku"]
+    assert list(again.eval_docs) == list(tasks["sudoku"].eval_docs)
 
 
-# countdown
-
-DOC = {"numbers": [30, 100, 93], "target": 23}
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        r"\boxed{30-(100-93)}",
-        r"100-93=7 \boxed{30 - (100 - 93) = 23}",
-        r"\boxed{1} no, \boxed{93+30-100}",
-        r"\boxed{30-\left(100-93\right)}",
-        r"$\boxed{-100+93+30}$",
-        "<answer>93-100+30</answer>",
-        "  30+93-100\n",
-        "\\boxed{30\u2212(100\u221293)}",
-    ],
-)
-def test_countdown_grader_accepts(text):
-    assert TASKS["countdown"].grade(DOC, text)["solved"] == 1.0
+def test_a_group_has_its_members(folder: Path):
+    loaded = resolve.resolve(["mmlu"], data=folder, shots=1)
+    assert len(loaded["tasks"]) == len(SUBJECTS) == 57 and "mmlu_stem" in loaded["groups"]
+    task = loaded["tasks"]["mmlu_anatomy"]
+    task.build_all_requests()
+    assert task.instances[0].args[0].count("Answer:") == 2
+    refused("samples=2 is for single tasks", "mmlu_generative", data=folder, samples=2)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        r"\boxed{}",
-        r"\boxed{23}",
-        r"\boxed{30+93-100+0}",
-        r"\boxed{30+93}",
-        r"\boxed{30+93-100",
-        r"\boxed{30+93-100} \boxed{nothing}",
-        r"\boxed{30+93-1_00}",
-        r"\boxed{30+093-100}",
-        r"\boxed{30-(100-93}",
-        r"\boxed{__import__('os').system('true')}",
-        r"\boxed{100//93+30-8}",
-        r"\boxed{2**3}",
-        r"\boxed{30/(93-93)}",
-        "\\boxed{" + "(" * 5000 + "}",
-        "\\boxed{" + "-" * 180 + "1}",
-        "\\boxed{3\u0660+93-100}",
-    ],
-)
-def test_countdown_grader_rejects(text):
-    assert TASKS["countdown"].grade(DOC, text) == {"solved": 0.0, "exact_match": 0.0}
+# shots, prompts, samples
 
 
-def test_countdown_operator_spellings_and_exact_division():
-    doc = {"numbers": [2, 3, 4], "target": 6}
-    for text in (r"\boxed{3 \times 4 \div 2}", r"\boxed{3/2\cdot 4}", "\\boxed{3\u00d74\u00f72}"):
-        assert TASKS["countdown"].grade(doc, text)["solved"] == 1.0
-    # 1/3*3 is exactly 1 as a fraction
-    thirds = {"numbers": [1, 3, 3], "target": 1}
-    assert TASKS["countdown"].grade(thirds, r"\boxed{1/3*3}")["solved"] == 1.0
+def test_shots_are_the_tasks_own_or_those_asked_for(folder: Path):
+    def prompt(name: str, **settings: Any) -> str:
+        task = resolve.resolve([name], data=folder, **settings)["tasks"][name]
+        task.build_all_requests()
+        return task.instances[0].args[0]
+
+    assert prompt("gsm8k").count("Question:") == 6
+    assert prompt("gsm8k", shots=0).count("Question:") == 1
+    assert prompt("gsm8k", shots=2) == prompt("gsm8k", shots=2)
+    shown = prompt("gsm8k_llada1.5")
+    order = [shown.index(start) for start in tiny.SHOTS]
+    assert order == sorted(order) and "The answer is 4" in shown and "####" not in shown
+    assert shown.endswith("buy 800 more. How many pears are there?\n"
+                          "Let's think step by step\nAnswer:")  # fmt: skip
+    shown = prompt("mbpp_sanitized", confirm_run_unsafe_code=True)
+    assert shown.count("[BEGIN]") == 4 and shown.count("[DONE]") == 3
 
 
-def test_countdown_exact_match_is_the_canonical_writing():
-    task = TASKS["countdown"]
-    assert task.response(DOC) == r"93+30=123,123-100=23 \boxed{93+30-100}"
-    assert countdown.response(DOC, chain=False) == r"\boxed{93+30-100}"
-    assert task.grade(DOC, task.response(DOC)) == {"solved": 1.0, "exact_match": 1.0}
-    assert task.grade(DOC, r"\boxed{30+93-100}") == {"solved": 1.0, "exact_match": 0.0}
+def test_a_prompt_of_the_users_own(folder: Path, tmp_path: Path):
+    file = tmp_path / "prompt.txt"
+    file.write_text("Now: {{question}}\nThink!\n\n")
+    _, prompts = evaluate("gsm8k_boxed", gold, folder, prompt_file=file)
+    question = tiny.gsm8k("Two sisters", 700, 800)["question"]
+    assert prompts[0] == f"Now: {question}\nThink!\n"
+    file.write_text("{{puzzle}}")
+    _, prompts = evaluate("sudoku_d1", gold, folder, prompt_file=file)
+    assert prompts == ["1030030100000000"]
+    refused("for one task alone", "sudoku", "countdown", prompt_file=file)
+    refused("none.txt cannot be read", "sudoku", prompt_file=tmp_path / "none.txt")
+    file.write_text("{{nothing}} {% if %}")
+    refused(f"{file}.*question", "gsm8k_boxed", data=folder, prompt_file=file)
+    refused("one task; this names a group", "mmlu", data=folder, prompt_file=file)
 
 
-@pytest.mark.parametrize(
-    ("numbers", "target", "answer"),
-    [
-        ([1, 2, 3], 6, r"3+2=5,5+1=6 \boxed{3+2+1}"),
-        ([5, 90, 20], 65, r"90-20=70,70-5=65 \boxed{90-20-5}"),
-        ([40, 3, 30], 30, r"40-30=10,10*3=30 \boxed{(40-30)*3}"),
-        ([7, 80, 11], 3, r"11*7=77,80-77=3 \boxed{80-11*7}"),
-        ([60, 10, 5], 12, r"10-5=5,60/5=12 \boxed{60/(10-5)}"),
-        ([50, 2, 5], 5, r"50/5=10,10/2=5 \boxed{50/5/2}"),
-    ],
-)
-def test_countdown_canonical_answers(numbers, target, answer):
-    for order in itertools.permutations(numbers):
-        doc = {"numbers": list(order), "target": target}
-        assert TASKS["countdown"].response(doc) == answer
+def in_turn(*answers: Any) -> Any:
+    """Right and wrong answers in turn."""
+    turns = iter(range(10**6))
+    return lambda task, doc: answers[next(turns) % len(answers)](task, doc)
 
 
-def test_unreachable_target_is_an_error():
-    with pytest.raises(ValueError, match="makes 99"):
-        TASKS["countdown"].response({"numbers": [1, 1, 1], "target": 99})
+def test_several_samples_are_averaged_or_give_pass_at_k(folder: Path):
+    half = evaluate("gsm8k", in_turn(gold, wrong), folder, samples=2)[0]["gsm8k"]
+    assert half["exact_match,flexible-extract"] == 0.5
+    third = evaluate("gsm8k_boxed", in_turn(gold, wrong, wrong), folder, samples=3)[0]
+    assert third["gsm8k_boxed"]["solved,none"] == pytest.approx(1 / 3)
+    for name in ("humaneval", "mbpp", "mbpp_instruct", "mbpp_sanitized"):
+        found, prompts = evaluate(name, in_turn(gold, wrong), folder, samples=2)
+        settings: Any = {"samples": 2, "confirm_run_unsafe_code": True}
+        key = resolve.quoted(resolve.resolve([name], data=folder, **settings)["tasks"][name])
+        assert found[name][key] == 0.5, key
+        assert found[name][key.replace("pass@1", "pass@2")] == 1
+        assert len(prompts) == 2 * found[name]["sample_len"]
 
 
-OPERATIONS = {
-    "+": lambda a, b: a + b,
-    "-": lambda a, b: a - b,
-    "*": lambda a, b: a * b,
-    "/": lambda a, b: a / b if b else None,
-}
+# the user's own
 
 
-def reachable(numbers: list[int]) -> set[int]:
-    """Brute force: the whole numbers from 1 to 100 which three numbers reach, fractions allowed."""
-    found = set()
-    for a, b, c in itertools.permutations(map(Fraction, numbers)):
-        for first, second in itertools.product(OPERATIONS.values(), repeat=2):
-            inner = first(a, b)
-            if inner is not None:
-                found |= {second(inner, c), second(c, inner)}
-    return {int(v) for v in found if v is not None and v.denominator == 1 and 1 <= v <= 100}
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 100) | st.integers(1, 12), min_size=3, max_size=3))
-def test_every_reachable_target_has_a_canonical_answer(numbers):
-    for wanted in reachable(numbers):
-        doc = {"numbers": numbers, "target": wanted}
-        scores = TASKS["countdown"].grade(doc, TASKS["countdown"].response(doc))
-        assert scores == {"solved": 1.0, "exact_match": 1.0}
-        chain, _ = countdown.solution(doc)
-        for step in chain.split(","):
-            left, right = step.split("=")
-            tree = expression.parse(left)
-            assert tree is not None and expression.value(tree) == int(right) >= 0
-
-
-TREES = st.recursive(
-    st.integers(0, 100),
-    lambda inner: st.tuples(inner, st.sampled_from("+-*/"), inner),
-    max_leaves=8,
-)
-
-
-def written(tree) -> str:
-    return (
-        str(tree) if isinstance(tree, int) else f"({written(tree[0])}{tree[1]}{written(tree[2])})"
+def test_the_users_yaml_is_found_and_wins(folder: Path, tmp_path: Path):
+    (tmp_path / "mine.yaml").write_text(
+        "task: gsm8k_boxed\ndataset_path: openai/gsm8k\ndataset_name: main\ntest_split: test\n"
+        'doc_to_text: "Mine: {{question}}"\ndoc_to_target: "{{answer}}"\n'
+        "output_type: generate_until\nnum_fewshot: 0\n"
+        "generation_kwargs: {until: []}\n"
+        "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
     )
+    (tmp_path / "both.yaml").write_text("group: both\ntask: [gsm8k_boxed, gsm8k]\n")
+    settings: Any = {"data": folder, "include_path": tmp_path}
+    task = resolve.resolve(["gsm8k_boxed"], **settings)["tasks"]["gsm8k_boxed"]
+    assert task.doc_to_text({"question": "x"}) == "Mine: x"
+    assert list(resolve.resolve(["both"], **settings)["tasks"]) == ["gsm8k_boxed", "gsm8k"]
+    refused("did you mean both", "bothh", **settings)
 
 
-def leaves(tree) -> list[int]:
-    return [tree] if isinstance(tree, int) else leaves(tree[0]) + leaves(tree[2])
+def test_yaml_that_cannot_be_read_is_an_error_and_not_skipped(tmp_path: Path):
+    refused("is no folder", "sudoku", include_path=tmp_path / "none")
+    (tmp_path / "broken.yaml").write_text("task: [unclosed\n")
+    refused("broken.yaml cannot be read", "sudoku", include_path=tmp_path)
 
 
-def evaluated(tree) -> Fraction | None:
-    if isinstance(tree, int):
-        return Fraction(tree)
-    left, right = evaluated(tree[0]), evaluated(tree[2])
-    return None if left is None or right is None else OPERATIONS[tree[1]](left, right)
+def test_dinfers_reading_of_a_program():
+    closed = "Sure:\n```python\ndef f():\n    return 1\n```\nDone."
+    assert mbpp.program(closed).strip() == mbpp.dinfer_program(closed).strip()
+    assert mbpp.dinfer_program("[BEGIN]\n'def a\\_b(): pass'\n[DONE]") == "def a_b(): pass"
+    assert mbpp.program("```\nnot python at all\n```\n```python\nx = 1\n```") == "x = 1\n"
+    assert mbpp.program("[BEGIN]\nx = 1\n[DONE] y") == "\nx = 1\n"
 
 
-@settings(max_examples=100, deadline=None)
-@given(TREES)
-def test_expressions_evaluate_as_fractions_do(tree):
-    parsed = expression.parse(written(tree))
-    assert parsed is not None
-    assert expression.value(parsed) == evaluated(tree)
-    assert sorted(expression.numbers(parsed)) == sorted(leaves(tree))
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("{B}", "B"), ("It is {A}. No: {C}", "C"), ("The answer is (D).", "D"), ("B", "B"),
+        ("A dog, so answer: B", "B"), ("none", ""), ("{E}", ""),
+    ],
+)  # fmt: skip
+def test_the_letter_of_a_choice(text: str, letter: str):
+    assert blockinfer.letter(text) == letter
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.text() | st.text("0123456789+-*/() ", max_size=30))
-def test_the_graders_never_raise(text):
-    for completion in (text, f"\\boxed{{{text}}}", f"<answer>{text}</answer>"):
-        for name, doc in (("countdown", DOC), ("sudoku", a_puzzle())):
-            assert all(0 <= score <= 1 for score in TASKS[name].grade(doc, completion).values())
-
-
-def test_generated_countdowns_are_solvable_and_spread_like_d1():
-    docs = TASKS["countdown"].generate(3000, 5, held_out=False)
-    hard = 0
-    for doc in docs:
-        assert all(1 <= x <= 100 for x in [*doc["numbers"], doc["target"]])
-        assert TASKS["countdown"].grade(doc, TASKS["countdown"].response(doc))["exact_match"] == 1
-        a, b, c = sorted(doc["numbers"])
-        sums = {a + b + c, b + c - a, a + c - b, a + b - c, c - b - a}
-        hard += doc["target"] not in sums
-    assert 0.08 < hard / len(docs) < 0.13  # 27 of 256 in d1's file
-    assert any(doc["numbers"] != sorted(doc["numbers"], reverse=True) for doc in docs)
-
-
-# generators and the hold-out
-
-
-@pytest.mark.parametrize("name", ["sudoku", "countdown"])
-def test_the_same_seed_gives_the_same_documents(name):
-    generate = TASKS[name].generate
-    docs = generate(500, 11, held_out=False)
-    assert len(docs) == 500
-    assert docs == generate(500, 11, held_out=False)
-    assert docs[:100] == generate(100, 11, held_out=False)
-    assert docs != generate(500, 12, held_out=False)
-    assert generate(0, 11, held_out=False) == []
-
-
-def test_the_stream_is_pinned():
-    assert TASKS["sudoku"].generate(2, 0, held_out=False) == PINNED["sudoku"]
-    assert TASKS["countdown"].generate(2, 0, held_out=False) == PINNED["countdown"]
-
-
-@pytest.mark.parametrize(("name", "module"), [("sudoku", sudoku), ("countdown", countdown)])
-def test_held_out_documents_are_distinct_and_never_trained_on(name, module):
-    generate = TASKS[name].generate
-    kept = [module.key(doc) for doc in generate(300, 1, held_out=True)]
-    assert len(set(kept)) == 300
-    for seed in (1, 2):
-        drawn = {module.key(doc) for doc in generate(10_000, seed, held_out=False)}
-        assert not drawn & set(kept)
-        assert not any(held_out.reserved(held_out.digest(key)) for key in drawn)
-
-
-@pytest.mark.parametrize(("name", "module"), [("sudoku", sudoku), ("countdown", countdown)])
-def test_listed_items_are_dropped_from_training(name, module, monkeypatch):
-    generate = TASKS[name].generate
-    before = generate(50, 4, held_out=False)
-    listed = {module.key(doc) for doc in before[:5]}
-    monkeypatch.setattr(held_out, "listed", lambda: frozenset(map(held_out.digest, listed)))
-    after = generate(50, 4, held_out=False)
-    assert not listed & {module.key(doc) for doc in after}
-    assert after[:45] == [doc for doc in before if module.key(doc) not in listed][:45]
-
-
-def test_the_key_ignores_the_order_of_the_numbers():
-    assert countdown.key(DOC) == "30,93,100=23"
-    assert countdown.key(DOC) == countdown.key({"numbers": [93, 30, 100], "target": 23})
-
-
-def test_the_committed_list_is_well_formed():
-    assert len(held_out.listed()) == 756
-    assert held_out.digest("abc") == "ba7816bf8f01cfea"
-    with pytest.raises(ValueError, match="line 2"):
-        held_out.parse("# ok\nXYZ\n")
-
-
-def test_make_held_out_writes_what_is_read_back():
-    text = script("make_held_out").render(["1,2,3=6", "1" * 16, "1,2,3=6"])
-    assert held_out.parse(text) == {held_out.digest("1,2,3=6"), held_out.digest("1" * 16)}
-    assert text.startswith("#") and text.endswith("\n")
-
-
-def test_bad_requests_are_errors(monkeypatch):
-    with pytest.raises(ValueError, match="n=-1"):
-        TASKS["sudoku"].generate(-1, 0, held_out=False)
-    with pytest.raises(ValueError, match="seed=-1"):
-        TASKS["sudoku"].generate(1, -1, held_out=False)
-    monkeypatch.setattr(held_out, "DRY_BATCHES", 2)
-    with pytest.raises(ValueError, match="only 1 distinct"):
-        held_out.draw(lambda rng, n: [{}], lambda doc: reserved_key(), 5, 0, held_out=True)
-
-
-def reserved_key() -> str:
-    return next(k for k in map(str, range(10_000)) if held_out.reserved(held_out.digest(k)))
-
-
-# files
-
-
-def read(name: str, folder: Path | None) -> list[dict]:
-    reader = TASKS[name].read
-    assert reader is not None
-    return reader(folder)
-
-
-@pytest.mark.parametrize("name", ["sudoku_d1", "countdown_d1"])
-def test_a_missing_file_is_an_error_that_says_what_to_do(name, tmp_path):
-    with pytest.raises(FileNotFoundError, match="data=") as caught:
-        read(name, tmp_path)
-    assert str(tmp_path) in str(caught.value)
-    with pytest.raises(FileNotFoundError, match="pass data=FOLDER"):
-        read(name, None)
-
-
-def test_small_files_are_read(tmp_path):
-    (tmp_path / "countdown").mkdir()
-    file = tmp_path / "countdown" / "d1_cd3_test.jsonl"
-    file.write_text('{"input":"30,100,93","output":"23"}\n\n')
-    assert read("countdown_d1", tmp_path) == [DOC]
-    file.write_text('{"input":"30,100","output":"23"}\n')
-    with pytest.raises(ValueError, match="jsonl:1: a row is"):
-        read("countdown_d1", tmp_path)
-    file.write_text("[]\n")
-    with pytest.raises(ValueError, match="must be a JSON object"):
-        read("countdown_d1", tmp_path)
-
-
-def test_d1_files_match_the_committed_list(d1_folder):
-    puzzles, sums = read("sudoku_d1", d1_folder), read("countdown_d1", d1_folder)
-    assert (len(puzzles), len(sums)) == (500, 256)
-    keys = {sudoku.key(doc) for doc in puzzles} | {countdown.key(doc) for doc in sums}
-    assert {held_out.digest(key) for key in keys} == held_out.listed()
-    assert sum(len(sudoku.completions(doc["puzzle"])) > 1 for doc in puzzles) == 124
-
-
-@pytest.mark.parametrize("name", ["sudoku_d1", "countdown_d1"])
-def test_training_answers_solve_d1(name, d1_folder):
-    for doc in read(name, d1_folder):
-        assert TASKS[name].grade(doc, TASKS[name].response(doc))["solved"] == 1.0
+def test_hotpotqa_is_graded_by_words():
+    doc = {"answers": ["the Grand Duke", "a duke"]}
+    assert blockinfer.grade_hotpotqa(doc, "{Grand Duke!}") == {"exact_match": 1, "f1": 1}
+    found = blockinfer.grade_hotpotqa(doc, "{the old grand duke}")
+    assert found == {"exact_match": 0, "f1": pytest.approx(0.8)}
+    assert blockinfer.grade_hotpotqa(doc, "") == {"exact_match": 0, "f1": 0}

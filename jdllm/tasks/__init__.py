@@ -63,7 +63,9 @@ _COUNTDOWN = Task(
 
 TASKS: dict[str, Task] = {
     "sudoku": _SUDOKU,
-    "sudoku_d1": replace(_SUDOKU, name="sudoku_d1", read=sudoku.read),
+    "sudoku_d1": replace(_SUDOKU, name="sudoku_d1", read=sudoku.read, grade=sudoku.grade_d1),
     "countdown": _COUNTDOWN,
-    "countdown_d1": replace(_COUNTDOWN, name="countdown_d1", read=countdown.read),
+    "countdown_d1": replace(
+        _COUNTDOWN, name="countdown_d1", read=countdown.read, grade=countdown.grade_d1
+    ),
 }

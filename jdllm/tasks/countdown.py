@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jdllm.tasks import expression, jsonl
+from jdllm.tasks import d1, expression, jsonl
 from jdllm.tasks import held_out as holdout
 
 LARGEST = 100  # numbers and targets lie in 1 to 100, as in d1's test file
@@ -170,6 +170,12 @@ def grade(doc: dict, completion: str) -> dict[str, float]:
         "solved": float(solved),
         "exact_match": float(solved and written == solution(doc)[1]),
     }
+
+
+def grade_d1(doc: dict, completion: str) -> dict[str, float]:
+    """grade, and beside it d1_match: the verdict of d1's parser, oddities included."""
+    matched = d1.countdown_match(doc["numbers"], doc["target"], completion)
+    return grade(doc, completion) | {"d1_match": float(matched)}
 
 
 def _sorted(numbers: Sequence[int]) -> tuple[int, ...]:

@@ -1,0 +1,57 @@
+"""HotpotQA without passages and MMLU, as BlockInfer's sample of 200 questions has them."""
+
+import re
+from collections import Counter
+
+LETTERS = "ABCD"
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_LETTER = re.compile(r"\(?\b([A-D])\b\)?")
+
+
+def braced(completion: str) -> str:
+    """The last text in curly braces, else the first line."""
+    found = [text.strip() for text in _BRACES.findall(completion) if text.strip()]
+    return found[-1] if found else (completion.strip().splitlines() or [""])[0]
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words without articles and punctuation."""
+    return re.sub(r"\b(a|an|the)\b|[^\w\s]", " ", text.lower()).split()
+
+
+def grade_hotpotqa(doc: dict, completion: str) -> dict[str, float]:
+    """exact_match and f1 of the words of the answer, the better of the listed answers."""
+    said = words(braced(completion))
+    scores = []
+    for answer in doc["answers"]:
+        wanted = words(answer)
+        shared = sum((Counter(said) & Counter(wanted)).values())
+        scores.append(2 * shared / (len(said) + len(wanted)) if shared else 0.0)
+    right = any(said == words(answer) for answer in doc["answers"])
+    return {"exact_match": float(right), "f1": max(scores, default=0.0)}
+
+
+def letter(completion: str) -> str:
+    """The letter a completion chooses: in braces, else after the last "answer is", else the first.
+
+    "" where there is none.
+    """
+    texts = [*reversed(_BRACES.findall(completion))]
+    texts += [*reversed(re.split(r"(?i)answer(?: is|:)", completion)[1:]), completion]
+    found = (_LETTER.search(text) for text in texts)
+    return next((match[1] for match in found if match), "")
+
+
+def grade_mmlu(doc: dict, completion: str) -> dict[str, float]:
+    """exact_match: the letter chosen is the right one."""
+    return {"exact_match": float(letter(completion) == LETTERS[doc["answer"]])}
+
+
+CHOICES = "{{question.strip()}}\n" + "".join(
+    f"{letter}. {{{{choices[{place}]}}}}\n" for place, letter in enumerate(LETTERS)
+)
+HOTPOTQA_PROMPT = (
+    "{{question.strip()}}\nAnswer in a few words and put the final answer in curly braces, "
+    "like {answer}."
+)
+MMLU_PROMPT = CHOICES + "Choose one of A, B, C and D and put its letter in curly braces, like {A}."
