@@ -1,12 +1,11 @@
 """Evaluates a model on tasks through lm-eval; without arguments, the bundled one on 100 sudokus.
 
 python -m jdllm.eval
-python -m jdllm.eval task=sudoku_d1,countdown_d1 data=FOLDER model=FOLDER output=results/d1
+python -m jdllm.eval task=gsm8k,mmlu data=FOLDER model=FOLDER output=results/llada
 """
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import json
 import operator
@@ -28,10 +27,11 @@ from jdllm.decode import DecodeConfig
 from jdllm.files import alone, atomic_file
 from jdllm.journal import Journal
 from jdllm.load import enable_compilation_cache
-from jdllm.settings import read_decode
-from jdllm.tasks import TASKS, Doc, Task
+from jdllm.settings import changed, decode_config, read_decode
+from jdllm.tasks import preset as presets
+from jdllm.tasks import resolve
+from jdllm.tasks.presets import find
 
-GENERATED = 100  # documents of a generated task, where limit= does not say
 SHOWN = ("solved", "exact_match")  # the table's metrics; results.json has all
 FINISHED = "finished.jsonl"  # in the output folder: every sample, as it was finished
 PACKAGES = ("jax", "jaxlib", "flax", "lm_eval")
@@ -42,13 +42,25 @@ class EvalConfig:
     """Evaluation of a model on one or more tasks."""
 
     task: str = "sudoku"
-    """One or more of sudoku, countdown, sudoku_d1, countdown_d1, separated by commas."""
+    """One or more, separated by commas: ours (docs/tasks.md), lm-eval's, those of include_path."""
     model: str = "bundled"
     """bundled, a converted folder, random:<name>, or a Hugging Face folder or id."""
     limit: int | None = None
     """Documents of each task (default: 100 generated ones, or the whole file)."""
     data: Path | None = None
-    """Folder with the files of sudoku_d1 and countdown_d1."""
+    """Folder with the documents' files; what it does not have comes from the Hugging Face hub."""
+    include_path: Path | None = None
+    """Folder with lm-eval YAML files of your own, which win over tasks of the same name."""
+    prompt_file: Path | None = None
+    """The prompt of the task: a Jinja template over a document's fields."""
+    shots: int | None = None
+    """Examples in the prompt (default: the task's own)."""
+    chat: bool | None = None
+    """Whether prompts are framed by the model's chat template, if it has one (default: yes)."""
+    confirm_run_unsafe_code: bool = False
+    """Run the programs that the model writes: HumanEval, MBPP and their kin need it."""
+    preset: str = ""
+    """A published table row (docs/tasks.md): task, shots, chat and decode, where none is given."""
     decode: DecodeConfig = DecodeConfig()
     decode_file: Path | None = None
     """JSON with decode settings, as jdllm.tune writes it; decode.* changes them."""
@@ -71,18 +83,14 @@ class EvalConfig:
     """Completions of each document; metrics are means (one is enough without temperature)."""
 
     def __post_init__(self):
-        for name in self.tasks:
-            if name not in TASKS:
-                near = difflib.get_close_matches(name, TASKS)
-                hint = f"did you mean {' or '.join(near)}? " if near else ""
-                raise ValueError(f"task={name} is unknown; {hint}There are {', '.join(TASKS)}")
-            if (read := TASKS[name].read) and self.data is None:
-                try:
-                    read(None)  # says which folder and which file are wanted
-                except FileNotFoundError as error:
-                    raise ValueError(str(error)) from None
-        if len(set(self.tasks)) < len(self.tasks):
-            raise ValueError(f"task={self.task} names a task twice")
+        if self.preset:
+            decode_config(dict(find(self.preset).decode), f"preset={self.preset}")
+        resolve.check(
+            self.chosen.tasks if self.preset else self.tasks,
+            data=self.data,
+            include_path=self.include_path,
+            prompt_file=self.prompt_file,
+        )
         if self.output and self.output.exists() and not self.output.is_dir():
             raise ValueError(f"output={self.output} is a file; name a folder")
         if self.decode_file:
@@ -90,6 +98,17 @@ class EvalConfig:
         for name in ("limit", "batch_size", "samples"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise ValueError(f"{name}={number} must be 1 or more")
+
+    @property
+    def chosen(self) -> "EvalConfig":
+        """This config with what its preset fixes but the model, where nothing else was given."""
+        if not self.preset:
+            return self
+        row, default = find(self.preset), {f.name: f.default for f in dataclasses.fields(self)}
+        fixed = {"task": row.task, "shots": row.shots, "chat": row.chat}
+        open_ = {name: v for name, v in fixed.items() if getattr(self, name) == default[name]}
+        decode = decode_config(dict(row.decode) | changed(self.decode), f"preset={self.preset}")
+        return dataclasses.replace(self, preset="", decode=decode, **open_)
 
     @property
     def settings(self) -> DecodeConfig:
@@ -124,7 +143,9 @@ class Sample:
 class TaskResult:
     """One task's scores, samples in document order, and cost (a jdllm.speed.Speed)."""
 
-    task: Task
+    name: str
+    metric: str
+    """The metric to quote."""
     metrics: dict[str, float]
     stderr: dict[str, float | None]
     samples: list[Sample]
@@ -136,42 +157,32 @@ class TaskResult:
         return sum(sample.nfe for sample in self.samples) / len(self.samples)
 
 
-def documents(task: Task, config: EvalConfig) -> list[Doc]:
-    """The documents to grade `task` on: held-out generated ones, or those of its file."""
-    if task.read is None:
-        return task.generate(config.limit or GENERATED, config.seed, held_out=True)
-    docs = task.read(config.data)
-    if not docs:
-        raise ValueError(f"the file of {task.name} in data={config.data} has no documents")
-    return docs[: config.limit]
+def run(name: str, loaded: dict[str, Any], lm: Any, limit: int | None = None) -> TaskResult:
+    """Evaluates what resolve() loaded for one name with a fresh JdllmLM."""
+    from jdllm.grading import grade, plain
 
-
-def run(task: Task, docs: Sequence[Doc], lm: Any, samples: int = 1) -> TaskResult:
-    """Evaluates one task with a fresh JdllmLM."""
-    from jdllm.grading import run_task
-
-    score = run_task(lm, task, docs, samples)
-    rows = {row["doc_id"]: row for row in score.samples}
+    score = grade(lm, name, loaded, limit=limit)
+    records = {(record.task, record.doc_id, record.sample): record for record in lm.records}
     found = []
-    for record in sorted(lm.records, key=lambda record: (record.doc_id, record.sample)):
-        row = rows[record.doc_id]
-        metrics = {name: row[name] for name in score.metrics}
-        if samples > 1:  # lm-eval's are means over the document's samples
-            metrics = task.grade(docs[record.doc_id], record.completion.text or "")
-        sample = Sample(
-            task=task.name,
-            doc_id=record.doc_id,
-            sample=record.sample,
-            prompt=record.prompt,
-            completion=record.completion.text or "",
-            target=row["target"],
-            metrics=metrics,
-            nfe=record.completion.nfe,
-            tokens=len(record.completion.ids),
-            seconds=record.cost.seconds,
-        )
-        found.append(sample)
-    return TaskResult(task, score.metrics, score.stderr, found, lm.speed)
+    for row in score.samples:
+        for number, metrics in enumerate(row["each"]):
+            record = records.get((row["task"], row["doc_id"], number))
+            sample = Sample(
+                task=row["task"],
+                doc_id=row["doc_id"],
+                sample=number,
+                prompt=record.prompt if record else row["prompt"],
+                completion=record.completion.text or "" if record else "",
+                target=row["target"],
+                metrics=metrics,
+                nfe=record.completion.nfe if record else 0,
+                tokens=len(record.completion.ids) if record else 0,
+                seconds=record.cost.seconds if record else 0.0,
+            )
+            found.append(sample)
+    metric = plain(resolve.quoted(next(iter(loaded["tasks"].values()))))
+    metric = metric if metric in score.metrics else next(iter(score.metrics))
+    return TaskResult(name, metric, score.metrics, score.stderr, found, lm.speed)
 
 
 def commit() -> str | None:
@@ -217,6 +228,8 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 def score(result: TaskResult, metric: str) -> str:
     """A metric in percent with its standard error, as far as there are such."""
+    if metric == "score":
+        return f"{result.metric} {score(result, result.metric)}"
     if metric not in result.metrics:
         return "-"
     error = result.stderr[metric]
@@ -226,7 +239,8 @@ def score(result: TaskResult, metric: str) -> str:
 
 def summary(results: Sequence[TaskResult]) -> str:
     """The table of scores and costs, a line a task."""
-    header = ["task", "n", *(name.replace("_", " ") for name in SHOWN)]
+    shown = SHOWN if all(SHOWN[0] in result.metrics for result in results) else ("score",)
+    header = ["task", "n", *(name.replace("_", " ") for name in shown)]
     rows = [[*header, "NFE/sample", "tokens/forward", "tokens/s"]]
     for result in results:
         costs = [
@@ -234,8 +248,8 @@ def summary(results: Sequence[TaskResult]) -> str:
             f"{result.speed.tokens_per_forward:.2f}",
             f"{result.speed.tokens_per_second:.1f}",
         ]
-        scores = [score(result, name) for name in SHOWN]
-        rows.append([result.task.name, str(len(result.samples)), *scores, *costs])
+        scores = [score(result, name) for name in shown]
+        rows.append([result.name, str(len(result.samples)), *scores, *costs])
     return table(rows)
 
 
@@ -243,7 +257,7 @@ def example(result: TaskResult) -> str:
     """The first sample as it went: prompt, completion, target and verdict."""
     sample = result.samples[0]
     scores = ", ".join(f"{name}={value:g}" for name, value in sample.metrics.items())
-    verdict = "right" if sample.metrics[result.task.metric] == 1 else "wrong"
+    verdict = "right" if sample.metrics.get(result.metric) == 1 else "wrong"
     parts = {
         "prompt": sample.prompt,
         "completion": sample.completion,
@@ -279,18 +293,39 @@ def evaluate(
     from jdllm.harness import JdllmLM
     from jdllm.llm import LLM
 
-    docs = {name: documents(TASKS[name], config) for name in config.tasks}
+    loaded = {name: load(name, config) for name in config.tasks}
     if llm is None:
         llm = LLM.load(config.model, config.mesh, config.dtype, config.seed, config.verifier)
         introduce(config.model, llm)
-    length = max(TASKS[name].gen_length for name in docs)
-    decode = llm.resolve(config.settings, gen_length=length)
+    decode = llm.resolve(config.settings, gen_length=longest(loaded))
     shared: Any = {"batch_size": config.batch_size, "journal": journal, "leave": leave}
     results = []
-    for name, chosen in docs.items():
-        lm = JdllmLM(llm, decode=decode, **shared)
-        results.append(run(TASKS[name], chosen, lm, config.samples))
+    for name, tasks in loaded.items():
+        lm = JdllmLM(llm, decode=decode, chat=config.chat is not False, **shared)
+        results.append(run(name, tasks, lm, config.limit))
     return report(dataclasses.replace(config, decode=decode), llm.config, results), results
+
+
+def load(name: str, config: EvalConfig) -> dict[str, Any]:
+    """lm-eval's task objects for one name."""
+    return resolve.resolve(
+        [name],
+        data=config.data,
+        include_path=config.include_path,
+        prompt_file=config.prompt_file,
+        shots=config.shots,
+        samples=config.samples,
+        limit=config.limit,
+        seed=config.seed,
+        confirm_run_unsafe_code=config.confirm_run_unsafe_code,
+    )
+
+
+def longest(loaded: dict[str, dict[str, Any]]) -> int:
+    """The most columns that one of the tasks asks for, in whole blocks of 32."""
+    tasks = [task for tasks in loaded.values() for task in tasks["tasks"].values()]
+    asked = [(task.config.generation_kwargs or {}).get("max_gen_toks") or 128 for task in tasks]
+    return -(-max(asked) // 32) * 32
 
 
 def introduce(name: str, llm: Any) -> None:
@@ -311,7 +346,7 @@ def report(config: EvalConfig, model: ModelConfig, results: Sequence[TaskResult]
             "config": dataclasses.asdict(model),
         },
         "tasks": {
-            result.task.name: {
+            result.name: {
                 "n": len({sample.doc_id for sample in result.samples}),
                 "metrics": result.metrics,
                 "stderr": result.stderr,
@@ -329,6 +364,10 @@ def main(config: EvalConfig) -> None:
     """Evaluates, prints the table and an example, and writes the output folder if there is one."""
     processes.initialize()
     enable_compilation_cache()
+    row = find(config.preset) if config.preset else None
+    if row:
+        print(f"{presets.describe(row)}\n")
+    config = config.chosen
     with contextlib.ExitStack() as stack:
         journal = None
         if config.output:
@@ -337,8 +376,21 @@ def main(config: EvalConfig) -> None:
                 print(f"{len(journal.records)} samples are finished in {config.output} already")
         facts, results = evaluate(config, journal)
         show(facts["speed"], results)
+        if row:
+            print(f"\n{compared(row, results[0])}\n")
         if config.output and processes.leads():
             save(config.output, facts, results)
+
+
+def compared(row: presets.Preset, result: TaskResult) -> str:
+    """A preset with its published number beside the measured one."""
+    if row.metric == "tokens_per_second":
+        return presets.describe(row, result.speed.tokens_per_second)
+    name = row.metric.removesuffix(",none")
+    if name not in result.metrics:
+        return presets.describe(row)
+    error = result.stderr[name]
+    return presets.describe(row, 100 * result.metrics[name], None if error is None else 100 * error)
 
 
 def open_journal(folder: Path, stack: contextlib.ExitStack) -> Journal:

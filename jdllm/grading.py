@@ -1,10 +1,10 @@
-"""jdllm's tasks as lm-eval tasks, and lm-eval's verdict on one of them."""
+"""lm-eval's verdict on one task or group: its tasks run on a model, the samples as rows."""
 
 import contextlib
 import dataclasses
 import functools
 import logging
-import statistics
+import numbers
 from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -12,7 +12,7 @@ from unittest import mock
 from tqdm import tqdm
 
 from jdllm.harness import JdllmLM
-from jdllm.tasks import Doc, Task
+from jdllm.tasks import Doc, Task, ours, resolve
 
 
 def as_lm_eval(task: Task, docs: Sequence[Doc], samples: int = 1) -> Any:
@@ -20,36 +20,7 @@ def as_lm_eval(task: Task, docs: Sequence[Doc], samples: int = 1) -> Any:
 
     With several samples a document, its metrics are the means of theirs.
     """
-    from datasets import Dataset
-    from lm_eval.api.task import ConfigurableTask
-
-    metrics = task.grade(docs[0], "")
-
-    def grade(doc: Doc, results: Any) -> dict[str, float]:
-        grades = [task.grade(doc, text) for text in results[0]]
-        return {name: statistics.fmean(grade[name] for grade in grades) for name in metrics}
-
-    return ConfigurableTask(
-        config={
-            "task": task.name,
-            "custom_dataset": lambda **_: {"test": Dataset.from_list(list(docs))},
-            "test_split": "test",
-            "output_type": "generate_until",
-            "doc_to_text": task.prompt,
-            "doc_to_target": task.target,
-            "process_results": grade,
-            "repeats": samples,
-            "filter_list": [
-                {"name": "none", "filter": [{"function": "take_first_k", "k": samples}]}
-            ],
-            "generation_kwargs": {"until": [], "max_gen_toks": task.gen_length},
-            "metric_list": [
-                {"metric": name, "aggregation": "mean", "higher_is_better": True}
-                for name in metrics
-            ],
-            "metadata": {"version": 1},
-        }
-    )
+    return resolve.build(ours.of_task(task, docs), samples)
 
 
 @contextlib.contextmanager
@@ -58,45 +29,106 @@ def quiet() -> Iterator[None]:
 
     Errors still show, and so does the bar of the model.
     """
+    import datasets
+
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
     try:
         with mock.patch("lm_eval.api.task.tqdm", functools.partial(tqdm, disable=True)):
             yield
     finally:
         logger.setLevel(level)
+        datasets.enable_progress_bars()
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """What lm-eval says about a task."""
+    """What lm-eval says about a task or group; a metric behind a filter is "metric,filter"."""
 
     metrics: dict[str, float]
-    """Means over the documents."""
+    """Means over the documents, by lm-eval's own names without ",none"."""
     stderr: dict[str, float | None]
     """lm-eval's standard errors; None where one document has none."""
     samples: list[dict[str, Any]]
-    """lm-eval's sample rows, in the order of the documents."""
+    """A row a document: task, doc_id, target, prompt, metrics, and each: those of every sample."""
 
 
-def run_task(lm: JdllmLM, task: Task, docs: Sequence[Doc], samples: int = 1) -> Score:
-    """Runs `task` on `docs` through lm-eval.
+def plain(name: str) -> str:
+    """lm-eval's "metric,filter" without the name of the filter that does nothing."""
+    return name.removesuffix(",none")
+
+
+def grade(lm: JdllmLM, name: str, loaded: dict[str, Any], **settings: Any) -> Score:
+    """Runs what resolve() loaded for `name` through lm-eval.
 
     This is lm_eval.evaluate, the part of simple_evaluate behind its look-ups of tasks by name:
-    those take up to half a minute, and its call of git complains outside of a checkout.
+    those take up to half a minute, and its call of git complains outside of a checkout. Prompts of
+    tasks that generate are one user turn, examples included, framed by the model where lm.chat says
+    so; lm-eval frames those with a prefix of the answer, which stays open. Contexts whose
+    continuations are scored are not framed.
     """
     with quiet():
         from lm_eval.evaluator import evaluate
 
-        lm_task = as_lm_eval(task, docs, samples)
-        loaded: Any = {"tasks": {task.name: lm_task}, "groups": {}}
-        results: Any = evaluate(lm=lm, task_dict=loaded)
-    found = results["results"][task.name]
-    names = task.grade(docs[0], "")
-    errors = {name: found[f"{name}_stderr,none"] for name in names}
+        prefixed = any(task.config.gen_prefix for task in loaded["tasks"].values())
+        framed = lm.chat and bool(lm.tokenizer.chat_template) and prefixed
+        results: Any = evaluate(
+            lm=lm, task_dict=loaded, apply_chat_template=framed, fewshot_as_multiturn=False,
+            confirm_run_unsafe_code=True, **settings,
+        )  # fmt: skip
+    name = resolve.ALIASES.get(name, name)
+    table = results["results"].get(name) or next(iter(results["results"].values()))
+    found = {
+        key: value
+        for key, value in table.items()
+        if "," in key and "_stderr," not in key and isinstance(value, numbers.Real)
+    }
+    errors = {key: table.get(key.replace(",", "_stderr,", 1)) for key in found}
     return Score(
-        metrics={name: float(found[f"{name},none"]) for name in names},
-        stderr={name: None if error == "N/A" else float(error) for name, error in errors.items()},
-        samples=sorted(results["samples"][task.name], key=lambda sample: sample["doc_id"]),
+        metrics={plain(key): float(value) for key, value in found.items()},
+        stderr={
+            plain(key): float(error) if isinstance(error, numbers.Real) else None
+            for key, error in errors.items()
+        },
+        samples=[
+            row
+            for member, task in loaded["tasks"].items()
+            for row in rows(member, task, results["samples"][member])
+        ],
     )
+
+
+def rows(name: str, task: Any, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each document, from lm-eval's one for each document and filter."""
+    found: dict[int, dict[str, Any]] = {}
+    for sample in samples:
+        row = found.setdefault(
+            sample["doc_id"],
+            {
+                "task": name,
+                "doc_id": sample["doc_id"],
+                "target": str(sample["target"]),
+                "prompt": str(sample["arguments"][0][0]),
+                "metrics": {},
+                "each": [{} for _ in range(task.config.repeats)],
+            },
+        )
+        part = "," + sample["filter"]
+        whole = {plain(key + part): sample[key] for key in sample["metrics"]}
+        row["metrics"] |= {k: float(v) for k, v in whole.items() if isinstance(v, numbers.Real)}
+        if hasattr(task, "grade"):  # of several samples
+            for each, graded in zip(
+                row["each"], task.grade(sample["doc"], sample["filtered_resps"]), strict=True
+            ):
+                each |= {plain(key + part): float(value) for key, value in graded.items()}
+    for row in found.values():
+        row["each"] = [each or row["metrics"] for each in row["each"]]
+    return [found[doc_id] for doc_id in sorted(found)]
+
+
+def run_task(lm: JdllmLM, task: Task, docs: Sequence[Doc], samples: int = 1) -> Score:
+    """Runs one of our generated tasks on `docs`."""
+    loaded = {"tasks": {task.name: as_lm_eval(task, docs, samples)}, "groups": {}}
+    return grade(lm, task.name, loaded)

@@ -73,7 +73,7 @@ class SweepConfig:
 
 def row_of(run: EvalConfig, result: TaskResult) -> Row:
     """What the table says about a run; accuracy in percent."""
-    metric = result.task.metric
+    metric = result.metric
     error = result.stderr[metric]
     speed = result.speed.facts()
     return {

@@ -337,7 +337,7 @@ def test_scores_are_of_the_right_documents(llm: LLM):
     right = {task.prompt(d): task.response(d) for d in docs[::3]}
     lm.generate_until = lambda requests: [right.get(r.args[0], "") for r in requests]  # type: ignore
     score = run_task(lm, task, docs)
-    assert [row["solved"] for row in score.samples] == [1, 0, 0] * 3
+    assert [row["metrics"]["solved"] for row in score.samples] == [1, 0, 0] * 3
     assert score.metrics["exact_match"] == pytest.approx(1 / 3)
 
 

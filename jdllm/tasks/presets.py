@@ -155,7 +155,7 @@ def _dinfer() -> Iterator[Preset]:
             "rule": "hierarchy",
             "threshold": 0.92,
             "low_threshold": 0.62,
-            "cache": "vicinity",
+            "cache": "dual",
             "stop": "eos_fill",
             **near,
         }
