@@ -22,6 +22,7 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from jdllm.decode import DecodeConfig
+from jdllm.decode.presets import preset_settings
 from jdllm.llm import LLM, Batch, Completion
 from jdllm.tasks import Doc, Task
 from jdllm.tokenizer import chat_frame
@@ -234,14 +235,18 @@ register_model("jdllm")(JdllmLM)  # as a decorator it would hide the signature f
 def read_settings(words: dict[str, Any], base: DecodeConfig) -> DecodeConfig:
     """`base` changed by words such as decode.threshold, which is how model_args set decoding.
 
-    ValueError, with the nearest names, for a word that is not a setting.
+    ValueError, with the nearest names, for a word that is not a setting, or no preset's name.
     """
+    words = dict(words)
+    preset = words.pop("decode.preset", None)
+    named = preset_settings(preset) if preset else {}
     known = {f"decode.{field.name}": field.name for field in dataclasses.fields(DecodeConfig)}
     for word in words:
         if word not in known:
             near = difflib.get_close_matches(word, known) or list(known)
             raise ValueError(f"{word} is not a setting of this model; try {', '.join(near)}")
-    return dataclasses.replace(base, **{known[word]: value for word, value in words.items()})
+    given = {known[word]: value for word, value in words.items()}
+    return dataclasses.replace(base, **(named | given))
 
 
 def as_lm_eval(task: Task, docs: Sequence[Doc]) -> Any:
