@@ -74,9 +74,7 @@ SWEEPS = (
     Sweep("quota, left to right", quota("leftright"), tokens(4, 8)),
     Sweep("quota, random", quota("random"), tokens(4, 8)),
     Sweep("Dream's origin", {"rule": "origin", "schedule": "timesteps"}, [{"steps": 5}]),
-    Sweep(
-        "quota 1, stable stop", quota("low_confidence"), [{"stable_steps": n} for n in (1, 2)]
-    ),
+    Sweep("quota 1, stable stop", quota("low_confidence"), [{"stable_steps": n} for n in (1, 2)]),
     Sweep("IterSmooth", {"edge": "slack", "cont_weight": 0.3}, thresholds(0.9)),
     *(
         Sweep(f"blocks of {SHORT}, {name}", {"block_length": SHORT, **plan}, thresholds(0.9))
@@ -139,17 +137,17 @@ def measure_all(config: RulesConfig, path: Path) -> None:
     """Measures what the file does not hold yet; every row is stored as soon as it is there."""
     enable_compilation_cache()
     llm = LLM.load("bundled", "1x1")
-    results = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
     chosen = [name.strip() for name in config.rules.split(";") if name.strip()]
     counts = documents(config)
-    done = [(row["rule"], row["settings"], {t: row[t]["n"] for t in counts})
-            for row in results["rows"]]  # fmt: skip
-    results |= {
+    done = [(row["rule"], row["settings"], {t: row[t]["n"] for t in counts}) for row in rows]
+    results = {
         "command": "python experiments/decoding_rules.py",
         "model": "bundled",
         "device": jax.devices()[0].device_kind,
         "versions": {name: version(name) for name in ("jax", "jaxlib", "flax")},
         "date": datetime.date.today().isoformat(),
+        "rows": rows,
     }
     for sweep in SWEEPS:
         for varied in sweep.varied:
@@ -158,7 +156,7 @@ def measure_all(config: RulesConfig, path: Path) -> None:
             if new and (not chosen or sweep.name in chosen):
                 row = {"rule": sweep.name, "varied": dict(varied), "settings": settings}
                 row |= measure(llm, settings, counts)
-                results["rows"].append(row)
+                rows.append(row)
                 write(path, json.dumps(results, indent=1) + "\n")
                 print(line(row), flush=True)
 

@@ -101,16 +101,16 @@ def test_the_rules_table_is_the_measured_one(script: dict[str, Any]):
 
 
 def test_the_rules_script_measures_and_continues(script: dict[str, Any], tmp_path: Path, capsys):
-    words = [f"output={tmp_path}", "limit=2", "rules=factor"]
+    words = [f"output={tmp_path}", "limit=2", "rules=Dream's origin"]
     script["main"](cli.parse(script["RulesConfig"], words))
     stored = (tmp_path / "decoding_rules.json").read_text()
     rows = json.loads(stored)["rows"]
-    assert [row["settings"]["factor"] for row in rows] == [0.1, 0.5, 1.0]
-    assert all(row["countdown"]["n"] == 2 and row["sudoku"]["nfe"] >= 1 for row in rows)
+    assert [row["varied"] for row in rows] == [{"steps": 5}]
+    assert rows[0]["countdown"]["n"] == 2 and 1 <= rows[0]["sudoku"]["nfe"] <= 5
     assert (tmp_path / "decoding_rules.png").stat().st_size > 10_000
     script["main"](cli.parse(script["RulesConfig"], words))  # nothing is left to do
     assert json.loads((tmp_path / "decoding_rules.json").read_text())["rows"] == rows
-    assert "| factor | factor 0.5 |" in capsys.readouterr().out
+    assert "| Dream's origin | steps 5 |" in capsys.readouterr().out
 
 
 def test_the_front_holds_what_nothing_beats(script: dict[str, Any]):
