@@ -24,6 +24,7 @@ DOCUMENTS = {"sudoku": 25, "countdown": 75}  # sudoku is easy for nearly every r
 BLOCK = 40  # the bundled model's own: one block over all of its canvas
 SHORT = 8  # blocks for the comparison of caches
 
+WIDEST = 45  # calls at the right edge of the plot
 BATCH = 25  # rows wait for the slowest of their batch, so small ones are quicker here
 
 Settings = Mapping[str, Any]
@@ -52,7 +53,7 @@ def quota(remasking: str) -> Settings:
 
 SWEEPS = (
     Sweep("threshold", {}, thresholds(0.5, 0.7, 0.9, 0.99)),
-    Sweep("quota, confidence", quota("low_confidence"), tokens(1, 2, 4, 8, 20)),
+    Sweep("quota, confidence", quota("low_confidence"), tokens(1, 2, 4, 8, 20, 40)),
     Sweep("factor", {"rule": "factor"}, [{"factor": f} for f in (0.1, 0.5, 1.0)]),
     Sweep(
         "hierarchy",
@@ -211,7 +212,7 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
-    """One panel a task: a line for each rule, the Pareto front in grey behind them."""
+    """One panel a task: a line for each rule, before the Pareto front and its standard error."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -219,36 +220,43 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
 
     rows = results["rows"]
     names = list(dict.fromkeys(row["rule"] for row in rows))
-    colours = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
-    figure, panels = pyplot.subplots(1, len(DOCUMENTS), figsize=(13, 5.2), layout="constrained")
+    figure, panels = pyplot.subplots(1, len(DOCUMENTS), figsize=(13, 5.4), layout="constrained")
     for panel, task in zip(panels, DOCUMENTS, strict=True):
-        best = front(rows, task)
-        panel.step(
-            [row[task]["nfe"] for row in best] + [50],
-            [100 * row[task]["solved"] for row in best] + [100 * best[-1][task]["solved"]],
-            where="post", color="0.8", linewidth=6, zorder=0, solid_capstyle="butt",
-            label="Pareto front",
+        best = [row[task] for row in front(rows, task)]
+        best.append(best[-1] | {"nfe": WIDEST})
+        calls = [score["nfe"] for score in best]
+        solved = [100 * score["solved"] for score in best]
+        error = [100 * score["stderr"] for score in best]
+        panel.step(calls, solved, where="post", color="0.75", linewidth=7, zorder=0,
+                   label="Pareto front")  # fmt: skip
+        panel.fill_between(
+            calls,
+            [y - e for y, e in zip(solved, error, strict=True)],
+            [min(y + e, 100) for y, e in zip(solved, error, strict=True)],
+            step="post", color="0.93", zorder=-1, label="± its standard error",
         )  # fmt: skip
         for i, name in enumerate(names):
             mine = sorted((r[task] for r in rows if r["rule"] == name), key=lambda s: s["nfe"])
-            panel.errorbar(
+            panel.plot(
                 [score["nfe"] for score in mine],
                 [100 * score["solved"] for score in mine],
-                [100 * score["stderr"] for score in mine],
-                label=name, color=colours[i % len(colours)], marker="os^Dv"[i % 5],
-                markersize=6, linewidth=1.3, elinewidth=0.6,
+                label=name, color=f"C{i % 10}", marker="osD^vPX"[i % 7], markersize=6.5,
+                markeredgecolor="white", markeredgewidth=0.5, linewidth=1.4,
+                linestyle="--" if i >= 10 else "-", clip_on=False,
             )  # fmt: skip
         panel.set_xscale("log")
-        ticks = [1, 2, 5, 10, 20, 40]
+        panel.set_xlim(0.95, WIDEST)
+        ticks = (1, 2, 5, 10, 20, 40)
         panel.set_xticks(ticks, [str(tick) for tick in ticks])
         panel.minorticks_off()
-        panel.set_xlim(0.9, 50)
-        panel.set_xlabel("model calls a puzzle (NFE)")
+        low = min(100 * row[task]["solved"] for row in rows)
+        panel.set_ylim(min(low, 95) - 3, 101)
+        panel.set_xlabel("model calls a puzzle (NFE, log scale)")
         panel.set_ylabel("solved (%)")
         panel.set_title(f"{task}, {rows[0][task]['n']} held-out puzzles")
         panel.grid(alpha=0.25)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=9, frameon=False)
+    figure.legend(handles, labels, loc="outside right center", frameon=False)
     figure.savefig(path, dpi=100, metadata={"Software": None})
     pyplot.close(figure)
 
