@@ -20,7 +20,7 @@ from jdllm.load import enable_compilation_cache
 from jdllm.tasks import TASKS
 
 FOLDER = Path(__file__).resolve().parent / "results"
-DOCUMENTS = {"sudoku": 25, "countdown": 75}  # sudoku is easy for nearly every rule
+DOCUMENTS = {"sudoku": 50, "countdown": 150}  # sudoku is easy for nearly every rule
 BLOCK = 40  # the bundled model's own: one block over all of its canvas
 SHORT = 8  # blocks for the comparison of caches
 
