@@ -1,15 +1,18 @@
 """The one command-line grammar: a frozen dataclass is the interface, `key=value` words set it.
 
-Every entry point is `def main(config)`, run as `main(parse(EvalConfig))`.
+Every entry point is `def main(config)`, run as `main(parse(EvalConfig))`. A dataclass with a class
+attribute `presets` (name -> settings) also has the word `preset=NAME`: its settings stand for those
+that are not given.
 """
 
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import re
 import sys
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tyro
@@ -17,6 +20,8 @@ import tyro
 WORD = re.compile(r"[A-Za-z_][\w.-]*=")
 CONF = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
 TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+Presets = Mapping[str, Mapping[str, Any]]
+"""Settings by name; what a dataclass may have as its class attribute `presets`."""
 REGISTRY = tyro.constructors.ConstructorRegistry()
 
 
@@ -40,16 +45,73 @@ def _read_truth(word: str) -> bool:
     return TRUTH[word.lower()]
 
 
-def field_names(config: type, prefix: str = "") -> list[str]:
-    """Every setting of a dataclass by its dotted name, nested dataclasses included."""
-    names = []
+def nested(config: type, prefix: str = "") -> Iterator[tuple[str, type]]:
+    """A dataclass and those in its fields, each with the prefix of its settings' dotted names."""
+    yield prefix, config
     hints = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
         kind = hints[field.name]
-        names.append(prefix + field.name)
         if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-            names += field_names(kind, f"{prefix}{field.name}.")
-    return names
+            yield from nested(kind, f"{prefix}{field.name}.")
+
+
+def field_names(config: type) -> list[str]:
+    """Every setting of a dataclass by its dotted name, nested dataclasses included."""
+    fields = [p + field.name for p, kind in nested(config) for field in dataclasses.fields(kind)]
+    return fields + list(preset_tables(config))
+
+
+def preset_tables(config: type) -> dict[str, Presets]:
+    """The presets of a dataclass and of those nested in it, by the setting that names one."""
+    tables = (
+        (f"{prefix}preset", getattr(kind, "presets", None)) for prefix, kind in nested(config)
+    )
+    return {setting: table for setting, table in tables if table}
+
+
+def _name(option: str) -> str:
+    """The setting that an option sets; "" for other words."""
+    return option[2:].partition("=")[0].replace("-", "_") if option.startswith("--") else ""
+
+
+def expand_presets(config: type, options: Sequence[str], prog: str | None) -> list[str]:
+    """Turns `--x.preset=NAME` into that preset's settings, but for those that are given as well.
+
+    Exits with status 2 and the nearest names where there is no such preset.
+    """
+    tables = preset_tables(config)
+    given = {_name(option) for option in options}
+    chosen: dict[str, str] = {}
+    kept = []
+    words = iter(options)
+    for word in words:
+        if (setting := _name(word)) in tables:
+            chosen[setting] = word.partition("=")[2] if "=" in word else next(words, "")
+        else:
+            kept.append(word)
+    for setting, name in chosen.items():
+        if name not in tables[setting]:
+            near = difflib.get_close_matches(name, tables[setting], n=3, cutoff=0.5)
+            hint = f"did you mean {', or '.join(near)}?" if near else _listed(tables[setting])
+            who = prog or "this command"
+            print(f"error: {who} knows no {setting}={name}; {hint}", file=sys.stderr)
+            raise SystemExit(2)
+        prefix = setting.removesuffix("preset")
+        table = {prefix + key: value for key, value in tables[setting][name].items()}
+        kept += [f"--{key}={value}" for key, value in table.items() if key not in given]
+    return kept
+
+
+def _listed(names: Iterable[str]) -> str:
+    return f"there are {', '.join(names)}"
+
+
+def describe(config: type) -> str | None:
+    """The text above the settings in `--help`; None leaves it to tyro."""
+    lists = [
+        f"{setting}=NAME: {_listed(table)}." for setting, table in preset_tables(config).items()
+    ]
+    return "\n\n".join([inspect.getdoc(config) or "", *lists]) if lists else None
 
 
 def check_names(config: type, options: Sequence[str], prog: str | None) -> None:
@@ -92,11 +154,12 @@ def parse[T](
     where a word is misspelt, and with status 0 after `--help`, which lists every field with its
     default.
     """
-    options = to_options(sys.argv[1:] if words is None else words)
+    options = expand_presets(config, to_options(sys.argv[1:] if words is None else words), prog)
     check_names(config, options, prog)
     shared: Any = {
         "args": options,
         "prog": prog,
+        "description": describe(config),
         "config": CONF,
         "registry": REGISTRY,
         "use_underscores": True,  # as the settings are written everywhere else

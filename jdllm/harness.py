@@ -23,6 +23,7 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from jdllm.decode import DecodeConfig
+from jdllm.decode.presets import preset_settings
 from jdllm.files import alone
 from jdllm.journal import Journal, digest
 from jdllm.likelihood import LikelihoodConfig
@@ -355,8 +356,10 @@ def number_repeats(keys: Sequence[str]) -> tuple[list[str], list[int]]:
 def read_settings[T](words: dict[str, Any], bases: dict[str, T]) -> dict[str, T]:
     """`bases` changed by words such as decode.threshold, which is how model_args set decoding.
 
-    ValueError, with the nearest names, for a word that is not a setting.
+    ValueError, with the nearest names, for a word that is not a setting, or no preset's name.
     """
+    words = dict(words)
+    preset = words.pop("decode.preset", None)
     known = {
         f"{name}.{field.name}": (name, field.name)
         for name, base in bases.items()
@@ -367,6 +370,8 @@ def read_settings[T](words: dict[str, Any], bases: dict[str, T]) -> dict[str, T]
             near = difflib.get_close_matches(word, known) or list(known)
             raise ValueError(f"{word} is not a setting of this model; try {', '.join(near)}")
     changes: dict[str, dict[str, Any]] = {name: {} for name in bases}
+    if preset:
+        changes["decode"] |= preset_settings(preset)
     for word, value in words.items():
         name, field = known[word]
         changes[name][field] = value

@@ -1,6 +1,7 @@
 """The command-line grammar."""
 
 import dataclasses
+from typing import ClassVar
 
 import pytest
 
@@ -81,3 +82,42 @@ def test_dispatch_runs_the_named_command_and_suggests_others(capsys):
         cli.dispatch(commands, ["--help"], "prog")
     assert stop.value.code == 0
     assert "{llada,export}" in capsys.readouterr().out
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned(Inner):
+    presets: ClassVar = {"quick": {"threshold": 0.5, "cache": "dual"}, "exact": {"cache": "none"}}
+    cache: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    """A command with presets."""
+
+    decode: Tuned = Tuned()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["decode.preset=quick"], ["--decode.preset", "quick"], ["--decode.preset=quick"]],
+)
+def test_a_preset_stands_for_what_is_not_given(words: list[str]):
+    assert cli.parse(Outer, words, "prog").decode == Tuned(0.5, "dual")
+    for order in ([*words, "decode.threshold=0.9"], ["decode.threshold=0.9", *words]):
+        # 0.9 is the field's default, and still it is the user's word that counts
+        assert cli.parse(Outer, order, "prog").decode == Tuned(0.9, "dual")
+    assert cli.parse(Outer, [*words, "decode.cache=None"], "prog").decode == Tuned(0.5, None)
+
+
+def test_an_unknown_preset_names_the_nearest_and_help_lists_them(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(Outer, ["decode.preset=quik"], "prog")
+    assert stop.value.code == 2
+    assert "prog knows no decode.preset=quik; did you mean quick?" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.parse(Outer, ["decode.prest=quick"], "prog")
+    assert "did you mean decode.preset," in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.parse(Outer, ["--help"], "prog")
+    text = capsys.readouterr().out
+    assert "A command with presets." in text and "there are quick, exact." in text

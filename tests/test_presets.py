@@ -6,6 +6,7 @@ from jdllm.decode import DecodeConfig
 from jdllm.tasks import TASKS, ours, preset, stock
 from jdllm.tasks.presets import PRESETS, find
 
+
 def test_there_is_a_row_for_every_published_table():
     families = {name.split("-")[0] for name in PRESETS}
     assert families == {"llada", "llada1.5", "fast", "dinfer", "dream", "diffucoder", "d1", "edit"}

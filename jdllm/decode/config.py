@@ -1,10 +1,11 @@
 """DecodeConfig: what a user may set about decoding."""
 
 import dataclasses
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 from jdllm.configs import ModelConfig
 from jdllm.decode.checks import CONFLICTS, RANGES
+from jdllm.decode.presets import PRESETS, Settings, preset_settings
 
 Parity = Literal[
     "none", "llada", "fast_dllm", "dinfer", "dream", "fast_dream", "llada2", "sglang", "apd"
@@ -17,6 +18,9 @@ class DecodeConfig:
 
     For block-causal models (LLaDA2) they are threshold 0.95 with the exact block cache.
     """
+
+    presets: ClassVar[dict[str, Settings]] = PRESETS
+    """What `preset=NAME` starts from on a command line, and `named` in Python."""
 
     gen_length: int | None = None
     """Columns to generate (default: the model's own, else the task's, else 128)."""
@@ -148,6 +152,14 @@ class DecodeConfig:
         for wrong, sentence in CONFLICTS:
             if wrong(self):
                 raise ValueError(sentence.format(c=self))
+
+    @classmethod
+    def named(cls, preset: str, **settings: Any) -> Self:
+        """The preset of that name, with `settings` in place of its own.
+
+        ValueError with the nearest names where there is none.
+        """
+        return cls(**(preset_settings(preset) | settings))
 
     def resolve(
         self,

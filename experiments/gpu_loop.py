@@ -1,0 +1,237 @@
+"""What the decode loop costs besides its model calls: LLaDA-8B's shapes, random weights, one GPU.
+
+python experiments/gpu_loop.py                  (about six minutes; appends rows to gpu.jsonl)
+
+Three kinds of rows. step: a block step with the dual cache, from two requests that differ in the
+number of steps alone. request: a whole completion, against the same model calls in a bare loop.
+schedule: tokens and forwards a second where every step takes 1, 2 or 4 tokens. Random weights never
+pass a threshold, hence the imposed numbers.
+"""
+
+import dataclasses
+import datetime
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jdllm import DecodeConfig, cli, sharding
+from jdllm.decode import DecodeState, Request, Setup, make_setup
+from jdllm.decode.geometry import put
+from jdllm.decode.inputs import forward
+from jdllm.decode.loop import Loop
+from jdllm.decode.state import FULL, STEP
+from jdllm.llm import LLM
+from jdllm.load import enable_compilation_cache
+
+RESULTS = Path(__file__).resolve().parent / "results" / "gpu.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """Timings of the decode loop."""
+
+    output: Path = RESULTS
+    model: str = "random:llada-8b"
+    block: int = 32
+    positions: int = 1024
+    """Columns of the canvases of step and request."""
+    gen_length: int = 256
+    """Columns that request and schedule generate."""
+    prompt: int = 896
+    """Prompt of schedule: about that of gsm8k with five shots."""
+    batches: tuple[int, ...] = (1, 8)
+    """Rows of a step's batch."""
+    schedules: tuple[int, ...] = (1, 2, 4)
+    """Tokens that a step takes."""
+    repeats: int = 3
+    copy_megabytes: int = 2048
+    """Size of the array whose copying tells the memory's rate."""
+
+    def __post_init__(self):
+        for name in ("positions", "gen_length", "prompt"):
+            if getattr(self, name) % 32:
+                raise ValueError(f"{name}={getattr(self, name)} must be a multiple of 32")
+        if self.positions <= max(self.gen_length, 4 * self.block):
+            raise ValueError(f"positions={self.positions} leaves no room for a prompt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A batch of requests of one shape, with as many tokens in every step as asked."""
+
+    rows: int
+    prompt: int
+    gen_length: int
+    block: int
+    cache: Any
+    tokens_per_step: int
+
+    def config(self) -> DecodeConfig:
+        return DecodeConfig(
+            gen_length=self.gen_length,
+            block_length=self.block,
+            rule="quota",
+            tokens_per_step=self.tokens_per_step,
+            cache=self.cache,
+            stop="none",
+        )
+
+
+def prepare(llm: LLM, case: Case) -> tuple[Request, Setup]:
+    """Random prompts, and what the loop is compiled for."""
+    config = llm.resolve(case.config())
+    setup = make_setup(config, llm.config)
+    rng = np.random.default_rng(0)
+    low = min(llm.config.mask_id, llm.config.eos_id, *llm.config.stop_ids)
+    prompts = rng.integers(0, low, (case.rows, case.prompt)).tolist()
+    return llm._request(prompts, list(range(case.rows)), config, setup), setup
+
+
+def median_seconds(run: Callable[[], Any], repeats: int) -> float:
+    """Wall time of one run, after one that is not counted."""
+    jax.block_until_ready(run())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+@partial(jax.jit, static_argnames=("graph", "setup"))
+def bare_loop(graph: nnx.GraphDef, params: nnx.State, request: Request, setup: Setup):
+    """The model calls of a request with one token a step, and next to nothing besides.
+
+    Every call writes one column, by a sign of its logits, so that none can be left out.
+    """
+    loop = Loop(nnx.merge(graph, params), request, setup)
+
+    def call(state: DecodeState, kind: int) -> DecodeState:
+        view_BN = loop.at.view(state)
+        logits_BNV, _, cache = forward(loop, state, view_BN, loop.at.window(state, kind))
+        sign_BN = (jnp.max(logits_BNV, axis=-1) > 0).astype(jnp.int32)
+        column_B1 = view_BN[:, :1] + state.step
+        new_B1 = jnp.take_along_axis(sign_BN, column_B1 - view_BN[:, :1], axis=1)
+        tokens_BT = put(state.tokens, new_B1, column_B1)
+        return dataclasses.replace(
+            state, tokens=tokens_BT, cache=cache, step=state.step + 1, forwards=state.forwards + 1
+        )
+
+    def run_block(_: Any, state: DecodeState) -> DecodeState:
+        state = call(dataclasses.replace(state, step=jnp.zeros((), jnp.int32)), FULL)
+        steps = setup.block_length - 1
+        state = jax.lax.fori_loop(0, steps, lambda _, s: call(s, STEP), state)
+        return dataclasses.replace(state, block=state.block + 1)
+
+    state = jax.lax.fori_loop(0, setup.blocks, run_block, loop.start(False))
+    return state.tokens, state.forwards
+
+
+def copy_rate(megabytes: int, repeats: int) -> float:
+    """Bytes a second that the memory moves: read and written."""
+    x = jnp.zeros(megabytes * 2**20 // 2, jnp.bfloat16)
+    plus = jax.jit(lambda x: x + 1)
+    return 2 * x.nbytes / median_seconds(lambda: plus(x), repeats)
+
+
+def floor_seconds(llm: LLM, case: Case, rate: float) -> float:
+    """A block step's weights and keys at the memory's rate; the embedding is not read whole."""
+    config = llm.config
+    weights = sum(x.nbytes for x in jax.tree.leaves(llm._params))
+    width = jnp.dtype(config.dtype).itemsize
+    embedding = config.vocab * config.embed * width
+    columns = case.rows * (case.prompt + case.gen_length)
+    keys = 2 * config.layers * columns * config.kv_heads * config.head_dim * width
+    return (weights - embedding + keys) / rate
+
+
+def measure(llm: LLM, case: Case, config: LoopConfig, rate: float) -> dict[str, Any]:
+    """A whole request: seconds, calls, memory. ms_per_step is the mean over all calls."""
+    request, setup = prepare(llm, case)
+    program, compile_seconds = llm._program(request, setup)
+    state = program(llm._params, request)
+    forwards = int(state.forwards)
+    seconds = median_seconds(lambda: program(llm._params, request).tokens, config.repeats)
+    memory = program.memory_analysis()
+    sizes = (memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes)
+    return {
+        "shapes": {"model": config.model, **dataclasses.asdict(case)},
+        "ms_per_step": 1e3 * seconds / forwards,
+        "forwards_per_second": forwards / seconds,
+        "floor_ms": 1e3 * floor_seconds(llm, case, rate),
+        "tokens_per_second": case.rows * case.gen_length / seconds,
+        "forwards": forwards,
+        "seconds": seconds,
+        "peak_gb": (sum(sizes) - memory.alias_size_in_bytes) / 1e9,
+        "compile_seconds": compile_seconds,
+    }
+
+
+def step_row(llm: LLM, rows: int, config: LoopConfig, rate: float) -> dict[str, Any]:
+    """A block step inside the loop: what a request of half as many tokens a step takes longer."""
+    prompt = config.positions - 4 * config.block
+    one, two = (
+        measure(llm, Case(rows, prompt, 4 * config.block, config.block, "dual", n), config, rate)
+        for n in (1, 2)
+    )
+    seconds = (one["seconds"] - two["seconds"]) / (one["forwards"] - two["forwards"])
+    return one | {"ms_per_step": 1e3 * seconds, "forwards_per_second": 1 / seconds}
+
+
+def request_row(llm: LLM, config: LoopConfig, rate: float) -> dict[str, Any]:
+    """A whole completion with the dual cache, and the share of its time outside model calls."""
+    prompt = config.positions - config.gen_length
+    case = Case(1, prompt, config.gen_length, config.block, "dual", 1)
+    row = measure(llm, case, config, rate)
+    request, setup = prepare(llm, case)
+    bare = bare_loop.lower(llm._graph, llm._params, request, setup).compile()
+    _, forwards = bare(llm._params, request)
+    if int(forwards) != row["forwards"]:
+        raise ValueError(f"the bare loop makes {forwards} calls, the loop {row['forwards']}")
+    seconds = median_seconds(lambda: bare(llm._params, request), config.repeats)
+    return row | {"bare_seconds": seconds, "outside_share": 1 - seconds / row["seconds"]}
+
+
+def measured(llm: LLM, config: LoopConfig) -> Iterator[dict[str, Any]]:
+    """All rows, the most wanted first."""
+    rate = copy_rate(config.copy_megabytes, config.repeats)
+    for rows in config.batches:
+        yield {"name": "loop step"} | step_row(llm, rows, config, rate)
+    yield {"name": "loop request"} | request_row(llm, config, rate)
+    for cache, name in (("none", "vanilla"), ("prefix", "prefix"), ("dual", "dual")):
+        for n in config.schedules:
+            case = Case(1, config.prompt, config.gen_length, config.block, cache, n)
+            yield {"name": f"schedule {name}"} | measure(llm, case, config, rate)
+
+
+def main(config: LoopConfig) -> None:
+    """Appends every row to the file as soon as it is measured."""
+    enable_compilation_cache()
+    llm = LLM.load(config.model, sharding.parse_mesh("1x1"))
+    jax.block_until_ready(llm._params)
+    facts = {
+        "device": jax.devices()[0].device_kind,
+        "versions": {name: version(name) for name in ("jax", "jaxlib", "flax")},
+        "command": " ".join(["python experiments/gpu_loop.py", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+    }
+    for row in measured(llm, config):
+        with config.output.open("a") as file:
+            file.write(json.dumps(row | facts) + "\n")
+        shown = {key: value for key, value in row.items() if isinstance(value, float)}
+        print(row["name"], row["shapes"], {k: round(v, 3) for k, v in shown.items()}, flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main, LoopConfig, "python experiments/gpu_loop.py")
