@@ -1,0 +1,91 @@
+"""The decode loop against its plain twin: canvases and NFE, row by row, in mixed batches.
+
+A row of CASES is one compiled program; hypothesis searches prompts, their lengths and how likely
+ends are. The marker slow also searches the settings.
+"""
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from jdllm import DecodeConfig
+from tests.oracle import oracle
+from tests.tiny import canvases, plain, random_prompts, tiny
+
+LOOSE = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
+VALUES = {
+    "seed": st.integers(0, 10_000),
+    "lengths": st.permutations([1, 6, 13]),
+    "end_bias": st.sampled_from([0.5, 1.0, 1.5]),
+}
+
+
+def check(kind: str, options: dict[str, Any], seed: int, lengths: list[int], end_bias: float):
+    llm = tiny(kind, end_bias)
+    config = DecodeConfig(**{"gen_length": 12, "block_length": 4} | options)
+    prompts = random_prompts(seed, lengths)
+    rows, nfe, forwards = canvases(llm, config, prompts)
+    model, resolved = plain(llm), llm.resolve(config)
+    expected = [oracle(model, resolved, prompt) for prompt in prompts]
+    if (rows, nfe) != ([tokens for tokens, _ in expected], [n for _, n in expected]):
+        shaken = [[oracle(model, resolved, prompt, i) for prompt in prompts] for i in range(4)]
+        assume(shaken == [expected] * 4)  # else a decision is closer than float32 tells
+    assert rows == [tokens for tokens, _ in expected]
+    assert nfe == [count for _, count in expected]
+    assert max(nfe) <= forwards <= sum(nfe)
+
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("plain", {"threshold": 0.6}),
+    ("plain", {"threshold": 0.5, "edge": "above", "cache": "prefix", "block_length": 5}),
+    ("plain", {"threshold": 0.7, "edge": "slack", "credit": True, "cache": "none"}),
+    ("plain", {"rule": "quota", "steps": 6, "refresh_every": 2}),
+    ("plain", {"rule": "quota", "steps": 4, "schedule": "columns", "remasking": "topk_margin",
+               "cache": "prefix", "prefix_look": 3, "block_length": 6}),
+    ("plain", {"rule": "quota", "steps": 9, "schedule": "timesteps", "remasking": "entropy",
+               "warmup": 3, "prefix_look": 2, "after_look": 2, "block_length": 5}),
+    ("plain", {"rule": "quota", "tokens_per_step": 2, "remasking": "leftright", "lookahead": 3,
+               "cache": "none", "block_length": 0}),
+    ("plain", {"rule": "factor", "factor": 1.2, "cache": "prefix", "refresh_every": 3}),
+    ("plain", {"rule": "hierarchy", "threshold": 0.8, "low_threshold": 0.3, "block_length": 6}),
+    ("plain", {"rule": "entropy_bound", "remasking": "entropy", "entropy_bound": 1.5,
+               "cache": "none"}),
+    ("plain", {"threshold": 0.8, "edge": "above", "credit": True, "credit_alpha": 2.0,
+               "block_length": 6}),
+    ("plain", {"threshold": 0.4, "edit_threshold": 0.3, "edit_penalty": 0.5, "cache": "none"}),
+    ("plain", {"threshold": 0.4, "edit_threshold": 0.2, "edit_passes": 2}),
+    ("plain", {"threshold": 0.6, "cache": "block", "block_length": 5}),
+    ("plain", {"threshold": 0.6, "cache": "block", "edit_threshold": 0.4, "stable_steps": 2}),
+    ("plain", {"rule": "quota", "steps": 12, "stable_steps": 1, "block_length": 6}),
+    ("plain", {"threshold": 0.7, "max_forwards": 5, "cache": "prefix"}),
+    ("plain", {"threshold": 0.7, "max_forwards": 5, "cache": "block", "stop": "none"}),
+    ("plain", {"threshold": 0.6, "cfg_scale": 1.0}),
+    ("plain", {"threshold": 0.6, "cont_weight": 0.3, "block_length": 6}),
+    ("plain", {"rule": "hierarchy", "threshold": 0.6, "cont_weight": 0.3, "cont_growth": 0.1,
+               "threshold_decay": 0.1, "cache": "prefix", "stable_steps": 1}),
+    ("plain", {"threshold": 0.6, "align": True, "block_length": 5}),
+    ("plain", {"rule": "allowance", "threshold": 0.8, "steps": 12, "block_length": 4,
+               "align": True}),
+    ("plain", {"threshold": 0.6, "stop": "eos_block", "stop_fill": True}),
+    ("plain", {"rule": "quota", "steps": 6, "confidence_eos_eot_inf": True}),
+    ("plain", {"logits_eos_inf": True, "threshold": 1.0, "remasking": "entropy"}),
+    ("plain", {"threshold": 0.6, "steps": 3, "stop": "none"}),
+    ("shifted", {"threshold": 0.6}),
+    ("shifted", {"threshold": 0.6, "cache": "prefix", "prefix_look": 2, "align": True}),
+    ("shifted", {"threshold": 0.6, "cache": "block"}),
+    ("shifted", {"rule": "quota", "steps": 6, "schedule": "timesteps", "remasking": "entropy",
+                 "cache": "none", "block_length": 6}),
+    ("blocks", {"threshold": 0.6}),
+    ("blocks", {"threshold": 0.6, "cache": "none"}),
+    ("blocks", {"threshold": 0.5, "edit_threshold": 0.4, "stop": "eos_block"}),
+    ("blocks", {"rule": "quota", "steps": 12, "schedule": "columns"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "options"), CASES, ids=range(len(CASES)))
+@settings(max_examples=5, **LOOSE)
+@given(**VALUES)
+def test_loop_equals_twin(kind: str, options: dict[str, Any], **values):
+    check(kind, options, **values)
