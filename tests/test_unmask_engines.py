@@ -106,7 +106,6 @@ def speculated(
     verifier: list[int],
     weight: float = 0.0,
     ids: list[int] | None = None,
-    **facts,
 ) -> list[int]:
     """The columns after a call; the verifier's logits are a little sharper."""
     calls = []
@@ -117,7 +116,7 @@ def speculated(
 
     ids = ids or [MASK] * len(draft)
     seen = canvas_view(ids, 0, one_hot(draft), verify=Verify(VOCAB, judge))
-    decision, carry = Speculate((MASK,), weight, **facts)(seen, {"verifier": 0})
+    decision, carry = Speculate((MASK,), weight)(seen, {"verifier": 0})
     assert carry["verifier"] == 1  # asked once; the draft completes what stands already
     assert calls == [[[d if i == MASK else i for d, i in zip(draft, ids, strict=True)]]]
     return decision.ids_BN[0].tolist()

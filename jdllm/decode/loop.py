@@ -134,7 +134,8 @@ class Loop:
         """How many masks each row's block holds [B]."""
         columns_BN = span(self.at.block_start(state.block), self.setup.block_length)
         masked_BN = self.at.ids(state.tokens, columns_BN) == self.model.config.mask_id
-        return jnp.sum(masked_BN & (columns_BN < self.at.canvas_B1), axis=1)
+        inside_BN = (columns_BN >= self.at.first_open_B1) & (columns_BN < self.at.canvas_B1)
+        return jnp.sum(masked_BN & inside_BN, axis=1)
 
     def active(self, state: DecodeState) -> jax.Array:
         """Rows for which the coming call counts and may write [B]."""
@@ -190,6 +191,7 @@ class Loop:
         setup, at = self.setup, self.at
         ids_BN = at.ids(state.tokens, view_BN)
         inside_BN = (view_BN < at.limit_B1(state)) & active_B[:, None]
+        inside_BN &= view_BN >= at.first_open_B1
         masked_BN = inside_BN & (ids_BN == self.model.config.mask_id)
         opening = kind == FULL and setup.plan.refreshes
         if setup.quirks.first_column and opening:
