@@ -62,17 +62,18 @@ PROGRAMS: dict[tuple[ModelConfig, Setup, tuple[int, ...]], Any] = {}
 """Compiled loops: weights are arguments of theirs."""
 
 
-def canvases(llm: LLM, config: DecodeConfig, prompts: list[list[int]]):
+def canvases(llm: LLM, config: DecodeConfig, prompts: list[list[int]], verifier: LLM | None = None):
     """Whole canvases and NFE by row, and forwards: what the loop itself returns."""
     config = llm.resolve(config)
     setup = make_setup(config, llm.config)
     request = llm._request(prompts, [0] * len(prompts), config, setup)
     key = (llm.config, setup, request.tokens.shape)
+    second = (verifier._graph, verifier._params) if verifier else (None, None)
     if key not in PROGRAMS:
         quick = {"xla_backend_optimization_level": 0}  # compiles in half the time
-        lowered = decode.lower(llm._graph, llm._params, request, setup)
+        lowered = decode.lower(llm._graph, llm._params, request, setup, False, *second)
         PROGRAMS[key] = lowered.compile(compiler_options=quick)
-    state = PROGRAMS[key](llm._params, request)
+    state = PROGRAMS[key](llm._params, request, verifier_params=second[1])
     rows = [
         row[: setup.canvas_length(len(p))].tolist()
         for row, p in zip(np.asarray(state.tokens), prompts, strict=True)
