@@ -68,12 +68,13 @@ def canvases(llm: LLM, config: DecodeConfig, prompts: list[list[int]], verifier:
     setup = make_setup(config, llm.config)
     request = llm._request(prompts, [0] * len(prompts), config, setup)
     key = (llm.config, setup, request.tokens.shape)
-    second = (verifier._graph, verifier._params) if verifier else (None, None)
+    second = {"verifier_graph": verifier._graph} if verifier else {}
+    judge = {"verifier_params": verifier._params} if verifier else {}
     if key not in PROGRAMS:
         quick = {"xla_backend_optimization_level": 0}  # compiles in half the time
-        lowered = decode.lower(llm._graph, llm._params, request, setup, False, *second)
+        lowered = decode.lower(llm._graph, llm._params, request, setup, **second, **judge)
         PROGRAMS[key] = lowered.compile(compiler_options=quick)
-    state = PROGRAMS[key](llm._params, request, verifier_params=second[1])
+    state = PROGRAMS[key](llm._params, request, **judge)
     rows = [
         row[: setup.canvas_length(len(p))].tolist()
         for row, p in zip(np.asarray(state.tokens), prompts, strict=True)
