@@ -201,7 +201,7 @@ class Stable:
         same_B = jnp.all(~open_BT | (look.candidates_BT == before_BT), 1)
         streak_B = jnp.where(same_B, streak_B + 1, 0)
         tokens_BT = _fill_block(tokens_BT, look, streak_B >= self.steps)
-        return tokens_BT, none_B, (look.candidates_BT, streak_B)
+        return tokens_BT, none_B, (jnp.where(look.block_BT, look.candidates_BT, -1), streak_B)
 
 
 @dataclasses.dataclass(frozen=True)

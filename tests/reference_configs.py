@@ -37,7 +37,7 @@ def dream_config(params: dict[str, Any]) -> DecodeConfig:
         block_length=0,
         rule=rules.get(alg, "quota"),
         remasking="low_confidence" if alg == "origin" else ranks.get(alg, alg),
-        schedule="timesteps",
+        schedule="masks" if alg == "confidence_threshold" else "timesteps",
         sampling="categorical",
         cache="none",
         stop="none",
@@ -56,7 +56,7 @@ def fast_dream_config(params: dict[str, Any]) -> DecodeConfig:
         rule="threshold" if by_threshold else "quota",
         remasking="low_confidence" if by_threshold else "entropy",
         steps=None if by_threshold else steps,
-        schedule="timesteps",
+        schedule="masks" if by_threshold else "timesteps",
         sampling="categorical",
         cache="dual" if settings.pop("dual_cache") else "prefix",
         stop="none",
@@ -151,7 +151,11 @@ def official_config(params: dict[str, Any]) -> DecodeConfig:
         False: "eos_return" if early else "eos_block",
     }
     return DecodeConfig(
-        schedule="columns", cache="none", stop=after[edits], parity="llada2", **settings
+        schedule="masks" if edits else "columns",
+        cache="none",
+        stop=after[edits],
+        parity="llada2",
+        **settings,
     )
 
 

@@ -1,7 +1,6 @@
-"""The decode loop against its plain twin, and the properties that users rely on."""
+"""What users rely on: properties of the decode loop, on the defaults and on other models."""
 
 import dataclasses
-import functools
 import re
 from typing import Any
 
@@ -9,159 +8,52 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from jdllm import DecodeConfig, sharding
-from jdllm.checkpoint import random_model
-from jdllm.configs import NAMED
+from jdllm import DecodeConfig
+from jdllm.configs import NO_ID
 from jdllm.decode import decode, make_setup
 from jdllm.llm import LLM, bucket, plan_batches
 from jdllm.model import assemble, named
-from tests.oracle import oracle
+from tests.tiny_models import TINY, canvases, random_prompts, tiny
 
-TINY = dataclasses.replace(
-    NAMED["tiny"], vocab=96, mask_id=91, eos_id=90, pad_id=90, stop_ids=(90, 89)
-)
-
-
-@functools.cache
-def tiny(end_bias: float = 1.0, mask_bias: float = 1.0) -> LLM:
-    """Random weights, sharpened so that confidences differ; ends and [MASK] may be made likely."""
-    mesh = sharding.parse_mesh("1x1")
-    _, params = random_model(TINY, mesh, seed=3)
-    arrays = {name: np.array(leaf[...]) for name, leaf in named(params).items()}
-    for name in arrays:
-        if name.endswith("attention.q"):
-            arrays[name] *= 12  # sharp attention: positions differ
-        if name.endswith("attention.out"):
-            arrays[name] *= 4
-    arrays["head"] *= 3
-    arrays["head"][:, list(TINY.stop_ids)] *= end_bias
-    arrays["head"][:, TINY.mask_id] *= mask_bias
-    graph, params = assemble(TINY, {name: jnp.array(x) for name, x in arrays.items()})
-    return LLM(TINY, graph, params, mesh)
-
-
-def random_prompts(seed: int, lengths: list[int]) -> list[list[int]]:
-    rng = np.random.default_rng(seed)
-    return [rng.integers(0, 89, n).tolist() for n in lengths]
-
-
-def canvases(llm: LLM, config: DecodeConfig, prompts: list[list[int]]):
-    """Whole canvases and NFE by row: what the loop itself returns."""
-    config = llm.resolve(config)
-    setup = make_setup(config, llm.config)
-    request = llm._request(prompts, [0] * len(prompts), config, setup)
-    state = decode(llm._graph, llm._params, request, setup)
-    gen = config.gen_length or 0
-    rows = [
-        row[: len(p) + gen].tolist()
-        for row, p in zip(np.asarray(state.tokens), prompts, strict=False)
-    ]
-    return rows, state.nfe.tolist(), int(state.forwards)
-
-
-# Few shapes and rules, so that hypothesis searches values and not compilations.
-RULES = [
-    {"rule": "threshold", "threshold": 0.6},
-    {"rule": "threshold", "threshold": 1.0},
-    {"rule": "factor", "factor": 1.0},
-    {"rule": "quota", "steps": 12},
-]
-
-
-def check_against_twin(seed, lengths, rule, cache, stop, block, end_bias):
-    llm = tiny(end_bias)
-    config = DecodeConfig(gen_length=16, block_length=block, cache=cache, stop=stop, **rule)
-    if config.steps and config.steps % (16 // block):
-        config = dataclasses.replace(config, steps=16)
-    prompts = random_prompts(seed, lengths)
-    rows, nfe, forwards = canvases(llm, config, prompts)
-    model = nnx.merge(llm._graph, llm._params)
-    expected = [oracle(model, TINY, llm.resolve(config), prompt) for prompt in prompts]
-    assert rows == [canvas for canvas, _ in expected]
-    assert nfe == [count for _, count in expected]
-    assert max(nfe) <= forwards <= sum(nfe)
-
-
-TWIN = {
-    "seed": st.integers(0, 10_000),
-    "lengths": st.permutations([1, 6, 13]),
-    "rule": st.sampled_from(RULES),
-    "cache": st.sampled_from(["none", "prefix", "dual"]),
-    "stop": st.sampled_from(["eos", "none"]),
-    "block": st.sampled_from([4, 16]),
-    "end_bias": st.sampled_from([1.0, 1.5]),
+# Cases of the properties: a kind of model and options; they share compiled programs.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "default": ("plain", {"threshold": 0.5}),
+    "sampled": ("plain", {"threshold": 0.5, "temperature": 0.8}),
+    "smoothed": ("plain", {"threshold": 0.5, "cont_weight": 0.3, "cache": "prefix"}),
+    "edited": ("plain", {"threshold": 0.4, "edit_threshold": 0.3}),
+    "shifted": ("shifted", {"threshold": 0.5}),
+    "blocks": ("blocks", {"threshold": 0.5}),
+    "blocks edited": ("blocks", {"threshold": 0.4, "edit_threshold": 0.3}),
 }
-LOOSE = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
+LENGTHS = [3, 31, 12, 7, 20]
 
 
-@settings(max_examples=12, **LOOSE)
-@given(**TWIN)
-def test_loop_equals_twin(**case):
-    check_against_twin(**case)
+def settled(case: str, **more: Any) -> tuple[LLM, DecodeConfig]:
+    """A model that likes to end, and the config of a case."""
+    kind, options = CASES[case]
+    config = DecodeConfig(**{"gen_length": 12, "block_length": 4} | options | more)
+    return tiny(kind, 3.0), config
 
 
-@pytest.mark.slow
-@settings(max_examples=60, **LOOSE)
-@given(**TWIN)
-def test_loop_equals_twin_at_length(**case):
-    check_against_twin(**case)
+@pytest.mark.parametrize("case", CASES)
+def test_row_is_the_same_alone_and_in_company(case: str):
+    llm, config = settled(case)
+    prompts = random_prompts(1, LENGTHS)
+    rows, nfe, _ = canvases(llm, config, prompts)
+    alone = [canvases(llm, config, [prompt]) for prompt in prompts]
+    assert rows == [row for [row], _, _ in alone]
+    assert nfe == [count for _, [count], _ in alone]
+    assert len(set(nfe)) > 1
 
 
-@pytest.mark.parametrize("cache", ["none", "dual"])
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_row_is_the_same_alone_and_in_company(cache: Any, temperature: float):
-    config = DecodeConfig(
-        gen_length=16, block_length=8, cache=cache, temperature=temperature, threshold=0.5
-    )
-    llm = tiny(1.5)
-    prompts = random_prompts(1, [3, 31, 12, 7, 40])
-    together = llm.generate(prompts, config)
-    assert together == [llm.generate([prompt], config)[0] for prompt in prompts]
-    assert len({c.nfe for c in together}) > 1
-    assert {c.finish_reason for c in together} <= {"stop", "length"}
-
-
-def test_repeated_prompts_draw_differently_and_runs_repeat():
-    config = DecodeConfig(gen_length=16, temperature=1.0, seed=7)
-    prompt = random_prompts(2, [9])[0]
-    first = tiny().generate([prompt] * 4, config)
-    assert len({tuple(c.ids) for c in first}) > 1
-    assert first == tiny().generate([prompt] * 4, config)
-    other = dataclasses.replace(config, seed=8)
-    assert first != tiny().generate([prompt] * 4, other)
-
-
-@pytest.mark.parametrize("rule", ["threshold", "factor", "quota"])
-def test_it_ends_for_a_model_that_predicts_masks(rule: Any):
-    """[MASK] is by far the most likely token everywhere; every position is still filled."""
-    llm = tiny(1.0, 30.0)
-    config = DecodeConfig(gen_length=16, block_length=4, rule=rule, cache="dual", stop="none")
-    rows, nfe, _ = canvases(llm, config, random_prompts(3, [5, 8]))
-    assert all(TINY.mask_id not in row for row in rows)
-    assert max(nfe) <= 16
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_it_ends_for_broken_weights(value: float):
-    llm = tiny()
-    arrays = {name: leaf[...] for name, leaf in named(llm._params).items()}
-    arrays["norm"] = jnp.full_like(arrays["norm"], value)
-    broken = LLM(TINY, *assemble(TINY, arrays), llm.mesh)
-    config = DecodeConfig(gen_length=16, block_length=4, stop="none")
-    rows, nfe, _ = canvases(broken, config, random_prompts(4, [5, 8]))
-    assert all(TINY.mask_id not in row for row in rows)
-    assert max(nfe) <= 16
-
-
-def test_prompt_never_changes_and_nothing_follows_the_end():
-    config = DecodeConfig(gen_length=16, block_length=8, threshold=0.3)
-    prompts = random_prompts(5, [4, 9, 2])
-    prompts[0][2] = TINY.eos_id
-    llm = tiny(2.0)
+@pytest.mark.parametrize("case", CASES)
+def test_prompts_never_change_and_nothing_follows_the_end(case: str):
+    """Also where a prompt holds eos or [MASK], in the tail that shares a block with the answer."""
+    llm, config = settled(case)
+    prompts = random_prompts(5, LENGTHS)
+    for prompt in prompts:
+        prompt[-1], prompt[-2], prompt[0] = TINY.mask_id, TINY.eos_id, TINY.mask_id
     rows, _, _ = canvases(llm, config, prompts)
     ended = 0
     for row, prompt in zip(rows, prompts, strict=True):
@@ -171,25 +63,139 @@ def test_prompt_never_changes_and_nothing_follows_the_end():
         if ends:
             ended += 1
             assert set(answer[ends[0] + 1 :]) <= {TINY.eos_id}
+        assert TINY.mask_id not in answer
     assert ended
-    for completion in llm.generate(prompts, config):
-        assert not set(completion.ids) & set(TINY.stop_ids)
+
+
+def test_rows_are_the_same_in_other_buckets():
+    config = DecodeConfig(gen_length=12, block_length=4, threshold=0.5)
+    llm, prompts = tiny("plain", 3.0), random_prompts(1, [3, 31, 40])
+    together = llm.generate(prompts, config)
+    assert together == [llm.generate([prompt], config)[0] for prompt in prompts]
+    assert {c.finish_reason for c in together} <= {"stop", "length"}
+    assert not set(sum((c.ids for c in together), [])) & set(TINY.stop_ids)
+
+
+def test_repeated_prompts_draw_differently_and_runs_repeat():
+    config = DecodeConfig(gen_length=12, temperature=1.0, seed=7)
+    prompt = random_prompts(2, [9])[0]
+    first = tiny().generate([prompt] * 4, config)
+    assert len({tuple(c.ids) for c in first}) > 1
+    assert first == tiny().generate([prompt] * 4, config)
+    other = dataclasses.replace(config, seed=8)
+    assert first != tiny().generate([prompt] * 4, other)
 
 
 def test_stopping_early_never_changes_the_completion():
-    prompts = random_prompts(6, [6, 11, 3, 14])
-    config = DecodeConfig(gen_length=16, block_length=8, threshold=0.5)
-    early = tiny(1.5).generate(prompts, config)
-    full = tiny(1.5).generate(prompts, dataclasses.replace(config, stop="none"))
-    assert [c.ids for c in early] == [c.ids for c in full]
-    assert sum(c.nfe for c in early) < sum(c.nfe for c in full)
+    llm, config = settled("default")
+    prompts = random_prompts(6, LENGTHS)
+    early, early_nfe, _ = canvases(llm, config, prompts)
+    full, full_nfe, _ = canvases(llm, dataclasses.replace(config, stop="none"), prompts)
+    assert sum(early_nfe) < sum(full_nfe)
+    for a, b, prompt in zip(early, full, prompts, strict=True):
+        ends = [i for i in range(len(prompt), len(a)) if a[i] in TINY.stop_ids]
+        end = ends[0] + 1 if ends else len(a)
+        assert a[:end] == b[:end]
 
 
-def test_nothing_crosses_to_the_host_between_steps():
-    """The lowered program holds two nested loops and no callback, infeed, send or outfeed."""
+# Every rule and every parity once: the kind of model, options, and whether all masks go.
+RUNS: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "threshold": ("blocks", {"stable_steps": 2}, True),
+    "factor": ("plain", {"rule": "factor", "cache": "prefix"}, True),
+    "hierarchy": ("shifted", {"rule": "hierarchy"}, True),
+    "entropy_bound": ("plain", {"rule": "entropy_bound", "remasking": "entropy"}, True),
+    "allowance": ("plain", {"rule": "allowance", "align": True}, True),
+    "editing": ("blocks", {"edit_threshold": 0.0, "edit_passes": 3}, True),
+    "llada": ("plain", {"rule": "quota", "parity": "llada"}, True),
+    "fast_dllm": ("plain", {"parity": "fast_dllm"}, True),
+    "dinfer": ("plain", {"edge": "slack", "parity": "dinfer"}, True),
+    "dream": (
+        "shifted",
+        {"rule": "origin", "schedule": "timesteps", "parity": "dream", "block_length": 0},
+        True,
+    ),
+    "fast_dream": (
+        "shifted",
+        {"rule": "quota", "schedule": "timesteps", "remasking": "entropy", "parity": "fast_dream"},
+        True,
+    ),
+    "llada2": ("blocks", {"steps": 4, "schedule": "columns", "cache": "none", "parity": "llada2"},
+               False),
+    "sglang": (
+        "blocks",
+        {"edit_threshold": 0.0, "edit_passes": 2, "delete_id": 7, "split_id": 8, "cache": "none",
+         "parity": "sglang"},
+        True,
+    ),
+    "apd": ("shifted", {"rule": "verify", "lookahead": 3, "parity": "apd"}, True),
+}  # fmt: skip
+
+
+def broken(kind: str, value: float) -> LLM:
+    """A model whose last norm is `value`."""
+    llm = tiny(kind)
+    arrays = {name: leaf[...] for name, leaf in named(llm._params).items()}
+    arrays["norm"] = jnp.full_like(arrays["norm"], value)
+    return LLM(llm.config, *assemble(llm.config, arrays), llm.mesh)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_it_ends_for_any_weights(name: str):
+    """[MASK] by far the most likely token everywhere; logits that are NaN; and infinite ones."""
+    kind, options, fills = RUNS[name]
+    config = DecodeConfig(**{"gen_length": 8, "block_length": 4, "stop": "none"} | options)
+    verifier = None
+    if config.rule == "verify":
+        facts = dataclasses.replace(TINY, causal=True, mask_id=NO_ID)
+        arrays = {name: leaf[...] for name, leaf in named(tiny()._params).items()}
+        verifier = LLM(facts, *assemble(facts, arrays), tiny().mesh)
+    prompts = random_prompts(3, [5, 8])
+    for llm in (tiny(kind, 1.0, 30.0), broken(kind, np.nan), broken(kind, np.inf)):
+        resolved = llm.resolve(config)
+        limit = make_setup(resolved, llm.config).call_limit
+        rows, nfe, forwards = canvases(llm, config, prompts, verifier)
+        answers = [row[len(p) :] for row, p in zip(rows, prompts, strict=True)]
+        assert not fills or all(TINY.mask_id not in answer for answer in answers)
+        assert max(nfe) <= forwards <= limit
+        if config.parity == "none" and config.edit_threshold is None:
+            blocks = len(answers[0]) // 4 + 1
+            assert max(nfe) <= len(answers[0]) + 1 + blocks  # steps, a prefill, commits
+
+
+def test_the_lowest_index_wins_ties():
+    """A head of zeros: every token is as likely as any other, and every position as sure."""
     llm = tiny()
-    config = llm.resolve(DecodeConfig(gen_length=16, block_length=8))
+    arrays = {name: leaf[...] for name, leaf in named(llm._params).items()}
+    arrays["head"] = jnp.zeros_like(arrays["head"])
+    graph, params = assemble(TINY, arrays)
+    config = llm.resolve(DecodeConfig(gen_length=6, block_length=3, rule="quota", stop="none"))
     setup = make_setup(config, TINY)
+    request = llm._request(random_prompts(0, [4]), [0], config, setup)
+    state = decode(graph, params, request, setup, trace=True)
+    canvas = np.asarray(state.trace.tokens)[: int(state.forwards) + 1, 0, 4:10]
+    expected = np.where(np.arange(6) < np.arange(7)[:, None], 0, TINY.mask_id)
+    np.testing.assert_array_equal(canvas, expected)
+
+
+PLANS: list[tuple[str, dict[str, Any]]] = [
+    ("plain", {"cache": "none"}),
+    ("plain", {"cache": "prefix", "refresh_every": 3}),
+    ("plain", {"cache": "dual"}),
+    ("plain", {"cache": "dual", "prefix_look": 2, "after_look": 2, "warmup": 2}),
+    ("plain", {"cache": "dual", "cont_weight": 0.3}),
+    ("plain", {"cache": "block", "edit_threshold": 0.5}),
+    ("shifted", {}),
+    ("blocks", {}),
+    ("plain", {"parity": "dinfer", "refresh_every": 2}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), PLANS, ids=range(len(PLANS)))
+def test_nothing_crosses_to_the_host_between_steps(kind: str, options: dict[str, Any]):
+    """The lowered program holds two nested loops and no callback, infeed, send or outfeed."""
+    llm = tiny(kind)
+    config = llm.resolve(DecodeConfig(gen_length=12, block_length=4, **options))
+    setup = make_setup(config, llm.config)
     request = llm._request(random_prompts(0, [4, 6]), [0, 0], config, setup)
     text = decode.lower(llm._graph, llm._params, request, setup).as_text()
     assert text.count("stablehlo.while") >= 2
@@ -227,53 +233,11 @@ def test_batches_cover_every_prompt_once_within_one_bucket():
     assert all(bucket(n) >= n and bucket(n) - n < max(32, n / 4) for n in range(1, 5000))
 
 
-def test_gumbel_agrees_with_the_float64_rule():
-    """Frequencies of 20 000 draws over 8 tokens against the reference's rule in float64.
-
-    By that rule token i wins with probability softmax(logits / T). The chi-square statistic has 7
-    degrees of freedom; 24.3 is its 0.001 quantile. A temperature off by 10 % would exceed it.
-    """
-    from jdllm.unmask import Gumbel
-
-    temperature, n = 0.7, 20_000
-    logits = np.random.default_rng(0).normal(size=8)
-    expected = np.exp(logits / temperature) / np.exp(logits / temperature).sum() * n
-
-    def statistic(t: float) -> float:
-        u = jax.random.uniform(jax.random.key(1), (1, n, 9))
-        tiled = jnp.broadcast_to(jnp.append(logits, -jnp.inf), (1, n, 9))
-        ids = np.asarray(Gumbel((8,), temperature=t)(tiled, lambda shape: u))[0]
-        return float((((np.bincount(ids, minlength=8) - expected) ** 2) / expected).sum())
-
-    assert statistic(temperature) < 24.3
-    assert statistic(temperature * 1.1) > 24.3
-
-
-@pytest.mark.parametrize(
-    ("settings_", "message"),
-    [
-        ({"threshold": 1.5}, "threshold=1.5 is out of range"),
-        ({"rule": "treshold"}, "rule=treshold must be threshold or factor or quota"),
-        ({"steps": 4, "rule": "factor"}, "means nothing to rule=factor"),
-        ({"parity": "llada", "cache": "dual"}, "set cache=none"),
-        ({"gen_length": 8, "block_length": -1}, "block_length=-1 is out of range"),
-    ],
-)
-def test_bad_settings_are_refused(settings_: dict, message: str):
-    with pytest.raises(ValueError, match=message):
-        DecodeConfig(**settings_)
-
-
-def test_lengths_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match="steps=7 must be a multiple of the 2 blocks"):
-        DecodeConfig(gen_length=16, block_length=8, rule="quota", steps=7).resolve()
-
-
 def test_llm_refuses_what_it_cannot_serve():
     llm = tiny()
     with pytest.raises(ValueError, match="no tokenizer"):
         llm.generate(["hello"])
-    with pytest.raises(ValueError, match="token ids must lie in 0..95"):
-        llm.generate([[1, 96]])
-    with pytest.raises(ValueError, match="exceed the model's 512 columns"):
-        llm.generate([[1] * 500], DecodeConfig(gen_length=16))
+    with pytest.raises(ValueError, match=r"token ids must lie in 0..63"):
+        llm.generate([[1, 64]])
+    with pytest.raises(ValueError, match="exceed the model's 128 columns"):
+        llm.generate([[1] * 120], DecodeConfig(gen_length=16))

@@ -22,7 +22,7 @@ def test_a_command_line_and_python_read_a_preset_alike(name: str):
     words = ["prompt=x", f"decode.preset={name}"]
     parsed = cli.parse(GenerateConfig, words, "prog").decode
     assert parsed == DecodeConfig.named(name) == DecodeConfig(**PRESETS[name])
-    assert parsed == read_settings({"decode.preset": name}, DecodeConfig())
+    assert parsed == read_settings({"decode.preset": name}, {"decode": DecodeConfig()})["decode"]
     assert parsed.parity == "none" and parsed.stop == "eos"
     assert dataclasses.asdict(parsed.resolve())["gen_length"]
 
@@ -33,7 +33,8 @@ def test_what_is_given_wins_over_the_preset():
     assert (parsed.rule, parsed.parity, parsed.cache) == ("threshold", "llada", "none")
     assert DecodeConfig.named("llada", rule="threshold", parity="llada") == parsed
     assert read_settings(
-        {"decode.preset": "llada", "decode.rule": "threshold"}, DecodeConfig(parity="llada")
+        {"decode.preset": "llada", "decode.rule": "threshold"},
+        {"decode": DecodeConfig(parity="llada")},
     ) == parsed  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from jdllm.load import BUNDLED
 from jdllm.pieces import Lexicon, Piece, spell, visible
 from jdllm.tokenizer import load_tokenizer
 from jdllm.trace import LOOKS, Record, Run
+from tests.tiny_models import plain
 from tests.watched import watched
 
 MASK = 0
@@ -184,7 +185,7 @@ def test_watching_shows_the_run_of_the_twin_and_changes_nothing(llm: LLM, config
         record = trace.join(stretches[i])
         assert record.prompt_length == len(prompt) and record.mask_id == llm.config.mask_id
         assert record.calls == batch.forwards
-        wanted = watched(nnx.merge(llm._graph, llm._params), llm.config, config, prompt)
+        wanted = watched(plain(llm), config, prompt)
         busy = np.r_[True, (record.tokens[1:] != record.tokens[:-1]).any(1)]
         np.testing.assert_array_equal(record.tokens[busy], wanted.tokens)
         np.testing.assert_array_equal(record.guesses[busy[1:]], wanted.guesses)
@@ -197,7 +198,7 @@ def test_watching_shows_the_run_of_the_twin_and_changes_nothing(llm: LLM, config
 
 def test_every_token_that_the_twin_wrote_was_its_candidate(llm: LLM):
     config = llm.resolve(SETTINGS[1])
-    record = watched(nnx.merge(llm._graph, llm._params), llm.config, config, [5, 6, 7])
+    record = watched(plain(llm), config, [5, 6, 7])
     assert record.calls == 4
     assert record.commits[:3].tolist() == [0, 0, 0]
     assert sorted(record.commits[3:].tolist()) == [1, 1, 2, 2, 3, 3, 4, 4]

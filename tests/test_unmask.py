@@ -1,4 +1,4 @@
-"""Unmasking and stop rules on their own, at the edges that no recorded run reaches."""
+"""Selections: which positions go, at the edges that no recorded run reaches."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,49 +6,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jdllm.stop import EosFill, EosStop, Look, NoStop
+from jdllm import DecodeConfig
 from jdllm.unmask import (
-    Argmax,
+    Allowance,
+    EntropyBound,
     Factor,
+    Hierarchy,
     Probability,
     Quota,
-    Random,
+    Share,
     Threshold,
-    Unmasker,
-    View,
-    split_quota,
 )
+from tests import oracle
+from tests.one_row import view
 
-MASK = 9
-
-
-def odds(p: list[float]) -> jnp.ndarray:
-    with np.errstate(divide="ignore"):
-        values = np.log(np.array(p)) - np.log1p(-np.array(p))
-    return jnp.array(values, jnp.float32)[None]
+N = 6
 
 
-def view(
-    masked: list[bool], quota: int = 1, logits=None, ids=None, settled=None, share: float = 1.0
-) -> View:
-    """One row; no draws, no floor."""
-    N = len(masked)
-    return View(
-        logits=jnp.zeros((1, N, 10)) if logits is None else logits,
-        ids_BN=jnp.where(jnp.array([masked]), MASK, 0) if ids is None else jnp.array([ids]),
-        masked_BN=jnp.array([masked]),
-        settled_BN=jnp.array([settled or [False] * N]),
-        quota_B=jnp.array([quota]),
-        share_B=jnp.array([share]),
-        floor_B=jnp.array([-jnp.inf]),
-        draw=lambda shape: jnp.zeros((1, *shape)),
-    )
-
-
-def chosen(selection, p, masked=None, quota=1) -> list[int]:
-    seen = view([True] * len(p) if masked is None else masked, quota)
-    score = odds(p)
-    return np.flatnonzero(selection(score, Probability().value(score), seen)[0]).tolist()
+def chosen(selection, values: list[float], masked=None, quota=1, **facts) -> list[int]:
+    """Positions that are picked; scores are the values themselves."""
+    seen = view([True] * len(values) if masked is None else masked, quota, **facts)
+    score = jnp.array([values], jnp.float32)
+    return np.flatnonzero(selection(score, score, seen)[0]).tolist()
 
 
 def test_quota_takes_the_best_and_the_lowest_index_on_ties():
@@ -67,6 +46,36 @@ def test_threshold_keeps_what_equals_it_and_always_the_best():
     assert chosen(Threshold(0.0), [0.1, 0.2]) == [0, 1]
 
 
+def test_threshold_above_leaves_what_equals_it():
+    assert chosen(Threshold(0.5, "above"), [0.5, 0.75, 0.6]) == [1, 2]
+    assert chosen(Threshold(1.0, "above"), [1.0, 0.3, 1.0]) == [0]  # nobody passes: the best one
+
+
+def test_threshold_slack_takes_near_ties_of_the_best():
+    """min(best - 1e-5, threshold): below the threshold, 1e-5 decides; above it, the threshold."""
+    slack = Threshold(0.9, "slack")
+    assert chosen(slack, [0.5, 0.5 - 0.9e-5, 0.5 - 1.2e-5]) == [0, 1]
+    assert chosen(slack, [0.9 - 0.5e-5, 0.9 + 0.5e-5, 0.3]) == [0, 1]
+    assert chosen(slack, [0.9, 0.95, 0.9 - 2e-5]) == [0, 1]
+    assert chosen(slack, [0.9] * 3, [False] * 3) == []
+
+
+def test_threshold_has_a_floor_on_the_tokens_of_a_step():
+    """LLaDA2.0: those above the threshold, or the schedule's number of the best if fewer are."""
+    rule = Threshold(0.5, "above")
+    assert chosen(rule, [0.9, 0.2, 0.3, 0.6], quota=3) == [0, 2, 3]
+    assert chosen(rule, [0.9, 0.7, 0.3, 0.6], quota=2) == [0, 1, 3]
+    assert chosen(rule, [0.4, 0.2], quota=0) == []
+    assert chosen(rule, [0.4, 0.2], quota=5) == [0, 1]
+
+
+def test_a_bar_from_outside_raises_the_threshold():
+    floor = jnp.array([0.8])
+    assert chosen(Threshold(0.5), [0.9, 0.7, 0.8], floor_B=floor) == [0, 2]
+    assert chosen(Hierarchy(0.5, 0.95), [0.9, 0.7, 0.85], floor_B=floor) == [0, 2]
+    assert chosen(Threshold(0.9), [0.85, 0.95], floor_B=floor) == [1]
+
+
 @pytest.mark.parametrize(
     ("p", "expected"),
     [
@@ -82,104 +91,85 @@ def test_factor_by_hand(p: list[float], expected: list[int]):
     assert chosen(Factor(1.0), p, [False] * len(p)) == []
 
 
+def test_hierarchy_takes_the_best_of_every_run():
+    rule, masked = Hierarchy(0.9, 0.4), [True, True, False, True, True, True]
+    assert chosen(rule, [0.5, 0.6, 0.0, 0.7, 0.8, 0.5], masked) == [1, 4]
+    assert chosen(rule, [0.5, 0.6, 0.0, 0.95, 0.97, 0.9], masked) == [1, 3, 4]
+    assert chosen(rule, [0.3, 0.4, 0.0, 0.7, 0.8, 0.5], masked) == [4]  # above low, not at it
+    assert chosen(rule, [0.3, 0.2, 0.0, 0.1, 0.1, 0.1], masked) == [0]  # the best of all goes
+    assert chosen(rule, [0.5] * 6, masked) == [0, 3]
+
+
+def test_entropy_bound_counts_the_token_that_would_reach_it():
+    rule = EntropyBound(0.5)
+    assert chosen(rule, [-0.25, -0.125, -0.25]) == [0, 1]  # 0.125, 0.375, 0.625
+    assert chosen(rule, [-0.25, -0.25, -0.25]) == [0]  # the second makes it 0.5: not under
+    assert chosen(rule, [-2.0, -3.0]) == [0]
+    assert chosen(rule, [-0.25, -0.125], [True, False]) == [0]
+
+
+def test_allowance_takes_the_sure_ones_of_the_quota():
+    rule = Allowance(0.5)
+    assert chosen(rule, [0.9, 0.8, 0.7], quota=2) == [0, 1]
+    assert chosen(rule, [0.9, 0.4, 0.5], quota=3) == [0, 2]
+    assert chosen(rule, [0.3, 0.4, 0.1], quota=3) == [1]
+
+
+def test_share_takes_every_mask_by_itself():
+    draws = [0.1, 0.5, 0.3, 0.2]
+    assert chosen(Share(), draws, share_B=jnp.array([0.3])) == [0, 3]
+    assert chosen(Share(), draws, [False, True, True, True], share_B=jnp.ones(1)) == [1, 2, 3]
+
+
+sixteenths = st.integers(0, 16).map(lambda n: n / 16)  # exact, so that edges and ties come up
+PAIRS = {
+    "at_least": ({"threshold": 0.5}, Threshold(0.5)),
+    "above": ({"threshold": 0.5, "edge": "above"}, Threshold(0.5, "above")),
+    "slack": ({"threshold": 0.5, "edge": "slack"}, Threshold(0.5, "slack")),
+    "quota": ({"rule": "quota"}, Quota()),
+    "factor": ({"rule": "factor", "factor": 1.0}, Factor(1.0)),
+    "hierarchy": (
+        {"rule": "hierarchy", "threshold": 0.75, "low_threshold": 0.25},
+        Hierarchy(0.75, 0.25),
+    ),
+    "allowance": ({"rule": "allowance", "threshold": 0.5}, Allowance(0.5)),
+    "entropy_bound": (
+        {"rule": "entropy_bound", "remasking": "entropy", "entropy_bound": 0.75},
+        EntropyBound(0.75),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    values=st.lists(sixteenths, min_size=N, max_size=N),
+    masked=st.lists(st.booleans(), min_size=N, max_size=N),
+    quota=st.integers(0, N),
+    floor=st.sampled_from([-np.inf, 0.6875]),
+)
+def test_selections_equal_plain_ones(name, values, masked, quota, floor):
+    options, selection = PAIRS[name]
+    config = DecodeConfig(**options)
+    sign = -1 if config.remasking == "entropy" else 1
+    c = sign * np.array(values)
+    open_ = np.flatnonzero(masked).tolist()
+    facts = {"floor_B": jnp.array([floor])}
+    expected = oracle.select(c, open_, config, quota, floor)
+    assert chosen(selection, c.tolist(), masked, quota, **facts) == sorted(expected)
+
+
 def test_confidence_does_not_saturate():
     """Both probabilities round to 1 in float32, and still the larger one ranks first."""
     logits = jnp.array([[[40.0, 0.0], [60.0, 0.0]]])
     values = Probability()(logits, jnp.zeros((1, 2), jnp.int32), lambda shape: jnp.zeros(shape))
     np.testing.assert_allclose(values[0], [40.0, 60.0])
-    assert chosen(Quota(), [0.5, 0.5], quota=1) == [0]
-    picked = Quota()(values, values, view([True, True], 1))
-    assert np.flatnonzero(picked[0]).tolist() == [1]
+    assert Probability().value(values)[0].tolist() == [1.0, 1.0]
+    assert chosen(Quota(), values[0].tolist(), quota=1) == [1]
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.integers(0, 10_000))
-def test_log_odds_are_those_of_the_softmax(seed: int):
-    rng = np.random.default_rng(seed)
-    logits = rng.normal(scale=3, size=(1, 4, 10))
-    ids = rng.integers(0, 10, (1, 4))
-    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    p = np.take_along_axis(p, ids[..., None], -1)[..., 0]
-    got = Probability()(jnp.array(logits, jnp.float32), jnp.array(ids), lambda shape: jnp.ones(()))
-    np.testing.assert_allclose(got, np.log(p / (1 - p)), atol=2e-4)
-
-
-def test_suppressed_ids_rank_last_but_are_still_taken():
-    logits = jnp.array([[[0.0, 5.0, 1.0], [2.0, 1.0, 0.0]]])
-    rule = Unmasker(Argmax((MASK,)), Probability(suppressed=(1,)), Quota())
-    first, _ = rule(view([True, True], 1, logits), {})
-    assert first.candidate_BN.tolist() == [[1, 0]]
-    assert first.ids_BN.tolist() == [[MASK, 0]]
-    both, _ = rule(view([True, True], 2, logits), {})
-    assert both.ids_BN.tolist() == [[1, 0]]
-
-
-def test_forbidden_and_mask_ids_are_never_predicted():
-    logits = jnp.zeros((1, 1, 10)).at[0, 0, MASK].set(9.0).at[0, 0, 4].set(8.0).at[0, 0, 2].set(7.0)
-    rule = Unmasker(Argmax((MASK,)), Probability(), Quota(), forbidden=(4,))
-    assert rule(view([True], 1, logits), {})[0].ids_BN.tolist() == [[2]]
-
-
-@pytest.mark.parametrize("selection", [Quota(), Threshold(0.9), Factor(1.0)])
 @pytest.mark.parametrize("value", [np.nan, -np.inf, np.inf])
+@pytest.mark.parametrize("selection", [pair[1] for pair in PAIRS.values()], ids=PAIRS)
 def test_worthless_confidences_still_make_progress(selection, value):
-    values = jnp.full((1, 4), value, jnp.float32)
-    seen = view([False, True, False, True], 1)
-    got = np.flatnonzero(selection(values, values, seen)[0]).tolist()
+    got = chosen(selection, [value] * 4, [False, True, False, True], 1)
     assert got and set(got) <= {1, 3}
-
-
-def test_random_confidence_keeps_the_order_of_its_draws():
-    draws = jnp.array([[0.1, 0.9, 0.0, 0.5]])
-    values = Random()(jnp.zeros((1, 4, 3)), jnp.zeros((1, 4), jnp.int32), lambda shape: draws)
-    assert np.argsort(values[0]).tolist() == [2, 0, 3, 1]
-
-
-@given(st.integers(0, 70), st.integers(1, 40))
-def test_quotas_sum_to_the_masks_remainder_first(masks: int, steps: int):
-    parts = [int(split_quota(jnp.array([masks]), steps, jnp.array(i))[0]) for i in range(steps)]
-    assert sum(parts) == masks
-    assert parts == sorted(parts, reverse=True) and max(parts) - min(parts) <= 1
-    assert int(split_quota(jnp.array([masks]), steps, jnp.array(steps))[0]) == 0
-
-
-def look(tokens: list[int], prompt: int, block: tuple[int, int], **facts) -> Look:
-    columns = jnp.arange(len(tokens))[None]
-    none = jnp.zeros(columns.shape, bool)
-    known = {
-        "generated_BT": columns >= prompt,
-        "block_BT": (columns >= block[0]) & (columns < block[1]),
-        "mask_id": MASK,
-        "opening": False,
-        "closing": False,
-        "nfe_B": jnp.array([1]),
-        "candidates_BT": jnp.full(columns.shape, -1),
-        "written_BT": none,
-    }
-    return Look(**known | facts)
-
-
-def run(stop, tokens, prompt, block, opening=False, **facts):
-    canvas = jnp.array([tokens])
-    seen = look(tokens, prompt, block, opening=opening, **facts)
-    after, done, _ = stop(canvas, seen, stop.start(canvas))
-    return after[0].tolist(), bool(done[0])
-
-
-def test_eos_stop_waits_for_the_masks_before_the_end():
-    stop = EosStop(eos_id=1, end_ids=(1, 2))
-    assert run(stop, [1, 5, 5, 2, MASK, 7], 1, (1, 6)) == ([1, 5, 5, 2, 1, 1], True)
-    assert run(stop, [1, 5, MASK, 2, MASK, 7], 1, (1, 6)) == ([1, 5, MASK, 2, MASK, 7], False)
-    assert run(stop, [1, 5, 5, 5, 5, 5], 1, (1, 6)) == ([1, 5, 5, 5, 5, 5], False)
-
-
-def test_eos_fill_overwrites_and_ends_with_the_block():
-    stop = EosFill(eos_id=1)
-    assert run(stop, [5, MASK, 1, 7, MASK, 7], 1, (1, 4)) == ([5, MASK, 1, 1, 1, 1], False)
-    assert run(stop, [5, 6, 1, 7, MASK, 7], 1, (1, 4)) == ([5, 6, 1, 1, 1, 1], True)
-    assert run(stop, [5, 6, 1, 7, MASK, 7], 1, (1, 4), True) == ([5, 6, 1, 7, MASK, 7], True)
-    assert run(stop, [1, 6, 5, 7, 7, 7], 1, (1, 4)) == ([1, 1, 1, 1, 1, 1], True)
-
-
-def test_no_stop_never_stops():
-    assert run(NoStop(), [1, 1, 1], 1, (1, 3)) == ([1, 1, 1], False)

@@ -2,38 +2,36 @@
 
 import numpy as np
 
-from jdllm.configs import ModelConfig
 from jdllm.decode import DecodeConfig
-from jdllm.model import Transformer
 from jdllm.trace import Record
-from tests.oracle import Row, softmax
+from tests.oracle import Block, Row, candidates
+from tests.plain_model import PlainModel, softmax
 
 
 class WatchedRow(Row):
-    """A row of the twin that writes down each call's view before it commits."""
+    """A row of the twin that writes down what each call saw."""
 
-    def __init__(
-        self, model: Transformer, facts: ModelConfig, config: DecodeConfig, prompt: list[int]
-    ):
-        super().__init__(model, facts, config, prompt)
+    def __init__(self, model: PlainModel, config: DecodeConfig, prompt: list[int]):
+        super().__init__(model, config, prompt)
         self.views: list[tuple[np.ndarray, ...]] = []
+        self.seen = np.zeros((0, 0))
 
-    def commit(self, logits: np.ndarray, first: int, quota: int) -> None:
-        logits = logits[: self.block_length]
-        free = logits.copy()
-        free[:, self.facts.mask_id] = -np.inf
-        p, ids = softmax(logits), free.argmax(-1)
+    def forward(self, first: int, last: int, visible_end: int) -> np.ndarray:
+        self.seen = super().forward(first, last, visible_end)
+        return self.seen
+
+    def call(self, block: Block) -> None:
+        tokens, columns = self.tokens.copy(), np.arange(block.first, block.last)
+        super().call(block)
+        logits = self.seen[columns]
+        p, ids = softmax(logits), candidates(logits, self.config, self.facts.mask_id)
         entropy = -(p * np.log(np.maximum(p, 1e-300))).sum(-1)
-        columns = first + np.arange(len(ids))
-        self.views.append((self.tokens.copy(), columns, ids, p[np.arange(len(ids)), ids], entropy))
-        super().commit(logits, first, quota)
+        self.views.append((tokens, columns, ids, p[np.arange(len(ids)), ids], entropy))
 
 
-def watched(
-    model: Transformer, facts: ModelConfig, config: DecodeConfig, prompt: list[int]
-) -> Record:
+def watched(model: PlainModel, config: DecodeConfig, prompt: list[int]) -> Record:
     """The record of one prompt, for a resolved `config` without random draws."""
-    row = WatchedRow(model, facts, config, prompt)
+    row = WatchedRow(model, config, prompt)
     row.run()
     tokens, columns, ids, confidence, entropy = map(np.stack, zip(*row.views, strict=True))
     return Record(
@@ -43,5 +41,5 @@ def watched(
         confidence.astype(np.float32),
         entropy.astype(np.float32),
         len(prompt),
-        facts.mask_id,
+        row.facts.mask_id,
     )

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 from jdllm.configs import ModelConfig
-from jdllm.decode.checks import CONFLICTS, RANGES
+from jdllm.decode.checks import BY_THRESHOLD, CONFLICTS, RANGES, READERS
 from jdllm.decode.presets import PRESETS, Settings, preset_settings
 
 Parity = Literal[
@@ -149,6 +149,12 @@ class DecodeConfig:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise ValueError(f"{name}={value} is out of range: it must lie in [{low}, {high}]")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for names, reads, where in READERS:
+            for name in names:
+                value = getattr(self, name)
+                if value != defaults[name] and not reads(self):
+                    raise ValueError(f"{name}={value} is read by {where} only; leave it out")
         for wrong, sentence in CONFLICTS:
             if wrong(self):
                 raise ValueError(sentence.format(c=self))
@@ -186,8 +192,11 @@ class DecodeConfig:
                 )
         elif steps:
             steps = min(steps, gen // self.minimal_topk)
-        if threshold is None:
+        if threshold is None and self.rule in BY_THRESHOLD:
             threshold = 0.95 if causal else 0.9
+        edge = self.edge
+        if edge is None and self.rule == "threshold":
+            edge = "above" if causal else "at_least"
         cache = self.cache or ("block" if causal else "dual")
         if self.rule == "verify" or self.parity in ("llada", "dream"):
             cache = "none"
@@ -198,6 +207,6 @@ class DecodeConfig:
             align=align,
             steps=steps,
             threshold=threshold,
-            edge=self.edge or ("above" if causal else "at_least"),
+            edge=edge,
             cache=cache,
         )

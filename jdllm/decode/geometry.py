@@ -35,6 +35,12 @@ class Geometry:
         return behind_BT & (self.columns_T < self.canvas_B1)
 
     @property
+    def first_open_B1(self) -> jax.Array:
+        """The column from which masks are filled: [MASK] in a prompt stays, but for one quirk."""
+        lengths_B1 = self.request.prompt_lengths[:, None]
+        return jnp.zeros_like(lengths_B1) if self.setup.quirks.earlier_masks else lengths_B1
+
+    @property
     def shift(self) -> int:
         """1 where a column's logits stand in the column before it."""
         return int(self.model.shift_logits)

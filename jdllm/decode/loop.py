@@ -134,7 +134,8 @@ class Loop:
         """How many masks each row's block holds [B]."""
         columns_BN = span(self.at.block_start(state.block), self.setup.block_length)
         masked_BN = self.at.ids(state.tokens, columns_BN) == self.model.config.mask_id
-        return jnp.sum(masked_BN & (columns_BN < self.at.canvas_B1), axis=1)
+        inside_BN = (columns_BN >= self.at.first_open_B1) & (columns_BN < self.at.canvas_B1)
+        return jnp.sum(masked_BN & inside_BN, axis=1)
 
     def active(self, state: DecodeState) -> jax.Array:
         """Rows for which the coming call counts and may write [B]."""
@@ -163,8 +164,7 @@ class Loop:
         decision, carry = setup.rule(view, state.rule)
         new_BN = jnp.where(active_B[:, None], decision.ids_BN, view.ids_BN)
         tokens_BT = put(state.tokens, new_BN, view_BN)
-        inputs = smoothed(self, state, tokens_BT, window_BT, hidden_BTD) if setup.smooth else None
-        state = dataclasses.replace(
+        after = dataclasses.replace(
             state,
             nfe=state.nfe + active_B,
             trace=self.recorded(state, kind, view_BN, decision, hidden_BND),
@@ -172,14 +172,17 @@ class Loop:
             dirty=jnp.where(active_B, jnp.any(new_BN != view.ids_BN, 1), state.dirty),
             accepted=jnp.where(active_B, jnp.sum(new_BN != view.ids_BN, 1), state.accepted),
             cache=cache,
-            inputs=inputs,
             forwards=state.forwards + 1,
             step=state.step + 1,
         )
-        seen = self.stop_look(state, tokens_BT, kind)
+        seen = self.stop_look(after, tokens_BT, kind)
         candidates_BT = put(seen.candidates_BT, decision.candidate_BN, view_BN)
         seen = dataclasses.replace(seen, candidates_BT=candidates_BT)
-        return self.judge(state, tokens_BT, seen, active_B)
+        after = self.judge(after, tokens_BT, seen, active_B)
+        if not setup.smooth:
+            return after
+        inputs = smoothed(self, state, after.tokens, window_BT, hidden_BTD)
+        return dataclasses.replace(after, inputs=_keep(active_B, inputs, state.inputs))
 
     def look(
         self,
@@ -192,6 +195,7 @@ class Loop:
         setup, at = self.setup, self.at
         ids_BN = at.ids(state.tokens, view_BN)
         inside_BN = (view_BN < at.limit_B1(state)) & active_B[:, None]
+        inside_BN &= view_BN >= at.first_open_B1
         masked_BN = inside_BN & (ids_BN == self.model.config.mask_id)
         opening = kind == FULL and setup.plan.refreshes
         if setup.quirks.first_column and opening:
@@ -228,6 +232,7 @@ class Loop:
         return dataclasses.replace(
             state,
             tokens=jnp.where(rows_B[:, None], stopped_BT, tokens_BT),
+            dirty=state.dirty | (rows_B & jnp.any(stopped_BT != tokens_BT, 1)),
             done=state.done | ended_B,
             stop=_keep(rows_B, carry, state.stop),
         )
@@ -247,15 +252,18 @@ class Loop:
 
     def close_block(self, state: DecodeState) -> DecodeState:
         """Stop rules for the block as a whole, and its keys into a block cache."""
-        if self.setup.quirks.coupled:
-            state = self.commit(state)
-        look = self.stop_look(state, state.tokens, None)
-        state = self.judge(state, state.tokens, look, ~state.done)
+        coupled = self.setup.quirks.coupled
+        state = self.judge_block(self.commit(state) if coupled else state)
         over_B = self.at.block_start(state.block + 1) >= self.at.canvas_B1[:, 0]
         state = dataclasses.replace(state, done=state.done | over_B)
-        if not self.setup.quirks.coupled:
-            state = self.commit(state)
+        if self.setup.plan.kind == "block" and not coupled:
+            state = self.judge_block(self.commit(state))  # which may have spent the budget
         return dataclasses.replace(state, block=state.block + 1)
+
+    def judge_block(self, state: DecodeState) -> DecodeState:
+        """The state after the stop rules have seen a finished block."""
+        look = self.stop_look(state, state.tokens, None)
+        return self.judge(state, state.tokens, look, ~state.done)
 
     def prefill(self, state: DecodeState) -> DecodeState:
         """Keys of everything before the first blocks."""

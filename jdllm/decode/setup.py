@@ -230,6 +230,16 @@ def make_setup(config: DecodeConfig, model: ModelConfig) -> Setup:
             f"cache={config.cache} reads keys of later blocks, which a block-causal model never "
             "sees; use cache=block, which is exact"
         )
+    if model.block_causal and not config.align:
+        raise ValueError(
+            "a block-causal model counts its blocks from column 0; align=false would straddle "
+            "them, leave it out"
+        )
+    if model.shift_logits and config.cont_weight:
+        raise ValueError(
+            f"cont_weight={config.cont_weight} feeds a mask what stands in its own row of the "
+            "logits, which in this model predicts the next token; set cont_weight=0"
+        )
     quirks = QUIRKS[config.parity]
     edits = config.edit_threshold is not None or quirks.late_finish
     smooth = None

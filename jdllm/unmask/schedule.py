@@ -65,8 +65,9 @@ class Columns:
 class CarryOver:
     """Masks spread over the steps; what earlier steps left over is added (Fast-dLLM's Dream).
 
-    Behind the last step everything is due. The reference then also runs as many steps as that
-    step dropped tokens, some of them idle; here the block ends when it is clean.
+    At least one is due, so that no step is idle. Behind the last step everything is due. The
+    reference then also runs as many steps as that step dropped tokens, some of them idle; here the
+    block ends when it is clean.
     """
 
     per_block: int
@@ -78,7 +79,7 @@ class CarryOver:
     def __call__(self, opened_B, masks_B, step):
         due_B = jnp.minimum(step + 1, self.per_block) * (opened_B // self.per_block)
         due_B = jnp.where(step + 1 >= self.per_block, opened_B, due_B)
-        return due_B - (opened_B - masks_B), jnp.ones(masks_B.shape)
+        return jnp.maximum(due_B - (opened_B - masks_B), 1), jnp.ones(masks_B.shape)
 
 
 @dataclasses.dataclass(frozen=True)
