@@ -22,12 +22,13 @@ VALUES = {
     "lengths": st.permutations([1, 6, 13]),
     "end_bias": st.sampled_from([0.5, 1.5, 3.0]),
 }
+SHORT: dict[str, Any] = {"gen_length": 12, "block_length": 4}
 EXACT: dict[str, Any] = {"threshold": 0.6, "stop": "none"}
 
 
 def check(kind: str, options: dict[str, Any], seed: int, lengths: list[int], end_bias: float):
     llm = tiny(kind, end_bias)
-    config = DecodeConfig(**{"gen_length": 12, "block_length": 4} | options)
+    config = DecodeConfig(**SHORT | options)
     prompts = random_prompts(seed, lengths)
     rows, nfe, forwards = canvases(llm, config, prompts)
     model, resolved = plain(llm), llm.resolve(config)
@@ -100,7 +101,7 @@ def test_loop_equals_twin(kind: str, options: dict[str, Any], **values):
 def test_a_block_cache_is_exact_for_a_block_causal_model():
     """The tokens of cache=none, for a prefill and one commit for every block but the last more."""
     llm, prompts = tiny("blocks"), random_prompts(7, [1, 6, 13])
-    config = DecodeConfig(gen_length=12, block_length=4, **EXACT)
+    config = DecodeConfig(**SHORT | EXACT)
     rows, nfe, _ = canvases(llm, config, prompts)
     full, steps, _ = canvases(llm, dataclasses.replace(config, cache="none"), prompts)
     assert rows == full
@@ -156,7 +157,7 @@ REST = some(
 def test_loop_equals_twin_for_any_settings(kind, rule, cache, rest, seed):
     options = rest | cache | rule
     try:
-        config = DecodeConfig(**{"gen_length": 12} | options)
+        config = DecodeConfig(**SHORT | options)
         make_setup(tiny(kind).resolve(config), tiny(kind).config)
     except ValueError:
         reject()
