@@ -16,6 +16,8 @@ from jdllm.llm import LLM, bucket, plan_batches
 from jdllm.model import assemble, named
 from tests.tiny_models import TINY, canvases, random_prompts, tiny
 
+SHORT: dict[str, Any] = {"gen_length": 12, "block_length": 4}
+
 # Cases of the properties: a kind of model and options; they share compiled programs.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "default": ("plain", {"threshold": 0.5}),
@@ -32,7 +34,7 @@ LENGTHS = [3, 31, 12, 7, 20]
 def settled(case: str, **more: Any) -> tuple[LLM, DecodeConfig]:
     """A model that likes to end, and the config of a case."""
     kind, options = CASES[case]
-    config = DecodeConfig(**{"gen_length": 12, "block_length": 4} | options | more)
+    config = DecodeConfig(**SHORT | options | more)
     return tiny(kind, 3.0), config
 
 
@@ -143,7 +145,7 @@ def broken(kind: str, value: float) -> LLM:
 def test_it_ends_for_any_weights(name: str):
     """[MASK] by far the most likely token everywhere; logits that are NaN; and infinite ones."""
     kind, options, fills = RUNS[name]
-    config = DecodeConfig(**{"gen_length": 8, "block_length": 4, "stop": "none"} | options)
+    config = DecodeConfig(**SHORT | {"gen_length": 8, "stop": "none"} | options)
     verifier = None
     if config.rule == "verify":
         facts = dataclasses.replace(TINY, causal=True, mask_id=NO_ID)
