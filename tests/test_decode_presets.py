@@ -28,14 +28,12 @@ def test_a_command_line_and_python_read_a_preset_alike(name: str):
 
 
 def test_what_is_given_wins_over_the_preset():
-    words = ["prompt=x", "decode.rule=threshold", "decode.preset=llada", "decode.parity=llada"]
-    parsed = cli.parse(GenerateConfig, words, "prog").decode
+    line = ["prompt=x", "decode.rule=threshold", "decode.preset=llada", "decode.parity=llada"]
+    parsed = cli.parse(GenerateConfig, line, "prog").decode
     assert (parsed.rule, parsed.parity, parsed.cache) == ("threshold", "llada", "none")
     assert DecodeConfig.named("llada", rule="threshold", parity="llada") == parsed
-    assert read_settings(
-        {"decode.preset": "llada", "decode.rule": "threshold"},
-        {"decode": DecodeConfig(parity="llada")},
-    ) == parsed  # fmt: skip
+    words = {"decode.preset": "llada", "decode.rule": "threshold"}
+    assert read_settings(words, {"decode": DecodeConfig(parity="llada")}) == {"decode": parsed}
 
 
 def test_an_unknown_name_is_refused_with_the_nearest():
