@@ -116,7 +116,8 @@ PRESETS: dict[str, Settings] = {
         **_BLOCKINFER, "rule": "threshold", "threshold": 0.9, "edge": "above", "steps": 4,
     },
     "blockinfer-entropy": {
-        **_BLOCKINFER, "rule": "entropy_bound", "remasking": "entropy", "entropy_bound": 0.35,
+        "block_length": 4, "sampling": "categorical", "temperature": 1.0,
+        "rule": "entropy_bound", "remasking": "entropy", "entropy_bound": 0.35,
     },
     # d3LLM: entropy at most 0.5 for LLaDA, under 0.4 for Dream; its block pipeline is not copied
     "d3llm": {"block_length": 32, "remasking": "entropy", "threshold": 0.5, "cache": "none"},
