@@ -61,7 +61,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("plain", {"threshold": 0.6, "cache": "block", "edit_threshold": 0.4, "stable_steps": 2}),
     ("plain", {"rule": "quota", "steps": 12, "stable_steps": 1, "block_length": 6}),
     ("plain", {"threshold": 0.7, "max_forwards": 5, "cache": "block", "stop": "none"}),
-    ("plain", {"threshold": 0.6, "cfg_scale": 1.0}),
+    ("plain", {"threshold": 0.6, "cfg_scale": 1.0, "cache": "block"}),
     ("plain", {"rule": "hierarchy", "threshold": 0.6, "cont_weight": 0.3, "cont_growth": 0.1,
                "threshold_decay": 0.1, "cache": "prefix", "stable_steps": 1}),
     ("plain", {"threshold": 0.6, "align": True, "block_length": 5}),

@@ -109,4 +109,4 @@ def smoothed(
 
 def _interleave(a_BX: jax.Array, b_BX: jax.Array) -> jax.Array:
     """Rows a0, b0, a1, b1, ...: pairs stay on one shard of the batch."""
-    return jnp.stack([a_BX, b_BX], axis=1).reshape(-1, *a_BX.shape[1:])
+    return jnp.stack([a_BX, b_BX], axis=1).reshape(2 * len(a_BX), *a_BX.shape[1:])
