@@ -344,10 +344,11 @@ class LLM:
 
     def _completion(self, ids: np.ndarray, nfe: int, stop: Sequence[str]) -> Completion:
         """Cuts generated ids at the first end id, then at the first stop string in their text."""
-        ends = np.isin(ids, self.config.stop_ids)
+        # Under a budget of forwards blocks may have stayed masked: the text ends before them.
+        ends = np.isin(ids, (*self.config.stop_ids, self.config.mask_id))
         length = int(ends.argmax()) if ends.any() else len(ids)
         kept = ids[:length].tolist()
-        stopped = length < len(ids)
+        stopped = length < len(ids) and ids[length] != self.config.mask_id
         if self.tokenizer is None:
             return Completion(None, kept, nfe, "stop" if stopped else "length")
         stop = [s for s in stop if s]
