@@ -160,9 +160,9 @@ def measure(llm: LLM, case: Case, config: LoopConfig, rate: float) -> dict[str, 
     """A whole request: seconds, calls, memory. ms_per_step is the mean over all calls."""
     request, setup = prepare(llm, case)
     program, compile_seconds = llm._program(request, setup)
-    state = program(llm._params, request)
+    state = program(llm._params, request, None)
     forwards = int(state.forwards)
-    seconds = median_seconds(lambda: program(llm._params, request).tokens, config.repeats)
+    seconds = median_seconds(lambda: program(llm._params, request, None).tokens, config.repeats)
     memory = program.memory_analysis()
     sizes = (memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes)
     return {

@@ -102,7 +102,7 @@ def choose_mesh(
     ROOM of a device's `memory` in bytes (default: what the device says; a CPU says nothing, and
     everything fits). Else it is split over as few devices as will do; ValueError where none will.
     """
-    facts = jax.devices()[0].memory_stats() or {}
+    facts = jax.local_devices()[0].memory_stats() or {}
     limit = facts.get("bytes_limit") if memory is None else memory
     if text != "auto" or limit is None or jax.device_count() == 1:
         return sharding.parse_mesh(text)

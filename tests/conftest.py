@@ -1,8 +1,10 @@
 """Test set-up: a compilation cache, float32 matrix products, and 8 virtual CPU devices."""
 
+import gc
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -42,3 +44,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Messages wrap at the terminal's width; tests look for phrases, wherever the checkout lies."""
     monkeypatch.setenv("COLUMNS", "1000")
+
+
+MAPS = Path("/proc/self/maps")
+MOST_MAPS = 30_000  # of the 65 530 that Linux gives a process by default
+
+
+@pytest.fixture(autouse=True)
+def few_programs() -> Iterator[None]:
+    """Compiled programs are dropped before their memory maps run out, which would abort Python."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()

@@ -217,14 +217,6 @@ def test_every_mesh_decodes_the_same_tokens(mesh: str):
     assert results[0] == results[1]
 
 
-def test_decoding_block_by_block_is_refused():
-    config = dataclasses.replace(NAMED["tiny"], block_causal=8)
-    mesh = sharding.parse_mesh("1x1")
-    llm = LLM(config, *random_model(config, mesh), mesh)
-    with pytest.raises(ValueError, match="block_causal=8.*cannot do yet"):
-        llm.generate([[1, 2, 3]], DecodeConfig(gen_length=8, block_length=8))
-
-
 # ---------------------------------------------------------------- the block-causal mask
 
 

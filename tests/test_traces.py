@@ -16,6 +16,7 @@ import pytest
 from flax import nnx
 
 from jdllm.decode import DecodeConfig, Request, decode, make_setup
+from jdllm.decode.inputs import forward, guided
 from jdllm.decode.loop import Loop
 from jdllm.decode.state import FULL, STEP
 from tests.recordings import EOT, ROOT, Case, Checkpoint, has_ties, load, supported
@@ -122,25 +123,25 @@ def test_decode_with_ties(case: Case):
     @jax.jit
     def one_call(params, tokens, step):
         loop = Loop(nnx.merge(checkpoint.graph, params), request, setup)
-        state = loop.start(trace=True)
+        state = loop.start(trace=False)
         opened = jnp.full_like(state.opened, setup.gen_length)
         state = dataclasses.replace(state, tokens=tokens, step=step, opened=opened)
-        state = loop.call(state, FULL)
-        record = jax.tree.map(lambda x: x[0], state.trace)
-        return state.tokens, record.columns, record.candidates, record.confidence
+        view_BN, window_BT = loop.at.view(state), loop.at.window(state, FULL)
+        hidden_BND, _, _ = forward(loop, state, view_BN, window_BT)
+        view = loop.look(state, FULL, view_BN, loop.active(state))
+        view = dataclasses.replace(view, logits=guided(loop, hidden_BND))
+        return view_BN, setup.rule(view, state.rule)[0]
 
     for step, (before, after) in enumerate(itertools.pairwise(canvases)):
-        tokens, columns, candidates, confidence = map(
-            np.asarray, one_call(checkpoint.params, before, jnp.int32(step))
-        )
+        columns, decision = jax.device_get(one_call(checkpoint.params, before, jnp.int32(step)))
         for row in range(len(before)):
-            ours = tokens[row] != before[row]
-            theirs = after[row] != before[row]
-            value = dict(zip(columns[row].tolist(), confidence[row].tolist(), strict=True))
-            best = dict(zip(columns[row].tolist(), candidates[row].tolist(), strict=True))
-            mine, wanted = (sorted(value[c] for c in np.flatnonzero(x)) for x in (ours, theirs))
-            np.testing.assert_allclose(mine, wanted, atol=1e-5)
-            assert all(best[c] == after[row, c] for c in np.flatnonzero(theirs))
+            old, new = before[row, columns[row]], after[row, columns[row]]
+            ours, theirs = decision.ids_BN[row] != old, new != old
+            value = decision.value_BN[row]
+            np.testing.assert_allclose(np.sort(value[ours]), np.sort(value[theirs]), atol=1e-5)
+            np.testing.assert_array_equal(decision.candidate_BN[row][theirs], new[theirs])
+            outside = np.setdiff1d(np.arange(before.shape[1]), columns[row])
+            np.testing.assert_array_equal(before[row, outside], after[row, outside])
 
 
 def engine_request_of(case: Case, checkpoint: Checkpoint) -> Replay:

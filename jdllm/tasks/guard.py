@@ -65,7 +65,8 @@ def limit(timeout: float, memory: int) -> None:
     ):
         _, hard = resource.getrlimit(what)
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(what, (most, most))
+        # a second after SIGXCPU, which tells why, the kernel would send SIGKILL
+        resource.setrlimit(what, (most, most + 1 if what == resource.RLIMIT_CPU else most))
     # should whoever started this be killed: an end comes all the same
     signal.setitimer(signal.ITIMER_REAL, timeout + 1)
 
