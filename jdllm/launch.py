@@ -1,6 +1,6 @@
 """Starts one command as several processes of this machine, and ends all where one is lost.
 
-python -m jdllm.launch processes=2 devices=4 jdllm.eval mesh=8x1 output=results/{process}
+python -m jdllm.launch processes=2 devices=4 jdllm.eval mesh=8x1 output=results/two
 
 Process 0 speaks; what the others print is kept and shown where one of them fails. On a cluster its
 own launcher (srun, mpirun) takes this place.
