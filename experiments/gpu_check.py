@@ -1,23 +1,31 @@
-"""What needs a GPU, in one call: golden runs in float32, the bundled model, memory
-plans, a LLaDA-8B block step.
+"""What needs a GPU, in one call: memory plans, golden runs in float32, attention kernels, the
+bundled model, random weights of every named shape. (gpu_loop.py has the timings of decoding.)
 
 python experiments/gpu_check.py output=experiments/results/gpu_check.json
 """
 
 import dataclasses
+import datetime
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jdllm import DecodeConfig, cli, sharding
+from jdllm.configs import NAMED
+from jdllm.kernels.attention import IMPLEMENTATIONS, attention, reference
 from jdllm.llm import LLM, bucket
+from jdllm.load import weight_bytes
 from jdllm.plan import Planner
 from jdllm.tasks import TASKS
 
@@ -30,7 +38,9 @@ class CheckConfig:
 
     output: Path
     model: str = "random:llada-8b"
-    """The large model whose forwards are timed."""
+    """The large model whose memory is planned and measured."""
+    goldens: bool = True
+    """Replay the recorded runs too, which takes minutes."""
 
 
 def goldens() -> str:
@@ -68,28 +78,40 @@ def bundled() -> dict[str, Any]:
     return found
 
 
-def block_step(llm: LLM, rows: int, cache: Any) -> dict[str, Any]:
-    """Milliseconds a forward at prompt 480, gen 64, block 32, one token a step."""
-    rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, 126_000, 480).tolist() for _ in range(rows)]
-    config = DecodeConfig(
-        gen_length=64,
-        block_length=32,
-        rule="quota",
-        cache=cache,
-        stop="none",
-    )
-    (first,) = llm.stream(prompts, config, batch_size=rows)
-    runs = [next(iter(llm.stream(prompts, config, batch_size=rows))) for _ in range(3)]
-    seconds = sorted(run.seconds for run in runs)[1]
-    return {
-        "rows": rows,
-        "cache": cache,
-        "forwards": first.forwards,
-        "ms_per_forward": 1e3 * seconds / first.forwards,
-        "forwards_per_second": first.forwards / seconds,
-        "compile_seconds": first.compile_seconds,
-    }
+def kernels() -> list[dict[str, Any]]:
+    """Each attention in bfloat16 against the reference in float32: the relative error.
+
+    Fresh numbers; rows of all lengths; several rows with few queries, one row with many.
+    """
+    found = []
+    for number, (B, T, S, H, G) in enumerate(((8, 32, 1024, 32, 32), (1, 1000, 1000, 28, 4))):
+        rng = np.random.default_rng(number)
+        shapes = (B, T, H, 128), (B, S, G, 128), (B, S, G, 128)
+        low = [jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes]
+        lengths = jnp.asarray(rng.integers(1, S + 1, B), jnp.int32)
+        with jax.default_matmul_precision("highest"):
+            q, k, v = (x.astype(jnp.float32) for x in low)
+            expected = reference(q, k, v, lengths)
+        for name in IMPLEMENTATIONS:
+            run = jax.jit(partial(attention, implementation=name))
+            wrong = run(low[0], low[1], low[2], lengths).astype(jnp.float32) - expected
+            error = float(jnp.linalg.norm(wrong.ravel()) / jnp.linalg.norm(expected.ravel()))
+            found.append({"name": name, "shapes": shapes, "relative_error": error})
+    return found
+
+
+def named_shapes() -> dict[str, dict[str, float]]:
+    """Random weights of every named model, made on the device: seconds and gigabytes."""
+    found = {}
+    for name, config in NAMED.items():
+        start = time.perf_counter()
+        params = LLM.load(f"random:{name}", sharding.parse_mesh("1x1"))._params
+        jax.block_until_ready(params)
+        size = sum(x.nbytes for x in jax.tree.leaves(params)) / 1e9
+        found[name] = {"seconds": time.perf_counter() - start, "gigabytes": size}
+        if found[name]["gigabytes"] < 0.99 * weight_bytes(config, sharding.parse_mesh("1x1")) / 1e9:
+            raise ValueError(f"random:{name} has {size} GB of weights, fewer than its config says")
+    return found
 
 
 def plan_and_peak(model: str, batch: int, length: int) -> dict[str, Any]:
@@ -138,29 +160,26 @@ def plans(model: str) -> list[dict[str, Any]]:
 
 
 def main(config: CheckConfig) -> None:
-    """Runs everything and writes one JSON file."""
-    import flax
-
-    replay = goldens()  # first, while no other process holds the device's memory
-    planned = plans(config.model)
-    facts: dict[str, Any] = {
-        "command": f"python experiments/gpu_check.py model={config.model}",
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "flax": flax.__version__,
-        "goldens": replay,
-        "plans": planned,
-        "bundled": bundled(),
+    """Runs everything and writes one JSON file, anew after each part."""
+    parts: dict[str, Callable[[], Any]] = {
+        # First, while no other process holds the device's memory.
+        "plans": lambda: plans(config.model),
+        "goldens": goldens if config.goldens else lambda: "left out",
+        "kernels": kernels,
+        "bundled": bundled,
+        "named_shapes": named_shapes,
     }
-    print(json.dumps(facts, indent=2), flush=True)
-    start = time.time()
-    llm = LLM.load(config.model, sharding.parse_mesh("1x1"))
-    jax.block_until_ready(llm._params)
-    facts["load_seconds"] = time.time() - start
-    cases = [(1, "dual"), (1, "none"), (8, "dual")]
-    facts["block_steps"] = [block_step(llm, rows, cache) for rows, cache in cases]
-    config.output.write_text(json.dumps(facts, indent=2) + "\n")
-    print(json.dumps(facts, indent=2))
+    facts: dict[str, Any] = {
+        "command": " ".join(["python experiments/gpu_check.py", *sys.argv[1:]])
+    }
+    for name, run in parts.items():
+        facts[name] = run()
+        if name == "goldens":
+            facts["device"] = jax.devices()[0].device_kind
+            facts["versions"] = {name: version(name) for name in ("jax", "jaxlib", "flax")}
+            facts["date"] = datetime.date.today().isoformat()
+        config.output.write_text(json.dumps(facts, indent=2) + "\n")
+        print(name, json.dumps(facts[name]), flush=True)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,11 @@ class Cache:
         values = tuple(jnp.zeros(shape, dtype) for _ in range(config.layers))
         return cls(keys, values)
 
+    @property
+    def length(self) -> int:
+        """Columns S."""
+        return self.keys[0].shape[1]
+
 
 def write(old_BSGK: jax.Array, new_BTGK: jax.Array, columns_BT: jax.Array) -> jax.Array:
     """Writes T new columns of each row in place; columns at or beyond S are dropped.

@@ -229,9 +229,9 @@ def _hidden(
         variants.append(jnp.where(canvas.inside(), shown_BT, model.config.mask_id))
     R = len(variants)
     tokens = jnp.stack(variants, axis=1).reshape(B * R, T)
-    visible = jnp.repeat(columns_T < canvas.length[:, None], R, axis=0)
+    visible_B = jnp.repeat(canvas.length, R, axis=0)
     x = model.embed(tokens, model.embedding[...].dtype)
-    states, _ = model(x, jnp.broadcast_to(columns_T, tokens.shape), visible)
+    states, _ = model(x, jnp.broadcast_to(columns_T, tokens.shape), visible_B)
     from_BW = jnp.maximum(at_BW - 1, 0) if model.config.shift_logits else at_BW
     rows = jnp.take_along_axis(states, jnp.repeat(from_BW, R, axis=0)[..., None], axis=1)
     return rows.reshape(B, R, *rows.shape[1:]).swapaxes(1, 2)

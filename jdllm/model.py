@@ -12,7 +12,7 @@ from jdllm import sharding
 from jdllm.cache import Cache, write
 from jdllm.configs import ModelConfig
 from jdllm.head import NOTHING, Best, Special, best
-from jdllm.kernels.attention import attention
+from jdllm.kernels.attention import as_mask, attention
 from jdllm.moe import Experts, swiglu
 from jdllm.weights import bias, weight
 
@@ -43,18 +43,20 @@ def rotate(
 
 
 def visible_keys(
-    config: ModelConfig, positions_BT: jax.Array, visible_BS: jax.Array, cached: bool
+    config: ModelConfig, positions_BT: jax.Array, visible: jax.Array, columns: int | None
 ) -> jax.Array:
-    """Which keys each query sees: [B, S] where that is the same for all, else [B, T, S].
+    """Which keys each query sees: as given where that is the same for all, else bool [B, T, S].
 
-    Keys stand at `positions_BT` themselves, or in a cache, whose column s is position s. Blocks
-    are counted from position 0, so that the prompt falls into blocks as well; a causal model's
+    `visible` is bool [B, S], or int32 [B] where rows see their first so many keys. Keys stand at
+    `positions_BT` themselves, or in a cache of `columns`, whose column s is position s. Blocks are
+    counted from position 0, so that the prompt falls into blocks as well; a causal model's
     blocks have one column.
     """
     block = 1 if config.causal else config.block_causal
     if block is None:
-        return visible_BS
-    keys_BS = jnp.arange(visible_BS.shape[1])[None] if cached else positions_BT
+        return visible
+    keys_BS = positions_BT if columns is None else jnp.arange(columns)[None]
+    visible_BS = as_mask(visible, keys_BS.shape[1])
     blocks_BT, blocks_BS = positions_BT // block, keys_BS // block
     return visible_BS[:, None, :] & (blocks_BS[:, None, :] <= blocks_BT[:, :, None])
 
@@ -119,7 +121,7 @@ class Attention(nnx.Module):
         self,
         x_BTD: jax.Array,
         positions_BT: jax.Array,
-        visible_BS: jax.Array,
+        visible: jax.Array,
         past: tuple[jax.Array, jax.Array] | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """The attention branch, and this layer's keys and values after the write."""
@@ -132,7 +134,7 @@ class Attention(nnx.Module):
         if past is not None:
             k, v = write(past[0], k, positions_BT), write(past[1], v, positions_BT)
         out = self.out[...].astype(q.dtype)
-        mixed = self.attend(q, k.astype(q.dtype), v.astype(q.dtype), visible_BS)
+        mixed = self.attend(q, k.astype(q.dtype), v.astype(q.dtype), visible)
         return jnp.einsum("BTHK,HKD->BTD", mixed, out), (k, v)
 
     def attend(
@@ -192,12 +194,12 @@ class Layer(nnx.Module):
         self,
         x_BTD: jax.Array,
         positions_BT: jax.Array,
-        visible_BS: jax.Array,
+        visible: jax.Array,
         past: tuple[jax.Array, jax.Array] | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         with jax.named_scope("attention"):
             h = rms_norm(x_BTD, self.attention_norm[...], self.eps)
-            mixed, present = self.attention(h, positions_BT, visible_BS, past)
+            mixed, present = self.attention(h, positions_BT, visible, past)
         x_BTD = x_BTD + mixed
         with jax.named_scope("mlp"):
             h = rms_norm(x_BTD, self.mlp_norm[...], self.eps)
@@ -241,7 +243,7 @@ class Transformer(nnx.Module):
         self,
         x_BTD: jax.Array,
         positions_BT: jax.Array,
-        visible_BS: jax.Array,
+        visible: jax.Array,
         cache: Cache | None = None,
         remat: bool = False,
     ) -> tuple[jax.Array, Cache]:
@@ -249,12 +251,14 @@ class Transformer(nnx.Module):
 
         Without a cache the T columns attend to each other (S = T). With one, they are first written
         to its columns `positions_BT` (those beyond S are dropped), then attend to all S columns.
-        `visible_BS` is bool; a hidden key gets no weight. Attention is bidirectional, or sees no
+        `visible` is bool [B, S], or int32 [B] where rows see their first so many columns, which
+        faster kernels serve; a hidden key gets no weight. Attention is bidirectional, or sees no
         later block or column where the config says so (`visible_keys`). `remat` computes each layer
         again in the backward pass instead of keeping its activations.
         """
         run = jax.checkpoint(Layer.__call__) if remat else Layer.__call__
-        seen = visible_keys(self.config, positions_BT, visible_BS, cache is not None)
+        columns = None if cache is None else cache.length
+        seen = visible_keys(self.config, positions_BT, visible, columns)
         presents = []
         for i, layer in enumerate(self.layers):
             past = None if cache is None else (cache.keys[i], cache.values[i])

@@ -17,7 +17,7 @@ from jdllm import checkpoint, sharding
 from jdllm.checkpoint import LazyArray
 from jdllm.configs import NAMED, count_parameters, is_converted
 from jdllm.files import atomic_folder
-from jdllm.model import named
+from jdllm.model import abstract, named
 
 TINY = dataclasses.replace(NAMED["tiny"], embed=32, head_dim=8, mlp=48, vocab=64)
 MESHES = ["1x1", "2x2", "8x1", "1x4"]
@@ -188,6 +188,9 @@ def test_random_models_do_not_depend_on_the_mesh():
     assert_equal(*models)
     other = values(checkpoint.random_model(TINY, sharding.parse_mesh("1x1"), seed=4)[1])
     assert not np.array_equal(models[0]["head"], other["head"])
+    first, second = (models[0][f"layers.{i}.mlp.down"] for i in (0, 1))
+    assert not np.array_equal(first, second)
+    assert first.std() == pytest.approx(TINY.mlp**-0.5, rel=0.05)
 
 
 # ---------------------------------------------------------------- folders
@@ -202,10 +205,10 @@ def test_random_weights_of_every_named_shape(name: str, mesh: str):
         with pytest.raises(ValueError, match="cannot be split over"):
             checkpoint.random_maker(config, grid)
         return
-    graph, make = checkpoint.random_maker(config, grid)
-    made = jax.eval_shape(make, jax.random.key(0))
+    make = checkpoint.random_maker(config, grid)
+    made = jax.eval_shape(lambda key: make(key)[1], jax.random.key(0))
     assert sum(leaf.size for leaf in jax.tree.leaves(made)) == count_parameters(config)
-    assert nnx.merge(graph, made).config == config
+    assert nnx.merge(nnx.split(abstract(config))[0], made).config == config
 
 
 def test_atomic_folder_appears_at_the_end(tmp_path: Path):

@@ -105,7 +105,7 @@ def branches(graph, params, tokens_BT, visible_BT):
     """By name: the residual stream and both branches of every layer, routing, norm and logits."""
     model: Transformer = nnx.merge(graph, params)
     columns_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    seen = visible_keys(model.config, columns_BT, visible_BT, cached=False)
+    seen = visible_keys(model.config, columns_BT, visible_BT, None)
     x_BTD = model.embed(tokens_BT, jnp.dtype(jnp.float32))
     found: dict[str, list[jax.Array]] = {"embed": [x_BTD]}
     for layer in model.layers:

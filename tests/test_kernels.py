@@ -14,6 +14,7 @@ from jdllm.kernels.attention import IMPLEMENTATIONS, attention, reference
 from jdllm.model import visible_keys
 
 CAUSAL = dataclasses.replace(NAMED["tiny"], causal=True)
+MASKED = [name for name in IMPLEMENTATIONS if name != "cudnn"]  # those that serve any mask
 # B, T queries, S keys, H, G, K
 SHAPES = [(1, 5, 5, 4, 4, 8), (2, 3, 9, 4, 2, 16), (2, 8, 8, 6, 1, 4)]
 
@@ -48,7 +49,7 @@ def test_reference_equals_the_definition(shape):
     np.testing.assert_allclose(reference(*inputs), by_hand(*map(np.asarray, inputs)), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", MASKED)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_queries_may_see_keys_of_their_own(name, shape, monkeypatch):
     """As in causal attention, where query t stands in some column and sees what is left of it."""
@@ -56,14 +57,14 @@ def test_queries_may_see_keys_of_their_own(name, shape, monkeypatch):
     q, k, v, visible = random_inputs(shape, 4)
     B, T, S, *_ = shape
     columns = jnp.broadcast_to(jnp.arange(T) * 2 % S, (B, T))
-    mask = visible_keys(CAUSAL, columns, visible, cached=True)
+    mask = visible_keys(CAUSAL, columns, visible, S)
     for b, t, s in np.ndindex(B, T, S):
         assert bool(mask[b, t, s]) == (bool(visible[b, s]) and s <= int(columns[b, t]))
     expected = by_hand(*map(np.asarray, (q, k, v, mask)))
     np.testing.assert_allclose(attention(q, k, v, mask, name), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in IMPLEMENTATIONS if name != "reference"])
+@pytest.mark.parametrize("name", [name for name in MASKED if name != "reference"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_implementations_equal_the_reference(name, shape, monkeypatch):
     """On a CPU the GPU's choice is made to serve, so that its mathematics are checked here too."""
@@ -72,6 +73,57 @@ def test_implementations_equal_the_reference(name, shape, monkeypatch):
     np.testing.assert_allclose(
         attention(*inputs, implementation=name), reference(*inputs), atol=1e-5
     )
+
+
+@pytest.fixture
+def without_cudnn(monkeypatch):
+    """What cuDNN is asked for, done by XLA, on a machine that seems to have a GPU."""
+    asked = []
+
+    def attend(*arrays, implementation, **words):
+        asked.append(implementation)
+        return attention_of_jax(*arrays, **words)
+
+    attention_of_jax = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(room, "PROCESSORS", 1)
+    return asked
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_may_see_their_first_keys(name, shape, without_cudnn):
+    kind = jnp.bfloat16 if name == "cudnn" else jnp.float32
+    q, k, v = (x.astype(kind) for x in random_inputs(shape, 5)[:3])
+    lengths = jnp.array([shape[2] + 3, 2][: len(q)], jnp.int32)  # beyond the last key: all of them
+    mask = np.arange(shape[2]) < np.asarray(lengths)[:, None]
+    queries, keys, values = (np.asarray(x, np.float32) for x in (q, k, v))
+    expected = by_hand(queries, keys, values, mask)
+    found = np.asarray(attention(q, k, v, lengths, name), np.float32)
+    np.testing.assert_allclose(found, expected, atol=2e-2 if name == "cudnn" else 1e-5)
+
+
+def test_cudnn_serves_enough_16_bit_rows_that_see_their_first_keys(without_cudnn, monkeypatch):
+    q, k, v, visible = random_inputs((2, 3, 9, 4, 2, 16), 6)
+    low = (q.astype(jnp.bfloat16), k.astype(jnp.bfloat16), v.astype(jnp.bfloat16))
+    lengths = jnp.array([4, 9], jnp.int32)
+    attention(q, k, v, lengths)
+    attention(*low, visible)
+    monkeypatch.setattr(room, "PROCESSORS", 9)
+    attention(*low, lengths)  # 2 rows of 4 heads
+    assert "cudnn" not in without_cudnn
+    monkeypatch.setattr(room, "PROCESSORS", 8)
+    attention(*low, lengths)
+    assert without_cudnn[-1] == "cudnn"
+
+    def absent(*_, **words):
+        if words["implementation"] == "cudnn":
+            raise RuntimeError("cuDNN is not detected.")
+        return v
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", absent)
+    assert attention(*low, lengths) is v
 
 
 def test_a_row_that_sees_nothing_is_finite():

@@ -225,15 +225,16 @@ def test_every_mesh_decodes_the_same_tokens(mesh: str):
 def test_a_query_sees_the_blocks_up_to_its_own(length: int, start: int, count: int, cached: bool):
     config = dataclasses.replace(NAMED["tiny"], block_causal=length)
     positions = np.arange(start, start + count)
-    keys = np.arange(50) if cached else positions
+    columns = 50 if cached else None
+    keys = positions if columns is None else np.arange(columns)
     shown = np.random.default_rng(start).random(len(keys)) < 0.8
-    seen = visible_keys(config, jnp.array(positions[None]), jnp.array(shown[None]), cached)
+    seen = visible_keys(config, jnp.array(positions[None]), jnp.array(shown[None]), columns)
     for t, p in enumerate(positions):
         for s, k in enumerate(keys):
             assert seen[0, t, s] == (shown[s] and k < (p // length + 1) * length)
 
 
-@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize("name", [name for name in ATTENTION if name != "cudnn"])
 def test_attention_under_a_mask_for_each_query(name: str, monkeypatch: pytest.MonkeyPatch):
     """Each query apart, with its own visible keys, gives the same."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")

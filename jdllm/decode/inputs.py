@@ -43,22 +43,22 @@ def forward(
     """
     model, at, scale = loop.model, loop.at, loop.setup.cfg_scale
     ends_B1 = at.visible_end(state) if ends_B1 is None else ends_B1
-    visible_BT = at.columns_T < ends_B1
+    visible_B = ends_B1[:, 0]
     tokens_BT = state.tokens
     source_BN = jnp.maximum(view_BN - at.shift, 0)
     if scale:
         given_BT = loop.request.tokens != model.config.mask_id
         unconditional_BT = jnp.where(given_BT, model.config.mask_id, tokens_BT)
         tokens_BT = _interleave(tokens_BT, unconditional_BT)
-        visible_BT, window_BT, source_BN = (
-            _interleave(x, x) for x in (visible_BT, window_BT, source_BN)
+        visible_B, window_BT, source_BN = (
+            _interleave(x, x) for x in (visible_B, window_BT, source_BN)
         )
     if state.inputs is None:
         fed_BT = at.ids(tokens_BT, window_BT)
         x_BTD = model.embed(fed_BT, model.embedding[...].dtype)
     else:
         x_BTD = rows(state.inputs, jnp.minimum(window_BT, tokens_BT.shape[1] - 1))
-    hidden_BTD, cache = model(x_BTD, window_BT, visible_BT, state.cache)
+    hidden_BTD, cache = model(x_BTD, window_BT, visible_B, state.cache)
     inside_BN = jnp.clip(source_BN - window_BT[:, :1], 0, window_BT.shape[1] - 1)
     hidden_BND = rows(hidden_BTD, inside_BN)
     return hidden_BND, hidden_BTD, None if state.cache is None else cache

@@ -39,6 +39,6 @@ def judge(model: Transformer, tokens_BT: jax.Array, view_BN: jax.Array) -> Verif
 def _run(
     model: Transformer, ids_BT: jax.Array, columns_BT: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
-    seen_BS = jnp.ones((ids_BT.shape[0], cache.keys[0].shape[1]), bool)
+    seen_B = jnp.full(ids_BT.shape[0], cache.length)
     x_BTD = model.embed(jnp.minimum(ids_BT, model.config.vocab - 1), cache.keys[0].dtype)
-    return model(x_BTD, columns_BT, seen_BS, cache)
+    return model(x_BTD, columns_BT, seen_B, cache)
