@@ -129,7 +129,7 @@ def plan_and_peak(model: str, batch: int, length: int) -> dict[str, Any]:
     next(iter(llm.stream([prompt] * batch, decoding, batch_size=batch)))
     peak = (device.memory_stats() or {})["peak_bytes_in_use"]
     columns = min(bucket(len(prompt)), llm.config.max_length - 64) + 64
-    planner = Planner(llm.config, sharding.abstract_mesh("1x1"), columns, decoding)
+    planner = Planner(llm.config, sharding.abstract_mesh("1x1"), columns, llm.resolve(decoding))
     plan = planner.plan(batch)
     return {
         "model": model,

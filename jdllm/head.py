@@ -172,4 +172,9 @@ def _unpack(packed: jax.Array) -> Best:
 
 
 def _among(columns_V: jax.Array, ids: tuple[int, ...]) -> jax.Array:
-    return jnp.isin(columns_V, jnp.array(ids, jnp.int32))
+    # Not isin: an array of no ids would be an unused input of the shards' program, over which the
+    # partitioner of jax 0.11 stumbles.
+    found_V = jnp.zeros(columns_V.shape, bool)
+    for token in ids:
+        found_V |= columns_V == token
+    return found_V
