@@ -2,9 +2,10 @@
 
 python experiments/cost_model.py output=docs/scaling.md
 
-A pass takes bytes / bandwidth + FLOPs / rate + what its all-reduces take. Bandwidth and rate are
-fitted to measured passes of one GPU; the links are assumptions until experiments/mesh_check.py has
-written mesh_check.json to fit them to.
+Products take the longer of reading their weights and of multiplying; caches, activations and
+logits are read and written besides, a layer's small kernels take their time whatever they do, and
+all-reduces wait for all that. Fitted are one GPU's passes, and all-reduces by themselves, as
+experiments/mesh_check.py measured them; the passes of two GPUs check what follows.
 """
 
 import dataclasses
@@ -17,16 +18,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.optimize import least_squares
 
 from jdllm import cli
 from jdllm.configs import LLADA2_MINI, LLADA_8B, ModelConfig, count_parameters
 from jdllm.head import CHUNK, Special, best
-from jdllm.llm import bucket
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results"
 BYTES = 2  # bfloat16
 LOGIT_PASSES = 4  # how often float32 logits are written or read on their way to tokens
+# How often a layer writes or reads a number a channel: of the residual stream, of what heads hold
+# (queries, keys, values, their rotation, the mix), and of an MLP's width (gate, up, their product).
+RESIDUAL_PASSES, HEAD_PASSES, MLP_PASSES = 8, 10, 6
 
 MINI_EXPERTS: Any = LLADA2_MINI.moe
 # The published shape as far as it is known; heads, vocabulary and the first layer's width are not
@@ -48,6 +52,8 @@ class Machine:
     bandwidth: float
     """Bytes of memory read."""
     flops: float
+    layer: float
+    """Seconds that the small kernels of a layer take, however little they do."""
     latency: float
     """Seconds of an all-reduce of nothing within a host."""
     link: float
@@ -55,9 +61,8 @@ class Machine:
     memory: float = 141e9
 
 
-# Assumptions, not measurements: an NCCL all-reduce of a few hundred kilobytes over NVLink.
-LATENCY, LINK = 15e-6, 300e9
-HOST, FAR = 8, 4  # GPUs of a host; how much longer the done flag takes between hosts
+# GPUs of a host, and how much longer the done flag takes between hosts: an assumption.
+HOST, FAR = 8, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +79,12 @@ class Pass:
 class Cost:
     """Work of one device."""
 
-    bytes: float
+    weights: float
+    """Bytes that products read."""
+    streams: float
+    """Bytes of caches, activations and logits, read and written."""
     flops: float
+    layers: int
     sums: int
     """All-reduces over the model axis."""
     sum_bytes: float
@@ -87,7 +96,10 @@ class Cost:
         sums = self.sums * (machine.latency + moved) if model > 1 else 0.0
         far = data * model > HOST
         flag = 0.0 if data == 1 else machine.latency * (FAR if far else 1)
-        return self.bytes / machine.bandwidth + self.flops / machine.flops + sums + flag
+        products = max(self.weights / machine.bandwidth, self.flops / machine.flops)
+        return (
+            products + self.streams / machine.bandwidth + self.layers * machine.layer + sums + flag
+        )
 
 
 def layer_weights(config: ModelConfig, layer: int, tokens: int, grouped: bool) -> Any:
@@ -124,59 +136,73 @@ def cost(
     cache = rows * step.keys * 2 * config.kv_heads * config.head_dim * config.layers / kv_split
     logits = 4 * LOGIT_PASSES * wanted * config.vocab / model
     attention = 4 * tokens * step.keys * config.heads * config.head_dim * config.layers
+    moe = config.moe
+    width = moe.top_k * moe.expert_mlp + moe.shared_mlp if moe else config.mlp
+    split = HEAD_PASSES * config.heads * config.head_dim + MLP_PASSES * width
+    activations = tokens * config.layers * (RESIDUAL_PASSES * config.embed + split / model)
     return Cost(
-        bytes=BYTES * ((read + head) / model + cache) + logits,
+        weights=BYTES * (read + head) / model,
+        streams=BYTES * (cache + activations) + logits,
+        layers=config.layers,
         flops=(2 * used * tokens + 2 * head * wanted + attention) / model,
         sums=2 * config.layers + 2,
         sum_bytes=BYTES * tokens * config.embed,
     )
 
 
-def mean_cost(passes: list[tuple[int, Cost]]) -> Cost:
-    """The mean of counted passes on one device."""
-    count = sum(n for n, _ in passes)
-    bytes_, flops = (sum(n * getattr(c, f) for n, c in passes) / count for f in ("bytes", "flops"))
-    return Cost(bytes_, flops, 0, 0)
-
-
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A measured mean pass of one GPU."""
+    """A measured pass."""
 
     name: str
+    data: int
+    model: int
     cost: Cost
     milliseconds: float
 
+    @property
+    def alone(self) -> bool:
+        return self.data * self.model == 1
 
-def measured(path: Path) -> list[Point]:
-    """The timed passes of experiments/gpu_check.py: prompts of 480, two blocks of 32."""
-    block, blocks, canvas = 32, 2, bucket(480) + 64
+    def predicted(self, machine: Machine) -> float:
+        """Milliseconds."""
+        return 1e3 * self.cost.seconds(machine, self.data, self.model)
+
+
+def measured(found: dict[str, Any]) -> list[Point]:
+    """The block steps and opening passes of experiments/mesh_check.py."""
+    words = dict(word.split("=") for word in found["command"].split() if "=" in word)
+    block = int(words["block_length"])
+    canvas = int(words["prompt_length"]) + int(words["gen_length"])
     points = []
-    for row in json.loads(path.read_text())["block_steps"]:
-        rows, forwards = row["rows"], row["forwards"]
-        whole = cost(LLADA_8B, Pass(rows, canvas, canvas, block))
-        step = cost(LLADA_8B, Pass(rows, block, canvas, block))
-        opened = forwards if row["cache"] == "none" else blocks
-        mean = mean_cost([(opened, whole), (forwards - opened, step)])
-        name = f"batch {rows}, cache {row['cache']}"
-        points.append(Point(name, mean, row["ms_per_forward"]))
+    for row in found["rows"]:
+        data, model = map(int, row["mesh"].split("x"))
+        for kind, columns in (("block_step", block), ("opening_pass", canvas)):
+            work = cost(LLADA_8B, Pass(row["rows"], columns, canvas, block), data, model)
+            name = f"{row['mesh']}|{row['rows']}|{kind.replace('_', ' ')}"
+            points.append(Point(name, data, model, work, row[f"ms_per_{kind}"]))
     return points
 
 
-def fit(points: list[Point], links: dict[str, float] | None = None) -> Machine:
-    """Bandwidth and rate with the least relative error; links from all-reduce microseconds."""
-    rows = np.array([[p.cost.bytes, p.cost.flops] for p in points])
-    seconds = np.array([p.milliseconds / 1e3 for p in points])
-    (per_byte, per_flop), *_ = np.linalg.lstsq(
-        rows / seconds[:, None], np.ones(len(points)), rcond=None
-    )
-    latency, link = LATENCY, LINK
-    if links:  # over two devices an all-reduce moves each byte once
-        sizes = np.array([float(name.split()[0]) for name in links])
-        times = np.array(list(links.values())) / 1e6
-        slope, latency = np.polyfit(sizes, times, 1, w=1 / times)
-        latency, link = max(float(latency), 0.0), 1 / slope
-    return Machine(float(1 / per_byte), float(1 / per_flop), latency, link)
+def fit(points: list[Point], links: dict[str, float]) -> Machine:
+    """Bandwidth, rate and a layer's overhead with the least relative error over one GPU's passes.
+
+    Latency and link speed come from microseconds of all-reduces over two devices, which move each
+    byte once.
+    """
+    sizes = np.array([float(name.split()[0]) for name in links])
+    times = np.array(list(links.values())) / 1e6
+    slope, latency = np.polyfit(sizes, times, 1, w=1 / times)
+
+    def machine(logs: Any) -> Machine:
+        bandwidth, flops, layer = map(float, np.exp(logs))
+        return Machine(bandwidth, flops, layer, max(float(latency), 0.0), float(1 / slope))
+
+    def errors(logs: Any) -> list[float]:
+        found = machine(logs)
+        return [p.predicted(found) / p.milliseconds - 1 for p in points if p.alone]
+
+    return machine(least_squares(errors, np.log([4e12, 7e14, 2e-5])).x)
 
 
 def table(header: str, rows: list[list[Any]]) -> str:
@@ -187,13 +213,57 @@ def table(header: str, rows: list[list[Any]]) -> str:
 
 
 def checked(machine: Machine, points: list[Point]) -> str:
-    """Measured and modelled passes of one GPU."""
+    """Measured and modelled passes."""
     rows = []
     for p in points:
-        guess = 1e3 * p.cost.seconds(machine)
+        guess = p.predicted(machine)
         error = f"{100 * (guess / p.milliseconds - 1):+.0f} %"
-        rows.append([p.name, f"{p.milliseconds:.2f}", f"{guess:.2f}", error])
-    return table("pass of LLaDA-8B on one H200|measured ms|model ms|error", rows)
+        rows.append([*p.name.split("|"), f"{p.milliseconds:.2f}", f"{guess:.2f}", error])
+    return table("mesh|batch|pass|measured ms|model ms|error", rows)
+
+
+def scaled(found: dict[str, Any]) -> str:
+    """What was measured on one and on two GPUs."""
+    rows = [
+        [
+            row["mesh"],
+            row["rows"],
+            f"{row['ms_per_block_step']:.2f}",
+            f"{row['forwards_per_second']:.0f}",
+            f"{row['tokens_per_second']:.0f}",
+        ]
+        for row in found["rows"]
+    ]
+    gains = [[name, f"{gain:.2f}"] for name, gain in found["efficiency"].items()]
+    return "\n\n".join(
+        [
+            table("mesh|batch|ms a block step|forwards a second|tokens a second", rows),
+            table("two GPUs against one|times as fast", gains),
+        ]
+    )
+
+
+def settings(found: dict[str, Any]) -> str:
+    """What settings of XLA and NCCL change on two GPUs at batch 1."""
+    rows = []
+    for name, row in found["variants"].items():
+        words = [row["flags"], *(f"{k}={v}" for k, v in row["environment"].items())]
+        sums = [f"{t:.0f}" for t in row["all_reduce_microseconds"].values()]
+        shown = f"`{' '.join(filter(None, words))}`" if any(words) else ""
+        rows.append([name, shown, f"{row['ms_per_block_step']:.2f}", " / ".join(sums)])
+    return table("setting|flags|ms a block step|µs an all-reduce of 0.26 / 2.1 / 16.8 MB", rows)
+
+
+def where(found: dict[str, Any]) -> str:
+    """Milliseconds a forward that kernels run on the first GPU, by kind, at batch 1."""
+    rows = []
+    for row in (row for row in found["rows"] if "profile" in row):
+        kinds = row["profile"]["milliseconds_by_kind"]
+        each = [kinds.get(k, 0) for k in ("matrix products", "all-reduce", "copies", "others")]
+        each = [ms / row["forwards"] for ms in each]
+        whole = 1e3 / row["forwards_per_second"]
+        rows.append([row["mesh"], *(f"{ms:.2f}" for ms in (*each, whole - sum(each), whole))])
+    return table("mesh|matrix products|all-reduces|copies|other kernels|between kernels|all", rows)
 
 
 CONTEXT, BLOCK = 1024, 32
@@ -246,6 +316,7 @@ def constants(machine: Machine) -> str:
     rows = [
         ["memory read", f"{machine.bandwidth / 1e12:.2f} TB/s"],
         ["products", f"{machine.flops / 1e12:.0f} TFLOP/s"],
+        ["the small kernels of a layer", f"{1e6 * machine.layer:.0f} µs"],
         ["an all-reduce", f"{1e6 * machine.latency:.0f} µs + {machine.link / 1e9:.0f} GB/s"],
     ]
     return table("of one GPU|value", rows)
@@ -266,11 +337,13 @@ def head_memory() -> str:
 
 def tables(results: Path = RESULTS) -> dict[str, str]:
     """Every table of docs/scaling.md by its name."""
-    points = measured(results / "gpu_check.json")
-    two = results / "mesh_check.json"
-    links = json.loads(two.read_text())["all_reduce_microseconds"] if two.exists() else None
-    machine = fit(points, links)
+    found = json.loads((results / "mesh_check.json").read_text())
+    points = measured(found)
+    machine = fit(points, found["all_reduce_microseconds"])
     return {
+        "scaled": scaled(found),
+        "where": where(found),
+        "settings": settings(found),
         "constants": constants(machine),
         "measured": checked(machine, points),
         "predicted": predicted(machine),

@@ -39,8 +39,12 @@ class CheckConfig:
     output: Path
     model: str = "random:llada-8b"
     """The large model whose memory is planned and measured."""
-    goldens: bool = True
-    """Replay the recorded runs too, which takes minutes."""
+    parts: tuple[str, ...] = ("plans", "goldens", "kernels", "bundled", "named_shapes")
+    """What to check. The replay of the recorded runs (goldens) takes minutes."""
+
+    def __post_init__(self):
+        if unknown := set(self.parts) - set(PARTS):
+            raise ValueError(f"parts={min(unknown)} must be among {', '.join(PARTS)}")
 
 
 def goldens() -> str:
@@ -159,27 +163,30 @@ def plans(model: str) -> list[dict[str, Any]]:
     return found
 
 
+# In this order: the first two start processes, before this one holds the device's memory.
+PARTS: dict[str, Callable[[CheckConfig], Any]] = {
+    "plans": lambda config: plans(config.model),
+    "goldens": lambda _: goldens(),
+    "kernels": lambda _: kernels(),
+    "bundled": lambda _: bundled(),
+    "named_shapes": lambda _: named_shapes(),
+}
+
+
 def main(config: CheckConfig) -> None:
-    """Runs everything and writes one JSON file, anew after each part."""
-    parts: dict[str, Callable[[], Any]] = {
-        # First, while no other process holds the device's memory.
-        "plans": lambda: plans(config.model),
-        "goldens": goldens if config.goldens else lambda: "left out",
-        "kernels": kernels,
-        "bundled": bundled,
-        "named_shapes": named_shapes,
-    }
-    facts: dict[str, Any] = {
-        "command": " ".join(["python experiments/gpu_check.py", *sys.argv[1:]])
-    }
-    for name, run in parts.items():
-        facts[name] = run()
-        if name == "goldens":
-            facts["device"] = jax.devices()[0].device_kind
-            facts["versions"] = {name: version(name) for name in ("jax", "jaxlib", "flax")}
-            facts["date"] = datetime.date.today().isoformat()
-        config.output.write_text(json.dumps(facts, indent=2) + "\n")
-        print(name, json.dumps(facts[name]), flush=True)
+    """Runs the parts and writes one JSON file, anew after each; parts left out stay as they are."""
+    found = json.loads(config.output.read_text()) if config.output.exists() else {}
+    for name in (name for name in PARTS if name in config.parts):
+        result = PARTS[name](config)
+        found[name] = {
+            "command": f"python experiments/gpu_check.py parts={name} model={config.model}",
+            "device": jax.devices()[0].device_kind,
+            "versions": {name: version(name) for name in ("jax", "jaxlib", "flax")},
+            "date": datetime.date.today().isoformat(),
+            "result": result,
+        }
+        config.output.write_text(json.dumps(found, indent=2) + "\n")
+        print(name, json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

@@ -215,6 +215,20 @@ def measured(llm: LLM, config: LoopConfig) -> Iterator[dict[str, Any]]:
             yield {"name": f"schedule {name}"} | measure(llm, case, config, rate)
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table, that of docs/decoding.md."""
+    names = ["what", "rows", "columns", "cache", "tokens a step", "ms a step"]
+    names += ["forwards/s", "tokens/s", "peak GB"]
+    lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
+    for row in rows:
+        of = row["shapes"]
+        cells = [row["name"], of["rows"], of["prompt"] + of["gen_length"], of["cache"]]
+        cells += [of["tokens_per_step"], f"{row['ms_per_step']:.2f}"]
+        cells += [f"{row[name]:.0f}" for name in ("forwards_per_second", "tokens_per_second")]
+        lines.append(f"| {' | '.join(map(str, cells))} | {row['peak_gb']:.1f} |")
+    return "\n".join(lines)
+
+
 def main(config: LoopConfig) -> None:
     """Appends every row to the file as soon as it is measured."""
     enable_compilation_cache()

@@ -41,3 +41,10 @@ def test_shapes_that_buckets_would_change_are_refused(capsys):
         with pytest.raises(SystemExit):
             cli.parse(script["LoopConfig"], [words])
         assert reason in capsys.readouterr().err
+
+
+def test_the_page_shows_the_committed_rows():
+    script, root = runpy.run_path(str(SCRIPT)), SCRIPT.parents[1]
+    lines = (root / "experiments" / "results" / "gpu.jsonl").read_text().splitlines()
+    page = (root / "docs" / "decoding.md").read_text()
+    assert script["table"]([json.loads(line) for line in lines]) in page
