@@ -3,7 +3,7 @@
 from typing import Any
 
 from jdllm.configs import ModelConfig
-from jdllm.convert.table import ANY, Family, Row
+from jdllm.convert.table import ANY, BOOKKEEPING, Family, Row
 
 BLOCK = "model.transformer.blocks.{i}."
 EOT = "<|eot_id|>"
@@ -122,12 +122,8 @@ FAMILY = Family(
             "vocab_size",
         ]
     ),
-    inert={
-        # bookkeeping
-        "_name_or_path": ANY,
-        "architectures": ANY,
-        "auto_map": ANY,
-        "dtype": ANY,
+    inert=BOOKKEEPING
+    | {
         "flash_attention": ANY,
         "init_cutoff_factor": ANY,
         "init_device": ANY,
@@ -135,11 +131,7 @@ FAMILY = Family(
         "init_std": ANY,
         "model_type": ("llada",),
         "precision": ANY,
-        "torch_dtype": ANY,
-        "transformers_version": ANY,
-        "use_cache": ANY,
         # dropout acts in training only, and ours has none
-        "attention_dropout": ANY,
         "embedding_dropout": ANY,
         "residual_dropout": ANY,
         # facts that this model has built in

@@ -8,7 +8,7 @@ from typing import Any
 from jdllm.configs import ModelConfig, MoEConfig
 from jdllm.convert.experts import expert_rows, mlp_rows
 from jdllm.convert.llada_moe import mask_id, pad_id, stop_ids
-from jdllm.convert.table import ANY, Family, Row
+from jdllm.convert.table import ANY, BOOKKEEPING, Family, Row
 
 BLOCK_LENGTH = 32
 
@@ -177,20 +177,12 @@ FAMILY = Family(
             "vocab_size",
         ]
     ),
-    inert={
-        # bookkeeping
-        "_name_or_path": ANY,
-        "architectures": ANY,
-        "auto_map": ANY,
-        "dtype": ANY,
+    inert=BOOKKEEPING
+    | {
         "initializer_range": ANY,
         "model_type": ("llada2_moe",),
         "output_router_logits": ANY,
-        "torch_dtype": ANY,
-        "transformers_version": ANY,
-        "use_cache": ANY,
         # dropout acts in training only, and ours has none
-        "attention_dropout": ANY,
         "embedding_dropout": ANY,
         "output_dropout": ANY,
         # read by no published code: the mask alone decides

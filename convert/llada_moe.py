@@ -8,7 +8,7 @@ from typing import Any
 
 from jdllm.configs import ModelConfig, MoEConfig
 from jdllm.convert.experts import expert_rows, mlp_rows
-from jdllm.convert.table import ANY, Family, Row
+from jdllm.convert.table import ANY, BOOKKEEPING, Family, Row
 
 MASK, TURN_END = "<|mask|>", "<|role_end|>"
 MASK_ID, VOCAB = 156895, 157184  # of the published tokenizer, where the folder has none
@@ -175,20 +175,12 @@ FAMILY = Family(
             "vocab_size",
         ]
     ),
-    inert={
-        # bookkeeping
-        "_name_or_path": ANY,
-        "architectures": ANY,
-        "auto_map": ANY,
-        "dtype": ANY,
+    inert=BOOKKEEPING
+    | {
         "initializer_range": ANY,
         "model_type": ("llada", "lladamoe", "llada_moe"),
         "output_router_logits": ANY,
-        "torch_dtype": ANY,
-        "transformers_version": ANY,
-        "use_cache": ANY,
         # training only
-        "attention_dropout": ANY,
         "router_aux_loss_coef": ANY,
         # facts that this model has built in
         "attention_bias": (False,),

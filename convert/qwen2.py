@@ -6,7 +6,7 @@ Its tensors and keys are also Dream's, which was trained on from Qwen2.5.
 from typing import Any
 
 from jdllm.configs import NO_ID, ModelConfig
-from jdllm.convert.table import ANY, Family, Row
+from jdllm.convert.table import ANY, BOOKKEEPING, Family, Row
 
 LAYER = "model.layers.{i}."
 END = "<|im_end|>"
@@ -131,21 +131,12 @@ FAMILY = Family(
             "vocab_size",
         ]
     ),
-    inert={
-        # bookkeeping
+    inert=BOOKKEEPING
+    | {
         "_attn_implementation_autoset": ANY,
-        "_name_or_path": ANY,
-        "architectures": ANY,
-        "auto_map": ANY,
         "bos_token_id": ANY,
-        "dtype": ANY,
         "initializer_range": ANY,
         "model_type": ("qwen2",),
-        "torch_dtype": ANY,
-        "transformers_version": ANY,
-        "use_cache": ANY,
-        # dropout acts in training only, and ours has none
-        "attention_dropout": ANY,
         # these two act only where use_sliding_window is true
         "max_window_layers": ANY,
         "sliding_window": ANY,

@@ -19,6 +19,21 @@ from jdllm.configs import ModelConfig
 from jdllm.convert.shards import Shards
 
 ANY = object()  # a key whose value cannot matter
+# What every family's config.json may say, and no forward pass reads. (Dropout acts in training only,
+# and ours has none.)
+BOOKKEEPING: dict[str, Any] = dict.fromkeys(
+    [
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "auto_map",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    ],
+    ANY,
+)
 
 
 class ConversionError(ValueError):
