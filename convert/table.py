@@ -19,8 +19,8 @@ from jdllm.configs import ModelConfig
 from jdllm.convert.shards import Shards
 
 ANY = object()  # a key whose value cannot matter
-# What every family's config.json may say, and no forward pass reads. (Dropout acts in training only,
-# and ours has none.)
+# What any config.json may say, and no forward pass reads. (Dropout acts in training only, and ours
+# has none.)
 BOOKKEEPING: dict[str, Any] = dict.fromkeys(
     [
         "_name_or_path",
