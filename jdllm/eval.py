@@ -397,11 +397,7 @@ def open_journal(folder: Path, stack: contextlib.ExitStack) -> Journal:
     """The folder's finished samples; of several processes one locks it and writes."""
     if processes.leads():
         stack.enter_context(alone(folder))
-        journal = Journal(folder / FINISHED)
-        processes.meet("journal")
-        return journal
-    processes.meet("journal")
-    return Journal(folder / FINISHED, writes=False)
+    return processes.first(lambda: Journal(folder / FINISHED, writes=processes.leads()))
 
 
 def show(speed: dict[str, Any], results: Sequence[TaskResult]) -> None:
