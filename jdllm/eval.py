@@ -360,9 +360,9 @@ def report(config: EvalConfig, model: ModelConfig, results: Sequence[TaskResult]
     }
 
 
+@processes.joined()
 def main(config: EvalConfig) -> None:
     """Evaluates, prints the table and an example, and writes the output folder if there is one."""
-    processes.initialize()
     enable_compilation_cache()
     row = find(config.preset) if config.preset else None
     if row:

@@ -133,6 +133,17 @@ def initialize(
     )
 
 
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Joins the other processes, if there are any; of them, process 0 alone prints in its block."""
+    initialize()
+    if not jax.distributed.is_initialized() or leads():
+        yield
+    else:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            yield
+
+
 def describe() -> str:
     """One line about the processes: "P processes x D devices"."""
     counts = {"process": jax.process_count(), "device": jax.local_device_count()}
@@ -166,12 +177,6 @@ def gather(tree: Any) -> Any:
 def leads() -> bool:
     """Whether this process is the one that writes and prints for all."""
     return jax.process_index() == 0
-
-
-def say(text: str) -> None:
-    """Prints a line, once for all processes."""
-    if leads():
-        print(text)
 
 
 def meet(name: str) -> None:

@@ -262,7 +262,7 @@ def fit(
         if start:
             like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
             state = manager.restore(start, args=ocp.args.StandardRestore(like))
-            processes.say(f"resumed at step {start}")
+            print(f"resumed at step {start}")
         leads = processes.leads()
         metrics = Metrics(config.output / "metrics.jsonl", config.log_every, start, writes=leads)
         bar = tqdm(total=steps, initial=start, unit="step", mininterval=1.0, disable=not leads)
@@ -291,7 +291,7 @@ def write_model(
         checkpoint.save_model(partial, dataclasses.replace(model, dtype=dtype), params)
         if processes.leads():
             copy_tokenizer(source, partial)
-    processes.say(f"wrote {folder}")
+    print(f"wrote {folder}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,7 +323,7 @@ def prepare(config: SFTConfig) -> Job | None:
             "on a disk that all processes share"
         )
     mesh = choose_mesh(config.mesh, config.model, "float32", copies=4)
-    processes.say(f"{processes.describe()}, {sharding.describe(mesh)}")
+    print(f"{processes.describe()}, {sharding.describe(mesh)}")
     split_rows(config, mesh)
     if config.data is not None:
         check_file(config.data)  # before a large model is loaded
@@ -335,21 +335,21 @@ def prepare(config: SFTConfig) -> Job | None:
     rows = processes.first(lambda: load_rows(config, model, source))
     if processes.leads():
         settle(config, rows)
-    processes.say(f"{len(rows.tokens)} examples, {count_parameters(model):,} parameters")
+    print(f"{len(rows.tokens)} examples, {count_parameters(model):,} parameters")
     return Job(mesh, model, graph, params, rows, source)
 
 
+@processes.joined()
 def main(config: SFTConfig) -> None:
     """Trains, then writes the weights to output/model; a finished run is left as it is.
 
     ValueError or OSError, in one sentence, where the input or the disk is at fault.
     """
-    processes.initialize()
     final = config.output / "model"
     with files.alone(config.output) if processes.leads() else contextlib.nullcontext():
         job = prepare(config)
         if job is None:
-            processes.say(f"{final} is there already: this run is finished, nothing to do")
+            print(f"{final} is there already: this run is finished, nothing to do")
             return
         optimizer = train.make_optimizer(config.recipe)
         state = train.create_state(job.params, optimizer, job.mesh)
