@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,8 @@ CLUSTERS: dict[str, tuple[str | None, tuple[str, ...]]] = {
     ),
     "k8s": (None, ("KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX")),
 }
+# How many processes a node has; of each, for SLURM: 1(x2) is one on either of two.
+A_NODE = {"slurm": "SLURM_STEP_TASKS_PER_NODE", "ompi": "OMPI_COMM_WORLD_LOCAL_SIZE"}
 PREFIX = "JDLLM_"
 HEARTBEAT_SECONDS = 30  # a process that is silent for so long is lost, and all others end
 WAIT_SECONDS = 24 * 3600  # for a process that is alive, but has much to do
@@ -97,6 +100,12 @@ def find_cluster(environment: Mapping[str, str]) -> str | None:
     return None
 
 
+def alone_on_node(environment: Mapping[str, str], cluster: str) -> bool:
+    """Whether the cluster says that no node has a second process of this program."""
+    text = environment.get(A_NODE.get(cluster, ""), "")
+    return re.fullmatch(r"1(\(x\d+\))?", text) is not None
+
+
 def initialize(
     coordinator: str | None = None,
     num_processes: int | None = None,
@@ -121,13 +130,16 @@ def initialize(
     cluster = None if place.num_processes else find_cluster(os.environ)
     if place.num_processes == 1 or not (place.num_processes or cluster):
         return
+    ids = place.local_device_ids
+    if cluster and ids is None and alone_on_node(os.environ, cluster):
+        ids = ()  # all; left to itself, JAX gives a process of a cluster a single GPU
     # JAX would take note of SIGTERM, and the process would go on.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         place.coordinator,
         place.num_processes,
         place.process_id,
-        place.local_device_ids,
+        ids,
         cluster_detection_method=cluster,
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
     )

@@ -211,16 +211,17 @@ class Metrics:
         self.every, self.writes = every, writes
         self.pending: tuple[int, float, dict[str, jax.Array]] | None = None
         self.last: dict[str, float] = {}
-        if not writes:
-            self.file = open(os.devnull, "a")
-            return
+        if writes:
+            self._cut(path, start)
+        self.file = (path if writes else Path(os.devnull)).open("a")
+
+    def _cut(self, path: Path, start: int) -> None:
         kept = []
         if path.exists():
             lines = (line for line in path.read_text().splitlines() if line.endswith("}"))
             kept = [line for line in lines if json.loads(line)["step"] <= start]
         with files.atomic_file(path) as file:
             file.write("".join(line + "\n" for line in kept).encode())
-        self.file = path.open("a")
 
     def add(self, step: int, values: dict[str, jax.Array]) -> None:
         """Notes the metrics of update `step` (counted from 1)."""

@@ -263,7 +263,7 @@ def test_batches_are_a_function_of_the_step():
 
 
 def test_rows_are_placed_where_they_are_needed():
-    """Rows of two micro-batches, widened, over two devices of the data axis and two of the other."""
+    """Rows of two micro-batches, widened, over two devices of the data axis and two others."""
     rows, index = some_rows(), np.array([[0, 2], [1, 1]])
     by_row = NamedSharding(sharding.parse_mesh("2x2"), PartitionSpec(None, "data"))
     placed = rows.place(index, by_row)

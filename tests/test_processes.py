@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,9 +12,11 @@ from typing import Any
 import jax
 import pytest
 
-from jdllm import LLM, DecodeConfig, launch
+from jdllm import LLM, DecodeConfig, cli, launch, sharding
+from jdllm.eval import EvalConfig
 from jdllm.launch import LaunchConfig
-from jdllm.processes import Place, find_cluster, read_place
+from jdllm.processes import Place, alone_on_node, find_cluster, read_place
+from jdllm.sft import SFTConfig
 
 ROOT = Path(__file__).parents[1]
 SLURM = {
@@ -45,6 +48,46 @@ OMPI = {
 )
 def test_clusters_are_recognised(environment: dict[str, str], cluster: str | None):
     assert find_cluster(environment) == cluster
+
+
+@pytest.mark.parametrize(
+    ("cluster", "environment", "alone"),
+    [
+        ("slurm", {"SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, True),
+        ("slurm", {"SLURM_STEP_TASKS_PER_NODE": "4(x2)"}, False),
+        ("slurm", {"SLURM_STEP_TASKS_PER_NODE": "2,1"}, False),
+        ("slurm", {}, False),
+        ("ompi", {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, True),
+        ("ompi", {"OMPI_COMM_WORLD_LOCAL_SIZE": "12"}, False),
+        ("k8s", {}, False),
+    ],
+)
+def test_processes_of_a_node(cluster: str, environment: dict[str, str], alone: bool):
+    """A process that has a node to itself takes all its GPUs; others get one each from JAX."""
+    assert alone_on_node(environment, cluster) is alone
+
+
+@pytest.mark.parametrize(("name", "config"), [("eval", EvalConfig), ("sft", SFTConfig)])
+def test_batch_scripts(name: str, config: type, tmp_path: Path):
+    """What they start can be parsed, and its mesh is all GPUs of all nodes; srun is played."""
+    script = ROOT / "experiments" / "slurm" / f"{name}.sbatch"
+    for tool, text in {"srun": 'shift; exec "$@"', "python": "printf '%s\\n' \"$@\""}.items():
+        (tmp_path / tool).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / tool).chmod(0o755)
+    variables = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    done = subprocess.run(
+        ["bash", script], env=os.environ | variables | {"DATA": "a b.jsonl"}, capture_output=True,
+        text=True, check=True,
+    )  # fmt: skip
+    m, module, *words = done.stdout.splitlines()
+    assert (m, module) == ("-m", f"jdllm.{name}")
+    asked = dict(
+        re.findall(r"#SBATCH --(nodes|ntasks-per-node|gpus-per-node)=(\d+)", script.read_text())
+    )
+    mesh = sharding.abstract_mesh(cli.parse(config, words, prog=name).mesh)
+    assert mesh.size == int(asked["nodes"]) * int(asked["gpus-per-node"])
+    assert int(asked["gpus-per-node"]) % mesh.shape["model"] == 0  # within a node
+    assert asked["ntasks-per-node"] == "1"
 
 
 def test_a_place_in_the_environment():
