@@ -40,10 +40,10 @@ class Rows:
         """
 
         def one(array: np.ndarray) -> jax.Array:
-            shape = index.shape + array.shape[1:]
-            return jax.make_array_from_callback(
-                shape, sharding, lambda part: array[index[part[:2]]].astype(np.int32)
-            )
+            def read(part: Any) -> np.ndarray:
+                return array[index[part[:2]]].astype(np.int32)
+
+            return jax.make_array_from_callback(index.shape + array.shape[1:], sharding, read)
 
         return one(self.tokens), one(self.prompt_lengths), one(self.lengths)
 

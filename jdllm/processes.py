@@ -10,6 +10,7 @@ import itertools
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -140,7 +141,7 @@ def initialize(
         place.num_processes,
         place.process_id,
         ids,
-        cluster_detection_method=cluster,
+        cluster_detection_method=cluster or "deactivate",
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
     )
 
@@ -239,13 +240,16 @@ def fail(error: BaseException) -> None:
 
     At Python's own end JAX waits for the others, and they wait for this one.
     """
-    if not jax.distributed.is_initialized():
-        return
     code = error.code if isinstance(error, SystemExit) else 1
+    if not jax.distributed.is_initialized() or not code:
+        return
     if not isinstance(error, SystemExit):
         traceback.print_exception(error)
     elif isinstance(code, str):
         print(code, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
+    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+        # Most often another process was lost. JAX will say which and end this one.
+        time.sleep(HEARTBEAT_SECONDS + 10)
     os._exit(code if isinstance(code, int) else 1)
