@@ -20,7 +20,7 @@ import tensorstore
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from jdllm import sharding
+from jdllm import processes, sharding
 from jdllm.configs import ModelConfig, is_converted
 from jdllm.model import abstract, assemble, named
 from jdllm.weights import initial
@@ -108,7 +108,10 @@ def write_model(
     config: ModelConfig,
     stream: Iterable[tuple[str, dict[str, LazyArray] | dict[str, jax.Array]]],
 ) -> None:
-    """Writes config.json and the units of `stream`, one at a time, into an existing folder."""
+    """Writes config.json and the units of `stream`, one at a time, into an existing folder.
+
+    Of several processes all call this; each writes what its devices hold.
+    """
     handlers = ocp.type_handlers.create_type_handler_registry(
         (LazyArray, LazyHandler()),
         (jax.Array, ocp.type_handlers.get_type_handler(jax.Array)),
@@ -127,7 +130,8 @@ def write_model(
                     f"the disk of {folder.parent} filled up while {unit} was written: make room "
                     "and start again"
                 ) from error
-    (folder / "config.json").write_text(config.to_json())
+    if processes.leads():
+        (folder / "config.json").write_text(config.to_json())
 
 
 def save_model(folder: Path, config: ModelConfig, params: nnx.State) -> None:

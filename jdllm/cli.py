@@ -180,8 +180,14 @@ def run[T](main: Callable[[T], Any], config: type[T], prog: str) -> None:
     status 1; `python -X dev` shows where it came from.
     """
     settings = parse(config, prog=prog)
-    with one_sentence():
-        main(settings)
+    try:
+        with one_sentence():
+            main(settings)
+    except BaseException as error:
+        from jdllm import processes  # here, so that --help does not wait for JAX
+
+        processes.fail(error)
+        raise
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from itertools import batched
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -32,9 +33,19 @@ class Rows:
     prompt_lengths: np.ndarray
     lengths: np.ndarray
 
-    def take(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The rows at `index` (any shape), tokens widened to int32."""
-        return self.tokens[index].astype(np.int32), self.prompt_lengths[index], self.lengths[index]
+    def place(self, index: np.ndarray, sharding: jax.sharding.Sharding) -> tuple[jax.Array, ...]:
+        """The rows at `index` [A, B] on a mesh, as int32 [A, B, T], [A, B] and [A, B].
+
+        A process reads only the rows of its own devices.
+        """
+
+        def one(array: np.ndarray) -> jax.Array:
+            def read(part: Any) -> np.ndarray:
+                return array[index[part[:2]]].astype(np.int32)
+
+            return jax.make_array_from_callback(index.shape + array.shape[1:], sharding, read)
+
+        return one(self.tokens), one(self.prompt_lengths), one(self.lengths)
 
     def digest(self) -> str:
         """A short hash of the content, the same wherever and whenever the rows were made."""

@@ -360,9 +360,9 @@ def report(config: EvalConfig, model: ModelConfig, results: Sequence[TaskResult]
     }
 
 
+@processes.joined()
 def main(config: EvalConfig) -> None:
     """Evaluates, prints the table and an example, and writes the output folder if there is one."""
-    processes.initialize()
     enable_compilation_cache()
     row = find(config.preset) if config.preset else None
     if row:
@@ -397,11 +397,7 @@ def open_journal(folder: Path, stack: contextlib.ExitStack) -> Journal:
     """The folder's finished samples; of several processes one locks it and writes."""
     if processes.leads():
         stack.enter_context(alone(folder))
-        journal = Journal(folder / FINISHED)
-        processes.meet("journal")
-        return journal
-    processes.meet("journal")
-    return Journal(folder / FINISHED, writes=False)
+    return processes.first(lambda: Journal(folder / FINISHED, writes=processes.leads()))
 
 
 def show(speed: dict[str, Any], results: Sequence[TaskResult]) -> None:

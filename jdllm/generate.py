@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import jdllm
-from jdllm import cli, replay, sharding, trace
+from jdllm import cli, processes, replay, sharding, trace
 from jdllm.decode import DecodeConfig
 from jdllm.load import enable_compilation_cache
 from jdllm.pieces import Lexicon
@@ -73,6 +73,7 @@ class GenerateConfig:
         return {n: path for n in ("trace", "html") if (path := getattr(self, n))}
 
 
+@processes.joined()
 def main(config: GenerateConfig) -> None:
     """Completes the prompt, or shows a recorded run, and writes the files that were asked for."""
     for path in config.outputs.values():
@@ -101,7 +102,8 @@ def complete(config: GenerateConfig) -> None:
     tokens = len(completion.ids)
     print(
         f"\nfinish {completion.finish_reason}, {tokens} tokens, NFE {completion.nfe}, "
-        f"{tokens / batch.seconds:.1f} tokens/s on {sharding.describe(llm.mesh)} "
+        f"{tokens / batch.seconds:.1f} tokens/s on {processes.describe()}, "
+        f"{sharding.describe(llm.mesh)} "
         f"(compilation {batch.compile_seconds:.1f} s apart)"
     )
 
@@ -130,6 +132,8 @@ def show_again(config: GenerateConfig, run: trace.Run) -> None:
 
 def save(config: GenerateConfig, run: trace.Run) -> None:
     """Writes the trace and the page, where they were asked for."""
+    if not processes.leads():
+        return
     if config.trace:
         trace.write(config.trace, run)
     if config.html:

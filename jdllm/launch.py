@@ -9,11 +9,11 @@ own launcher (srun, mpirun) takes this place.
 import contextlib
 import dataclasses
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from typing import IO
 
@@ -88,14 +88,14 @@ def start(
 
 def wait(children: list[subprocess.Popen]) -> tuple[int, int] | None:
     """Waits for all to end well, or for the first that does not: its number and exit status."""
-    while True:
-        statuses = [child.poll() for child in children]
-        for process, status in enumerate(statuses):
-            if status:
-                return process, status
-        if all(status == 0 for status in statuses):
-            return None
-        time.sleep(0.1)
+    running = {child.pid: process for process, child in enumerate(children)}
+    while running:
+        # Wakes at the first end: what the others die of in turn must not be taken for the cause.
+        ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+        process = running.pop(ended.si_pid if ended else 0)
+        if status := children[process].wait():
+            return process, status
+    return None
 
 
 def end(children: list[subprocess.Popen]) -> None:
@@ -111,6 +111,7 @@ def end(children: list[subprocess.Popen]) -> None:
 
 def main(words: Sequence[str]) -> int:
     """Runs the command; the exit status is that of the first process that failed, else 0."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends all
     own, command = split(words)
     config = cli.parse(LaunchConfig, own, PROG)
     if not command:
@@ -124,6 +125,10 @@ def main(words: Sequence[str]) -> int:
         children = start(config, command, logs)
         try:
             lost = wait(children)
+        except KeyboardInterrupt:  # the terminal has told all processes
+            with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+                children[0].wait(GRACE_SECONDS)
+            return 128 + signal.SIGINT
         finally:
             end(children)
         if lost is None:

@@ -239,7 +239,7 @@ class LLM:
                 for i, s in zip(index, slots, strict=True)
             ]
             if watch:
-                kept = jax.device_get(state.trace)
+                kept = processes.gather(state.trace)
                 for slot, i in zip(slots, index, strict=True):
                     length = setup.canvas_length(len(rows[i]))
                     watch(i, self._record(kept, slot, int(forwards), len(rows[i]), length))

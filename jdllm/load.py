@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from jdllm import checkpoint, files, sharding
+from jdllm import checkpoint, processes, sharding
 from jdllm.configs import NAMED, ModelConfig, is_converted
 from jdllm.convert.families import open_source
 from jdllm.convert.fetch import converted_folder, fetch, home
@@ -59,9 +59,10 @@ def locate(model: str) -> Path | None:
     source = open_source(folder)
     if source.shards.bytes <= CONVERT_ABOVE:
         return folder
-    with files.atomic_folder(converted) as partial:
+    with processes.shared_folder(converted) as partial:
         checkpoint.write_model(partial, source.config, source.units())
-        copy_tokenizer(folder, partial)
+        if processes.leads():
+            copy_tokenizer(folder, partial)
     return converted
 
 

@@ -4,14 +4,23 @@ Explicit arguments win over JDLLM_* variables, which `jdllm.launch` sets, and th
 SLURM, Open MPI and Kubernetes are recognised as JAX recognises them.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import os
-from collections.abc import Mapping, Sequence
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jdllm import files
 
 # What a cluster sets in each process; JAX reads the same. None: the count is not in the variables.
 CLUSTERS: dict[str, tuple[str | None, tuple[str, ...]]] = {
@@ -25,8 +34,13 @@ CLUSTERS: dict[str, tuple[str | None, tuple[str, ...]]] = {
     ),
     "k8s": (None, ("KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX")),
 }
+# How many processes a node has; of each, for SLURM: 1(x2) is one on either of two.
+A_NODE = {"slurm": "SLURM_STEP_TASKS_PER_NODE", "ompi": "OMPI_COMM_WORLD_LOCAL_SIZE"}
 PREFIX = "JDLLM_"
 HEARTBEAT_SECONDS = 30  # a process that is silent for so long is lost, and all others end
+WAIT_SECONDS = 24 * 3600  # for a process that is alive, but has much to do
+TEXT_BYTES = 1024  # the longest text that `tell` carries
+_meetings = itertools.count()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +101,12 @@ def find_cluster(environment: Mapping[str, str]) -> str | None:
     return None
 
 
+def alone_on_node(environment: Mapping[str, str], cluster: str) -> bool:
+    """Whether the cluster says that no node has a second process of this program."""
+    text = environment.get(A_NODE.get(cluster, ""), "")
+    return re.fullmatch(r"1(\(x\d+\))?", text) is not None
+
+
 def initialize(
     coordinator: str | None = None,
     num_processes: int | None = None,
@@ -111,14 +131,30 @@ def initialize(
     cluster = None if place.num_processes else find_cluster(os.environ)
     if place.num_processes == 1 or not (place.num_processes or cluster):
         return
+    ids = place.local_device_ids
+    if cluster and ids is None and alone_on_node(os.environ, cluster):
+        ids = ()  # all; left to itself, JAX gives a process of a cluster a single GPU
+    # JAX would take note of SIGTERM, and the process would go on.
+    jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         place.coordinator,
         place.num_processes,
         place.process_id,
-        place.local_device_ids,
-        cluster_detection_method=cluster,
+        ids,
+        cluster_detection_method=cluster or "deactivate",
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
     )
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Joins the other processes, if there are any; of them, process 0 alone prints in its block."""
+    initialize()
+    if not jax.distributed.is_initialized() or leads():
+        yield
+    else:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            yield
 
 
 def describe() -> str:
@@ -157,8 +193,63 @@ def leads() -> bool:
 
 
 def meet(name: str) -> None:
-    """Waits until every process has come here; `name` tells meeting points apart."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
+    """Waits until every process has come here, however long another works; `name` is for errors.
 
-        multihost_utils.sync_global_devices(name)
+    Devices take no part: a collective among CPUs gives up after 30 s.
+    """
+    if jax.process_count() > 1:
+        from orbax.checkpoint import multihost
+
+        wait = multihost.get_barrier_sync_fn()
+        wait(key=f"jdllm {next(_meetings)} {name}", timeout_ms=WAIT_SECONDS * 1000)
+
+
+def tell(text: str) -> str:
+    """What process 0 passes, in every process: at most 1024 bytes, without zeros at the end."""
+    if jax.process_count() == 1:
+        return text
+    from jax.experimental import multihost_utils
+
+    meet("tell")
+    sent = np.frombuffer(text.encode().ljust(TEXT_BYTES, b"\0"), np.uint8)
+    return bytes(multihost_utils.broadcast_one_to_all(sent)).rstrip(b"\0").decode()
+
+
+def first[T](work: Callable[[], T]) -> T:
+    """Process 0 does `work`, then all others, which find what it left on the disk."""
+    if not leads():
+        meet("first")
+        return work()
+    done = work()
+    meet("first")
+    return done
+
+
+@contextlib.contextmanager
+def shared_folder(folder: Path) -> Iterator[Path]:
+    """`files.atomic_folder` that all processes write into; all go on when it has its name."""
+    own = files.atomic_folder(folder) if leads() else contextlib.nullcontext(folder)
+    with own as partial:
+        yield folder.absolute().with_name(tell(partial.name))
+        meet("written")
+    meet("named")
+
+
+def fail(error: BaseException) -> None:
+    """Says why this process ends and ends it at once, where there are others.
+
+    At Python's own end JAX waits for the others, and they wait for this one.
+    """
+    code = error.code if isinstance(error, SystemExit) else 1
+    if not jax.distributed.is_initialized() or not code:
+        return
+    if not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+    elif isinstance(code, str):
+        print(code, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+        # Most often another process was lost. JAX will say which and end this one.
+        time.sleep(HEARTBEAT_SECONDS + 10)
+    os._exit(code if isinstance(code, int) else 1)

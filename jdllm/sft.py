@@ -6,9 +6,11 @@ python -m jdllm.sft task=sudoku model=random:bundled tokenizer=bundled output=ru
 A killed run is continued by the same command and ends in the same bits. docs/training.md explains.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +22,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from tqdm import tqdm
 
-from jdllm import checkpoint, cli, files, sharding, train
+from jdllm import checkpoint, cli, files, processes, sharding, train
 from jdllm.configs import ModelConfig, count_parameters, require_trainable
 from jdllm.data import (
     Rows,
@@ -99,7 +101,8 @@ class SFTConfig:
         if self.save_dtype not in SAVE_DTYPES:
             names = ", ".join(SAVE_DTYPES)
             raise ValueError(f"save_dtype={self.save_dtype} must be one of {names}")
-        compute_dtype(self.dtype, "bfloat16")
+        if self.dtype != "auto":  # which asks the devices: too early where processes will join
+            compute_dtype(self.dtype, "bfloat16")
         if self.task is not None:
             parse_mixture(self.task)
 
@@ -190,10 +193,10 @@ def batches(
 ) -> Iterator[train.Batch]:
     """Batches [A, B, ...] from step `start` on, rows split over the data axis."""
     shape = config.accumulation, split_rows(config, mesh)
-    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "data"))
+    by_row = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "data"))
     for step in range(start, config.recipe.steps):
         index = batch_index(len(rows.tokens), config.batch, step, config.seed)
-        yield train.Batch(*jax.device_put(rows.take(index.reshape(shape)), place))
+        yield train.Batch(*rows.place(index.reshape(shape), by_row))
 
 
 class Metrics:
@@ -201,23 +204,28 @@ class Metrics:
     device never waits for the host.
 
     Opening it drops the lines after step `start` (the run will write them again) and a torn one.
+    Of several processes one `writes`.
     """
 
-    def __init__(self, path: Path, every: int, start: int):
+    def __init__(self, path: Path, every: int, start: int, writes: bool = True):
+        self.every, self.writes = every, writes
+        self.pending: tuple[int, float, dict[str, jax.Array]] | None = None
+        self.last: dict[str, float] = {}
+        if writes:
+            self._cut(path, start)
+        self.file = (path if writes else Path(os.devnull)).open("a")
+
+    def _cut(self, path: Path, start: int) -> None:
         kept = []
         if path.exists():
             lines = (line for line in path.read_text().splitlines() if line.endswith("}"))
             kept = [line for line in lines if json.loads(line)["step"] <= start]
         with files.atomic_file(path) as file:
             file.write("".join(line + "\n" for line in kept).encode())
-        self.file = path.open("a")
-        self.every = every
-        self.pending: tuple[int, float, dict[str, jax.Array]] | None = None
-        self.last: dict[str, float] = {}
 
     def add(self, step: int, values: dict[str, jax.Array]) -> None:
         """Notes the metrics of update `step` (counted from 1)."""
-        if step % self.every == 0:
+        if self.writes and step % self.every == 0:
             self.flush()
             self.pending = (step, time.time(), values)
 
@@ -246,19 +254,19 @@ def fit(
     after how many updates it was taken. Orbax writes it beside and renames it when it is complete.
     """
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
-    key = jax.random.key(config.seed)
+    key = processes.place(jax.random.key(config.seed), sharding.replicated(mesh))
     dtype = compute_dtype(config.dtype, "bfloat16")
     folder = config.output.absolute() / "checkpoints"
     steps = config.recipe.steps
     with ocp.CheckpointManager(folder, options=options) as manager:
-        latest = manager.latest_step()
-        if latest is not None:
+        start = int(processes.tell(str(manager.latest_step() or 0)))
+        if start:
             like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-            state = manager.restore(latest, args=ocp.args.StandardRestore(like))
-            print(f"resumed at step {latest}")
-        start = latest or 0
-        metrics = Metrics(config.output / "metrics.jsonl", config.log_every, start)
-        bar = tqdm(total=steps, initial=start, unit="step", mininterval=1.0)
+            state = manager.restore(start, args=ocp.args.StandardRestore(like))
+            print(f"resumed at step {start}")
+        leads = processes.leads()
+        metrics = Metrics(config.output / "metrics.jsonl", config.log_every, start, writes=leads)
+        bar = tqdm(total=steps, initial=start, unit="step", mininterval=1.0, disable=not leads)
         with metrics.file, bar:
             for step, batch in enumerate(batches(config, rows, mesh, start), start + 1):
                 state, values = train.train_step(
@@ -279,10 +287,11 @@ def write_model(
     folder: Path, model: ModelConfig, state: train.TrainState, dtype: str, source: Path
 ) -> None:
     """Writes the trained weights as `dtype`, with the tokenizer from `source`, or nothing."""
-    with files.atomic_folder(folder) as partial:
+    with processes.shared_folder(folder) as partial:
         params = jax.tree.map(lambda x: x.astype(dtype), state.params)
         checkpoint.save_model(partial, dataclasses.replace(model, dtype=dtype), params)
-        copy_tokenizer(source, partial)
+        if processes.leads():
+            copy_tokenizer(source, partial)
     print(f"wrote {folder}")
 
 
@@ -303,11 +312,19 @@ def prepare(config: SFTConfig) -> Job | None:
 
     ValueError or OSError, in one sentence, for whatever is wrong with the input.
     """
-    settle(config)
-    if (config.output / "model").exists():
+    finished = False
+    if processes.leads():
+        settle(config)
+        finished = (config.output / "model").exists()
+    if processes.tell("finished" * finished):
         return None
+    if not config.output.is_dir():  # process 0 has made it
+        raise ValueError(
+            f"output={config.output} is not there for process {jax.process_index()}; name a folder "
+            "on a disk that all processes share"
+        )
     mesh = choose_mesh(config.mesh, config.model, "float32", copies=4)
-    print(sharding.describe(mesh))
+    print(f"{processes.describe()}, {sharding.describe(mesh)}")
     split_rows(config, mesh)
     if config.data is not None:
         check_file(config.data)  # before a large model is loaded
@@ -316,19 +333,21 @@ def prepare(config: SFTConfig) -> Job | None:
         raise ValueError(f"model={config.model} has no tokenizer of its own; add tokenizer=bundled")
     model, graph, params = load_parts(config.model, mesh, dtype="float32", seed=config.seed)
     require_trainable(model)
-    rows = load_rows(config, model, source)
-    settle(config, rows)
+    rows = processes.first(lambda: load_rows(config, model, source))
+    if processes.leads():
+        settle(config, rows)
     print(f"{len(rows.tokens)} examples, {count_parameters(model):,} parameters")
     return Job(mesh, model, graph, params, rows, source)
 
 
+@processes.joined()
 def main(config: SFTConfig) -> None:
     """Trains, then writes the weights to output/model; a finished run is left as it is.
 
     ValueError or OSError, in one sentence, where the input or the disk is at fault.
     """
     final = config.output / "model"
-    with files.alone(config.output):
+    with files.alone(config.output) if processes.leads() else contextlib.nullcontext():
         job = prepare(config)
         if job is None:
             print(f"{final} is there already: this run is finished, nothing to do")

@@ -68,7 +68,14 @@ def parse_mesh(
 
 
 def _mesh(devices: Sequence[Any], data: int, model: int) -> Mesh:
-    grid = np.array(devices[: data * model]).reshape(data, model)
+    chosen = devices[: data * model]
+    idle = {d.process_index for d in devices} - {d.process_index for d in chosen}
+    if idle:
+        raise ValueError(
+            f"a mesh of {data}x{model} leaves process {min(idle)} without a device; use all "
+            f"{len(devices)} devices, or start fewer processes"
+        )
+    grid = np.array(chosen).reshape(data, model)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
 

@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from jdllm import sharding
+from jdllm import processes, sharding
 from jdllm.model import Transformer
 
 T_MIN = 1e-3  # the smallest masking probability, so that 1/t stays finite
@@ -183,7 +183,7 @@ def create_state(
     master = jax.tree.map(lambda x: x.astype(jnp.float32), params)
     state = TrainState(master, optimizer.init(master), jnp.zeros((), jnp.int32))
     return jax.tree.map(
-        lambda x: x if x.ndim else jax.device_put(x, sharding.replicated(mesh)), state
+        lambda x: x if x.ndim else processes.place(x, sharding.replicated(mesh)), state
     )
 
 

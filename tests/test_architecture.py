@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground up. A room may import rooms of lower floors, and those before it on its own.
 FLOORS: list[list[str]] = [
-    ["jdllm.kernels", "jdllm.sharding", "jdllm.processes", "jdllm.cli", "jdllm.files",
+    ["jdllm.kernels", "jdllm.sharding", "jdllm.files", "jdllm.processes", "jdllm.cli",
      "jdllm.journal"],
     ["jdllm.configs", "jdllm.cache", "jdllm.weights", "jdllm.head", "jdllm.moe", "jdllm.model"],
     [

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jdllm import data
+from jdllm import data, sharding
 from jdllm.configs import NAMED
 from jdllm.load import BUNDLED
 from jdllm.tokenizer import encode_prompts, load_tokenizer
@@ -261,7 +262,13 @@ def test_batches_are_a_function_of_the_step():
     assert forward[0] != data.batch_index(20, 6, 0, 1).tolist()
 
 
-def test_take_widens(tokenizer):
-    tokens, prompts, lengths = some_rows().take(np.array([[0, 2], [1, 1]]))
-    assert tokens.shape == (2, 2, 4) and tokens.dtype == np.int32
-    assert prompts.shape == lengths.shape == (2, 2)
+def test_rows_are_placed_where_they_are_needed():
+    """Rows of two micro-batches, widened, over two devices of the data axis and two others."""
+    rows, index = some_rows(), np.array([[0, 2], [1, 1]])
+    by_row = NamedSharding(sharding.parse_mesh("2x2"), PartitionSpec(None, "data"))
+    placed = rows.place(index, by_row)
+    stored = (rows.tokens, rows.prompt_lengths, rows.lengths)
+    for ours, array in zip(placed, stored, strict=True):
+        assert ours.dtype == np.int32
+        np.testing.assert_array_equal(ours, array[index])
+        assert {part.data.shape[1] for part in ours.addressable_shards} == {1}

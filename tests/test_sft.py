@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import pytest
 
 from jdllm import checkpoint, cli, files, sft, sharding
 from jdllm.configs import NAMED
+from jdllm.launch import free_port
 from jdllm.load import BUNDLED, load_parts
 from jdllm.sft import SFTConfig
 from jdllm.tokenizer import copy_tokenizer, load_tokenizer
@@ -413,3 +415,159 @@ def test_kills_around_a_save(tiny, tmp_path, uninterrupted):
     start_and_kill(words, output, STEPS, 0.05)
     finish(words)
     same_run(output, uninterrupted)
+
+
+# Several processes
+
+DIES = """
+import os, signal, time
+from pathlib import Path
+import jax
+from jdllm import cli, sft
+
+step = sft.train.train_step
+
+def dying(state, *args, **kwargs):
+    if jax.process_index() == int(os.environ["VICTIM"]) and state.step == int(os.environ["STEP"]):
+        time.sleep(float(os.environ["DELAY"]))
+        Path(__file__).with_name("died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(state, *args, **kwargs)
+
+sft.train.train_step = dying
+cli.run(sft.main, sft.SFTConfig, "dies")
+"""
+
+
+def spread_words(tiny: Path, output: Path, mesh: str) -> list[str]:
+    """24 steps, float32 weights in the end."""
+    return [
+        f"output={output}", f"model={tiny}", "task=sudoku", "examples=30", "length=96", "batch=8",
+        "accumulation=2", "recipe.steps=24", "recipe.learning_rate=1e-3", f"mesh={mesh}",
+        "save_every=5", "log_every=1", "save_dtype=float32",
+    ]  # fmt: skip
+
+
+def several(
+    devices: int, folder: Path, victim: int = 9, step: int = 12, delay: float = 0.0
+) -> dict[str, str]:
+    """The environment of processes that see so many devices each; of the module `dies` one dies."""
+    (folder / "dies.py").write_text(DIES)
+    return environment() | {
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # without the devices of these tests
+        "PYTHONPATH": os.pathsep.join([str(folder), environment()["PYTHONPATH"]]),
+        "VICTIM": str(victim), "STEP": str(step), "DELAY": str(delay),
+    }  # fmt: skip
+
+
+def launch(
+    words: list[str], devices: int, folder: Path, module: str = "jdllm.sft", **loss: Any
+) -> subprocess.CompletedProcess[str]:
+    """Two processes of so many devices each."""
+    own = ["-m", "jdllm.launch", "processes=2", f"devices={devices}"]
+    return subprocess.run(
+        [sys.executable, *own, module, *words],
+        env=several(devices, folder, **loss), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def seconds_since_loss(folder: Path) -> float:
+    return time.time() - (folder / "died").stat().st_mtime
+
+
+def close_run(output: Path, expected: Path) -> None:
+    """Losses to 1e-5 of each, weights to 1e-4 (an update changes them by up to 1e-3)."""
+    steps, others = lines(output), lines(expected)
+    assert [row["step"] for row in steps] == [row["step"] for row in others] != []
+    for name in ("loss", "nll", "gradient_norm"):
+        ours, theirs = ([row[name] for row in rows] for rows in (steps, others))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    mesh = sharding.parse_mesh("1x1")
+    pair = [load_parts(str(folder / "model"), mesh)[2] for folder in (output, expected)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *pair)
+    assert not list(output.rglob("*partial*"))
+
+
+def test_two_processes_train_as_one_and_survive_a_loss(tiny, tmp_path):
+    """Process 1 is killed in the middle and named; the same command comes to the same end."""
+    words = spread_words(tiny, tmp_path / "two", "2x2")
+    lost = launch(words, 2, tmp_path, "dies", victim=1)
+    assert seconds_since_loss(tmp_path) < 60
+    assert lost.returncode == 128 + signal.SIGKILL, lost.stderr
+    assert "process 1 of 2 was lost (signal 9); ended the others" in lost.stderr
+    assert "2 processes x 2 devices, mesh data=2 x model=2" in lost.stdout
+    assert not (tmp_path / "two" / "model").exists()
+    again = launch(words, 2, tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "resumed at step" in again.stdout and again.stdout.count("wrote") == 1
+    sft.main(cli.parse(SFTConfig, spread_words(tiny, tmp_path / "one", "2x2"), prog="sft"))
+    close_run(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["4x2", "1x8"])
+def test_processes_change_places_with_one(tiny, tmp_path, mesh):
+    """2 x 4 devices lose process 0; one process with 8 goes on, or two again: the same end."""
+    if mesh == "1x8":
+        wide = dataclasses.replace(CONFIG, heads=8, kv_heads=8, head_dim=8)
+        tiny = tmp_path / "wide"
+        with files.atomic_folder(tiny) as partial:
+            _, params = checkpoint.random_model(wide, sharding.parse_mesh("1x1"))
+            checkpoint.save_model(partial, wide, params)
+            copy_tokenizer(BUNDLED, partial)
+    words = {name: spread_words(tiny, tmp_path / name, mesh) for name in ("one", "two")}
+    lost = launch(words["two"], 4, tmp_path, "dies", victim=0)
+    assert "process 0 of 2 was lost (signal 9)" in lost.stderr
+    assert "2 processes x 4 devices" in lost.stdout
+    shutil.copytree(tmp_path / "two", tmp_path / "one")
+    env = several(8, tmp_path)
+    one = [sys.executable, "-m", "jdllm.sft", *words["one"]]
+    done = subprocess.run(one, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "1 process x 8 devices" in done.stdout and "resumed at step" in done.stdout
+    again = launch(words["two"], 4, tmp_path)
+    assert again.returncode == 0, again.stderr
+    sft.main(cli.parse(SFTConfig, spread_words(tiny, tmp_path / "whole", mesh), prog="sft"))
+    for name in ("one", "two"):
+        close_run(tmp_path / name, tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_without_the_launcher_jax_ends_those_that_are_left(tiny, tmp_path):
+    """Its own abort, within a minute of the loss; it says which process stopped."""
+    words, port = spread_words(tiny, tmp_path / "two", "2x2"), free_port()
+    started = []
+    for process in (0, 1):
+        place = {
+            "JDLLM_COORDINATOR": f"localhost:{port}",
+            "JDLLM_NUM_PROCESSES": "2",
+            "JDLLM_PROCESS_ID": str(process),
+        }
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "dies", *words],
+                env=several(2, tmp_path, victim=1) | place,
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            )
+        )  # fmt: skip
+    said = started[0].communicate(timeout=300)[1]
+    assert started[1].wait(10) == -signal.SIGKILL
+    started[1].communicate()
+    assert seconds_since_loss(tmp_path) < 60
+    assert started[0].returncode != 0
+    assert "tasks are unhealthy (stopped sending heartbeats):\n1\n" in said, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.0, 0.05, 0.2])
+def test_a_loss_during_a_save(tiny, tmp_path, delay):
+    """Killed so many seconds into the save of step 10: that checkpoint is complete or not there."""
+    words = spread_words(tiny, tmp_path / "two", "2x2")
+    lost = launch(words, 2, tmp_path, "dies", victim=1, step=10, delay=delay)
+    assert "process 1 of 2 was lost (signal 9)" in lost.stderr
+    again = launch(words, 2, tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "resumed at step 5\n" in again.stdout or "resumed at step 10\n" in again.stdout
+    sft.main(cli.parse(SFTConfig, spread_words(tiny, tmp_path / "one", "2x2"), prog="sft"))
+    close_run(tmp_path / "two", tmp_path / "one")

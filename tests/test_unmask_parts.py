@@ -239,6 +239,8 @@ def test_dreams_mean_couples_rows():
     apart = Timesteps(4, 1e-3)(masks, masks, jnp.array(1))[0]
     coupled = Timesteps(4, 1e-3, mean=True)(masks, masks, jnp.array(1))[0]
     assert apart.tolist() == [2, 1] and coupled.tolist() == [1, 1]
+    filled = jnp.array([8, 4, 0, 0])  # with rows that a mesh needs: they do not count
+    assert Timesteps(4, 1e-3, mean=True)(filled, filled, jnp.array(1))[0][:2].tolist() == [1, 1]
 
 
 @settings(**FEW)

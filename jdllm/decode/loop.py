@@ -284,7 +284,7 @@ class Loop:
             return state
         rows_B = ~state.done & state.dirty
         if self.setup.quirks.coupled:
-            rows_B = jnp.broadcast_to(jnp.any(rows_B), rows_B.shape)
+            rows_B = jnp.any(rows_B) & ~self.request.idle
         columns_BN = span(self.at.block_start(state.block), self.setup.block_length)
         ends_B1 = self.at.block_start(state.block + 1)[:, None]
         return jax.lax.cond(

@@ -88,7 +88,7 @@ class Timesteps:
 
     Times run from 1 to `eps` in float32, computed as torch.linspace does, because the truncation
     is sensitive to the last bit. With `mean` every row uses the batch's average count, as the
-    reference does.
+    reference does; rows that began with no mask only fill the batch up and are not in it.
     """
 
     steps: int
@@ -99,7 +99,9 @@ class Timesteps:
         shares = jnp.asarray(self.shares())
         share = shares[jnp.minimum(step, self.steps - 1)]
         masks = masks_B.astype(jnp.float32)
-        masks = jnp.full_like(masks, jnp.mean(masks)) if self.mean else masks
+        if self.mean:
+            rows = jnp.maximum(jnp.sum(opened_B > 0), 1)
+            masks = jnp.full_like(masks, jnp.sum(masks) / rows)
         return (masks * share).astype(jnp.int32), jnp.full_like(masks, share)
 
     def shares(self) -> np.ndarray:
