@@ -24,8 +24,8 @@ FLOORS: list[list[str]] = [
         "jdllm.machine",
     ],
     [
-        "jdllm.scoring", "jdllm.llm", "jdllm.speed", "jdllm.harness", "jdllm.grading",
-        "jdllm.show", "jdllm.replay",
+        "jdllm.batches", "jdllm.scoring", "jdllm.llm", "jdllm.speed", "jdllm.harness",
+        "jdllm.grading", "jdllm.show", "jdllm.replay",
     ],
     [
         "jdllm.eval", "jdllm.bench", "jdllm.sweep", "jdllm.tune", "jdllm.generate", "jdllm.sft",

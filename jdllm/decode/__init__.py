@@ -1,17 +1,19 @@
 """Decoding: what a user may set, what that means for a model, and the one loop that does it."""
 
 from jdllm.decode.config import DecodeConfig
-from jdllm.decode.loop import decode
+from jdllm.decode.loop import decode, read_prefix
 from jdllm.decode.setup import Setup, make_rule, make_setup
-from jdllm.decode.state import DecodeState, Request, Trace
+from jdllm.decode.state import DecodeState, Prefixes, Request, Trace
 
 __all__ = [
     "DecodeConfig",
     "DecodeState",
+    "Prefixes",
     "Request",
     "Setup",
     "Trace",
     "decode",
     "make_rule",
     "make_setup",
+    "read_prefix",
 ]
