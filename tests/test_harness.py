@@ -302,7 +302,8 @@ def test_examples_are_computed_once(journal: Journal, monkeypatch: pytest.Monkey
     again = JdllmLM(llm, decode=LOOSE, chat=False, progress=False, journal=Journal(journal.path))
     assert again.generate_until(requests) == wanted
     assert again.speed.shared_tokens == lm.speed.shared_tokens
-    off = JdllmLM(llm, **{"decode.share_prefix": False}, decode=LOOSE, chat=False, progress=False)
+    alone = dataclasses.replace(LOOSE, share_prefix=False)
+    off = JdllmLM(llm, decode=alone, chat=False, progress=False)
     assert off.generate_until(requests) == wanted and off.speed.shared_tokens == 0
 
 
