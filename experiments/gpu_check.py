@@ -18,7 +18,7 @@ import numpy as np
 
 from jdllm import DecodeConfig, cli, sharding
 from jdllm.llm import LLM, bucket
-from jdllm.plan import Planner
+from jdllm.memory_plan import Planner
 from jdllm.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,13 +15,14 @@ from tqdm import tqdm
 
 from jdllm import cli, sharding
 from jdllm.decode import DecodeConfig
-from jdllm.eval import FINISHED, EvalConfig, TaskResult, environment, evaluate
+from jdllm.environment import environment
+from jdllm.eval import FINISHED, EvalConfig, TaskResult, evaluate
 from jdllm.files import alone, atomic_file
 from jdllm.journal import Journal
 from jdllm.load import enable_compilation_cache
-from jdllm.plans import Plan, read_plan
 from jdllm.report import Row, write_report
 from jdllm.settings import label
+from jdllm.sweep_plans import Plan, read_plan
 
 
 @dataclasses.dataclass(frozen=True)

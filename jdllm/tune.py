@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Literal
 
 from jdllm import cli
-from jdllm.eval import FINISHED, EvalConfig, table
+from jdllm.eval import FINISHED, EvalConfig
 from jdllm.files import alone, atomic_file
 from jdllm.journal import Journal
 from jdllm.load import enable_compilation_cache
-from jdllm.report import Row
+from jdllm.report import Row, table
 from jdllm.settings import label, write_decode
 from jdllm.sweep import SweepConfig, perform
 

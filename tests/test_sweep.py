@@ -13,9 +13,9 @@ from jdllm import cli, eval, sweep, tune
 from jdllm.decode import DecodeConfig
 from jdllm.llm import LLM
 from jdllm.pareto import aup, front
-from jdllm.plans import BUILT_IN, read_plan
 from jdllm.report import mark_front
 from jdllm.settings import label, read_decode, write_decode
+from jdllm.sweep_plans import BUILT_IN, read_plan
 
 PLAN = """
 models: [bundled]
