@@ -25,7 +25,7 @@ from jdllm.files import alone, atomic_file
 from jdllm.journal import Journal
 from jdllm.load import enable_compilation_cache
 from jdllm.report import table
-from jdllm.settings import changed, decode_config, read_decode
+from jdllm.settings import changed, check_verifier, decode_config, read_decode
 from jdllm.tasks import preset as presets
 from jdllm.tasks import resolve
 from jdllm.tasks.presets import find
@@ -90,8 +90,7 @@ class EvalConfig:
         )
         if self.output and self.output.exists() and not self.output.is_dir():
             raise ValueError(f"output={self.output} is a file; name a folder")
-        if self.decode_file:
-            read_decode(self.decode_file)
+        check_verifier(self.verifier, [self.chosen.settings])
         for name in ("limit", "batch_size", "samples"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise ValueError(f"{name}={number} must be 1 or more")

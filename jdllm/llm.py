@@ -345,6 +345,11 @@ class LLM:
         """What tells this model from any other: a digest of its facts and weights' content."""
         return fingerprint(self.config, self._params)
 
+    def verifier_fingerprint(self) -> str | None:
+        """The verifier's, where there is one."""
+        config, _, params = self._verifier
+        return fingerprint(config, params) if config and params else None
+
     def _with_stops(self, setup: Setup, stop: Sequence[str]) -> Setup:
         """`setup` whose rows also end at token ids that prove a stop string."""
         sequences = self._stop_sequences(stop)

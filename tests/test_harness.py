@@ -16,7 +16,7 @@ from lm_eval.tasks import TaskManager
 from jdllm import batches, sharding
 from jdllm.batches import deal
 from jdllm.checkpoint import random_model
-from jdllm.configs import NAMED
+from jdllm.configs import NAMED, NO_ID
 from jdllm.decode import DecodeConfig
 from jdllm.fingerprint import fingerprint
 from jdllm.grading import as_lm_eval, run_task
@@ -305,6 +305,26 @@ def test_examples_are_computed_once(journal: Journal, monkeypatch: pytest.Monkey
     alone = dataclasses.replace(LOOSE, share_prefix=False)
     off = JdllmLM(llm, decode=alone, chat=False, progress=False)
     assert off.generate_until(requests) == wanted and off.speed.shared_tokens == 0
+
+
+def test_a_verifier_is_part_of_the_key(journal: Journal):
+    """Its verdicts change completions; other rules know nothing of it."""
+    own = small()
+    judges = [small(seed, causal=True, mask_id=NO_ID) for seed in (4, 5)]
+    keys = []
+    for judge in judges:
+        second = judge.config, judge._graph, judge._params
+        llm = LLM(own.config, own._graph, own._params, own.mesh, own.tokenizer, verifier=second)
+        for decode in (DecodeConfig(rule="verify", gen_length=8, block_length=0), LOOSE):
+            lm = JdllmLM(llm, decode=decode, progress=False, journal=journal)
+            requests = [generate("1 + 1 =")]
+            rows = lm._encode([one.args[0] for one in requests])
+            keys.append(lm._keys(requests, rows, lm._groups(requests))[0][0])
+    assert keys[0] != keys[2] and keys[1] == keys[3]
+    with pytest.raises(ValueError, match="name it, verifier=FOLDER"):
+        JdllmLM("bundled", **{"decode.rule": "verify"})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="rule=verify alone"):
+        JdllmLM("bundled", verifier="judge")
 
 
 def _on(mesh: str, llm: LLM):
