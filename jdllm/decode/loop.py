@@ -52,18 +52,6 @@ def decode(
     return dataclasses.replace(state, trace=dataclasses.replace(state.trace, tokens=tokens))
 
 
-@partial(jax.jit, static_argnames=("graph", "block_length"))
-def read_prefix(
-    graph: nnx.GraphDef, params: nnx.State, tokens_FP: jax.Array, block_length: int
-) -> Cache:
-    """Keys and values of what rows begin with, whole blocks, for `Request.prefixes`."""
-    model = merged(graph, params, block_length)
-    x_FPD = model.embed(tokens_FP, model.embedding[...].dtype)
-    columns_FP = jnp.broadcast_to(jnp.arange(tokens_FP.shape[1]), tokens_FP.shape)
-    _, cache = model(x_FPD, columns_FP, jnp.ones(tokens_FP.shape, bool))
-    return cache
-
-
 def merged(graph: nnx.GraphDef, params: nnx.State, block_length: int) -> Transformer:
     """The model; one that attends block by block has blocks as long as the setup says."""
     model = nnx.merge(graph, params)
