@@ -27,7 +27,7 @@ from jdllm.convert.fetch import converted_folder, fetch
 from jdllm.decode import DecodeConfig
 from jdllm.load import compute_dtype, enable_compilation_cache
 from jdllm.machine import read_memory
-from jdllm.plan import Planner
+from jdllm.memory_plan import Planner
 from jdllm.tokenizer import copy_tokenizer
 
 PROG = "python -m jdllm.convert"

@@ -26,7 +26,7 @@ from jdllm.configs import NAMED
 from jdllm.kernels.attention import IMPLEMENTATIONS, attention, reference
 from jdllm.llm import LLM, bucket
 from jdllm.load import weight_bytes
-from jdllm.plan import Planner
+from jdllm.memory_plan import Planner
 from jdllm.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,9 +20,10 @@ from tqdm import tqdm
 from jdllm import cli, sharding
 from jdllm.configs import count_parameters
 from jdllm.decode import DecodeConfig
-from jdllm.eval import environment, table
+from jdllm.environment import environment
 from jdllm.files import atomic_file
 from jdllm.load import enable_compilation_cache
+from jdllm.report import table
 from jdllm.tasks import TASKS
 
 GENERATED = 50  # questions of a generated task

@@ -38,6 +38,14 @@ class Cache:
         """Columns S."""
         return self.keys[0].shape[1]
 
+    def begun(self, prefixes: Self, which_B: jax.Array) -> Self:
+        """With the columns of `prefixes` ([F, P, G, K] a layer) in front; row b has which_B[b]."""
+
+        def one(old_BSGK: jax.Array, new_FPGK: jax.Array) -> jax.Array:
+            return old_BSGK.at[:, : new_FPGK.shape[1]].set(new_FPGK[which_B])
+
+        return jax.tree.map(one, self, prefixes)
+
 
 def write(old_BSGK: jax.Array, new_BTGK: jax.Array, columns_BT: jax.Array) -> jax.Array:
     """Writes T new columns of each row in place; columns at or beyond S are dropped.

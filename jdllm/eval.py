@@ -10,31 +10,28 @@ import functools
 import json
 import operator
 import os
-import platform
-import subprocess
 import textwrap
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 
-import jdllm
 from jdllm import cli, processes, sharding
 from jdllm.configs import ModelConfig, count_parameters
 from jdllm.decode import DecodeConfig
+from jdllm.environment import environment
 from jdllm.files import alone, atomic_file
 from jdllm.journal import Journal
 from jdllm.load import enable_compilation_cache
-from jdllm.settings import changed, decode_config, read_decode
+from jdllm.report import table
+from jdllm.settings import changed, check_verifier, decode_config, read_decode
 from jdllm.tasks import preset as presets
 from jdllm.tasks import resolve
 from jdllm.tasks.presets import find
 
 SHOWN = ("solved", "exact_match")  # the table's metrics; results.json has all
 FINISHED = "finished.jsonl"  # in the output folder: every sample, as it was finished
-PACKAGES = ("jax", "jaxlib", "flax", "lm_eval")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +90,7 @@ class EvalConfig:
         )
         if self.output and self.output.exists() and not self.output.is_dir():
             raise ValueError(f"output={self.output} is a file; name a folder")
-        if self.decode_file:
-            read_decode(self.decode_file)
+        check_verifier(self.verifier, [self.chosen.settings])
         for name in ("limit", "batch_size", "samples"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise ValueError(f"{name}={number} must be 1 or more")
@@ -183,47 +179,6 @@ def run(name: str, loaded: dict[str, Any], lm: Any, limit: int | None = None) ->
     metric = plain(resolve.quoted(next(iter(loaded["tasks"].values()))))
     metric = metric if metric in score.metrics else next(iter(score.metrics))
     return TaskResult(name, metric, score.metrics, score.stderr, found, lm.speed)
-
-
-def commit() -> str | None:
-    """The git commit of the package's own checkout, marked -dirty where files differ from it.
-
-    None where there is no git, or where the package is not one of the checkout's own files (an
-    environment may lie inside some other project's checkout).
-    """
-    here = Path(jdllm.__file__)
-    git = ["git", "-C", str(here.parent)]
-    own = [*git, "ls-files", "--error-unmatch", here.name]
-    name = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        subprocess.run(own, check=True, capture_output=True)
-        return subprocess.run(name, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def environment() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    devices = jax.devices()
-    return {
-        "jdllm": jdllm.__version__,
-        **{name: version(name) for name in PACKAGES},
-        "python": platform.python_version(),
-        "device": devices[0].device_kind,
-        "device_count": len(devices),
-        "commit": commit(),
-    }
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns under the first row: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in [rows[0], ["-" * width for width in widths], *rows[1:]]:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
 
 
 def score(result: TaskResult, metric: str) -> str:
@@ -409,6 +364,8 @@ def show(speed: dict[str, Any], results: Sequence[TaskResult]) -> None:
         f"after {speed['compile_seconds']:.1f} s of compilation; "
         f"latency p50 {speed['latency_p50']:.2f} s, p95 {speed['latency_p95']:.2f} s"
     )
+    if speed["shared_tokens"]:
+        print(f"{speed['shared_tokens']} prompt tokens came from prefixes that were computed once")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from jdllm.journal import Journal, digest
 from jdllm.likelihood import LikelihoodConfig
 from jdllm.llm import LLM, Completion
 from jdllm.scoring import Likelihood
+from jdllm.settings import check_verifier
 from jdllm.speed import Cost, Speed
 from jdllm.tokenizer import chat_frame
 
@@ -86,13 +87,15 @@ class JdllmLM(LM):
         journal: Journal | str | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
+        verifier: str | None = None,
         **settings: Any,
     ):
         """Loads `model` (see LLM.load), or wraps an LLM that is loaded already.
 
         Decoding is set by `decode`, or by words such as decode.threshold=0.8 among lm-eval's
         model_args; the estimate of likelihoods by `likelihood`, or likelihood.mc_num=32. What is
-        finished goes into `journal` (a folder, or a Journal) and is not done again.
+        finished goes into `journal` (a folder, or a Journal) and is not done again. `verifier` is
+        the causal model that decode.rule=verify asks; a loaded LLM has its own.
         `max_batch_size` is lm-eval's and not needed: batches never outgrow `batch_size`. ValueError
         for a word that is no setting, OSError where another run holds the folder.
         """
@@ -105,7 +108,11 @@ class JdllmLM(LM):
         chosen = read_settings(settings, bases)
         self.decode: DecodeConfig = chosen["decode"]
         self.likelihood: LikelihoodConfig = chosen["likelihood"]
-        self.llm = model if isinstance(model, LLM) else LLM.load(model, mesh, dtype, seed)
+        if isinstance(model, LLM):
+            self.llm = model
+        else:
+            check_verifier(verifier, [self.decode])
+            self.llm = LLM.load(model, mesh, dtype, seed, verifier)
         self.tokenizer: Any = self.llm.tokenizer
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer, and the prompts of a task are text")
@@ -129,6 +136,11 @@ class JdllmLM(LM):
     def fingerprint(self) -> str:
         """The model's; see jdllm.fingerprint."""
         return self.llm.fingerprint()
+
+    @functools.cached_property
+    def verifier_fingerprint(self) -> str | None:
+        """The verifier's, where there is one."""
+        return self.llm.verifier_fingerprint()
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Completions in the order of `requests`, each cut at the first of its `until` strings.
@@ -271,6 +283,9 @@ class JdllmLM(LM):
             }
             for i, request in enumerate(requests)
         ]
+        for i, fact in enumerate(facts):
+            if model and owner[i].decode.rule == "verify":
+                fact["verifier"] = self.verifier_fingerprint
         return number_repeats([digest(fact) for fact in facts])
 
     def _bar(self, requests: Sequence[Instance], hidden: bool) -> tqdm:

@@ -8,24 +8,35 @@ import bisect
 import dataclasses
 import json
 import time
-import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jdllm import processes, sharding, trace
+from jdllm.batches import bucket, common_prefixes, deal, heights, plan_batches, row_seeds
+from jdllm.cache import Cache
 from jdllm.configs import ModelConfig
-from jdllm.decode import DecodeConfig, DecodeState, Request, Setup, Trace, decode, make_setup
+from jdllm.decode import (
+    DecodeConfig,
+    DecodeState,
+    Prefixes,
+    Request,
+    Setup,
+    Trace,
+    decode,
+    make_setup,
+    read_prefix,
+)
 from jdllm.fingerprint import fingerprint
 from jdllm.likelihood import LikelihoodConfig
 from jdllm.load import choose_mesh, load_parts, locate
-from jdllm.scoring import Device, Ids, Likelihood, bucket, score
+from jdllm.scoring import Device, Ids, Likelihood, score
 from jdllm.stop import EosStop
 from jdllm.stop_strings import StopStrings
 from jdllm.tokenizer import encode_prompts, load_tokenizer
@@ -55,35 +66,28 @@ class Batch:
     completions: list[Completion]
     forwards: int
     seconds: float
-    """Wall time on the device and back, without compilation."""
+    """Wall time on the device and back, without compilation; the first batch's has that of the
+    prefixes, which are computed before it."""
     compile_seconds: float
+    shared_tokens: int
+    """Prompt tokens of its rows that were not computed with it, but once for all batches."""
 
 
-def plan_batches(lengths: Sequence[int], size: int, multiple: int) -> list[list[int]]:
-    """Splits prompts, sorted by length, into even batches of at most `size` rows.
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """What prompts begin with, computed once and kept on the device, and what that cost."""
 
-    Prompts of different buckets never share a batch; sizes are what is left after an even split,
-    and callers fill rows up to a multiple of `multiple`.
-    """
-    size = max(size // multiple, 1) * multiple
-    rooms: dict[int, list[int]] = {}
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        rooms.setdefault(bucket(max(lengths[i], 1)), []).append(i)
-    batches = []
-    for rows in rooms.values():
-        count = -(-len(rows) // size)
-        even = -(-len(rows) // count)
-        batches += [rows[start : start + even] for start in range(0, len(rows), even)]
-    return batches
+    length: int = 0
+    """Tokens; 0 where nothing is shared."""
+    which: Sequence[int] = ()
+    """By prompt: the number of its row in the cache."""
+    cache: Cache | None = None
+    seconds: float = 0.0
+    compile_seconds: float = 0.0
 
-
-def deal(rows: int, height: int, replicas: int) -> list[int]:
-    """The place of each row in a batch of `height`, so that replicas get equally many, in turn.
-
-    A replica holds neighbouring places; none has more than one row less than another.
-    """
-    share = height // replicas
-    return [i % replicas * share + i // replicas for i in range(rows)]
+    def of(self, index: Sequence[int]) -> tuple[Cache, list[int]] | None:
+        """The cache, and the numbers of some prompts; None where nothing is shared."""
+        return self.cache and (self.cache, [self.which[i] for i in index])
 
 
 class LLM:
@@ -205,34 +209,23 @@ class LLM:
         counted. The record is made by a program of its own: without `watch` it costs nothing.
         """
         config = self.resolve(config)
-        rows = self.encode(prompts, chat)
-        gen_length = config.gen_length or 0
-        longest = max(map(len, rows), default=0)
-        setup = make_setup(config, self.config)
-        if config.rule == "verify" and not (self._verifier[0] and self._verifier[0].causal):
-            raise ValueError("rule=verify asks a causal model: name it, verifier=FOLDER")
-        if setup.canvas_length(longest) > self.config.max_length:
-            raise ValueError(
-                f"a prompt of {longest} tokens and gen_length={gen_length} exceed the model's "
-                f"{self.config.max_length} columns; shorten one of them"
-            )
-        seeds = _row_seeds(rows, samples)
-        setup = self._with_stops(setup, stop)
-        replicas = self.mesh.shape["data"]
-        batches = plan_batches([len(row) for row in rows], batch_size, replicas)
-        heights: dict[int, int] = {}  # a bucket's last batch is filled up: one program serves all
-        for index in batches:
-            room = bucket(max(len(rows[index[0]]), 1))
-            heights[room] = max(heights.get(room, 0), -(-len(index) // replicas) * replicas)
-        for index in batches:
-            height = heights[bucket(max(len(rows[index[0]]), 1))]
+        rows, gen_length = self.encode(prompts, chat), config.gen_length or 0
+        setup = self._with_stops(self._setup(config, rows), stop)
+        seeds = row_seeds(rows, samples)
+        replicas, lengths = self.mesh.shape["data"], [len(row) for row in rows]
+        batches = plan_batches(lengths, batch_size, replicas)
+        tall = heights(batches, lengths, replicas)
+        room = max(tall, default=0) // replicas * setup.canvas_length(max(lengths, default=0))
+        shared = self._share(rows, setup, room) if config.share_prefix else Shared()
+        spent, compiling = shared.seconds, shared.compile_seconds  # before the first batch
+        for index, height in zip(batches, tall, strict=True):
             chosen = [rows[i] for i in index], [seeds[i] for i in index]
-            request = self._request(*chosen, config, setup, height)
+            request = self._request(*chosen, config, setup, height, shared.of(index))
             program, compile_seconds = self._program(request, setup, watch is not None)
             start = time.perf_counter()
             state: DecodeState = program(self._params, request, self._verifier[2])
             tokens, nfe, forwards = processes.gather((state.tokens, state.nfe, state.forwards))
-            seconds = time.perf_counter() - start
+            spent, compiling = spent + time.perf_counter() - start, compiling + compile_seconds
             slots = deal(len(index), height, replicas)
             completions = [
                 self._completion(tokens[s][len(rows[i]) :][:gen_length], int(nfe[s]), stop)
@@ -243,7 +236,39 @@ class LLM:
                 for slot, i in zip(slots, index, strict=True):
                     length = setup.canvas_length(len(rows[i]))
                     watch(i, self._record(kept, slot, int(forwards), len(rows[i]), length))
-            yield Batch(index, completions, int(forwards), seconds, compile_seconds)
+            saved = len(index) * shared.length
+            yield Batch(index, completions, int(forwards), spent, compiling, saved)
+            spent, compiling = 0.0, 0.0
+
+    def _setup(self, config: DecodeConfig, rows: Sequence[Sequence[int]]) -> Setup:
+        """What a resolved `config` means here; ValueError where it cannot serve the prompts."""
+        setup, longest = make_setup(config, self.config), max(map(len, rows), default=0)
+        if config.rule == "verify" and not (self._verifier[0] and self._verifier[0].causal):
+            raise ValueError("rule=verify asks a causal model: name it, verifier=FOLDER")
+        if setup.canvas_length(longest) > self.config.max_length:
+            raise ValueError(
+                f"a prompt of {longest} tokens and gen_length={config.gen_length} exceed the "
+                f"model's {self.config.max_length} columns; shorten one of them"
+            )
+        return setup
+
+    def _share(self, rows: Sequence[Sequence[int]], setup: Setup, room: int) -> "Shared":
+        """Computes what the prompts begin with, where that is exact and saves enough."""
+        common = common_prefixes(rows, setup.block_length, room) if setup.fixed_past else None
+        if common is None:
+            return Shared()
+        whole = sharding.replicated(self.mesh)
+        tokens = [processes.place(np.array([ids], np.int32), whole) for ids in common.prefixes]
+        program, compile_seconds = self._compiled(
+            ("prefix", common.length, setup.block_length),
+            lambda: read_prefix.lower(self._graph, self._params, tokens[0], setup.block_length),
+        )
+        start = time.perf_counter()
+        caches: list[Cache] = [program(self._params, one) for one in tokens]
+        cache = jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches)
+        jax.block_until_ready(cache)
+        seconds = time.perf_counter() - start
+        return Shared(common.length, common.which, cache, seconds, compile_seconds)
 
     def _request(
         self,
@@ -252,24 +277,30 @@ class LLM:
         config: DecodeConfig,
         setup: Setup,
         height: int = 0,
+        begun: tuple[Cache, list[int]] | None = None,
     ) -> Request:
-        """Canvases on the mesh, dealt out to its replicas, with idle rows up to `height`."""
+        """Canvases on the mesh, dealt out to its replicas, with idle rows up to `height`.
+
+        `begun` has keys of what the rows begin with, and which of them each row has.
+        """
         replicas = self.mesh.shape["data"]
         height = max(height, -(-len(rows) // replicas) * replicas)
         slots = deal(len(rows), height, replicas)
         room = setup.canvas_length(bucket(max(1, *map(len, rows))))
         tokens = np.full((height, min(room, self.config.max_length)), self.config.pad_id, np.int32)
-        lengths = np.ones(height, np.int32)
+        lengths, which = np.ones(height, np.int32), np.zeros(height, np.int32)
         numbers = np.zeros(height, np.uint32)
         idle = np.ones(height, bool)
-        for slot, row, seed in zip(slots, rows, seeds, strict=True):
+        for i, (slot, row, seed) in enumerate(zip(slots, rows, seeds, strict=True)):
             tokens[slot, : len(row)] = row
             tokens[slot, len(row) : setup.canvas_length(len(row))] = self.config.mask_id
             lengths[slot], numbers[slot], idle[slot] = len(row), seed, False
+            which[slot] = begun[1][i] if begun else 0
         base = jax.random.key(config.seed)
         keys = jax.vmap(lambda n: jax.random.fold_in(base, n))(numbers)
-        placed = processes.place((tokens, lengths, keys, idle), sharding.by_row(self.mesh))
-        return Request(*placed)
+        arrays = (tokens, lengths, keys, idle, which)
+        *placed, which = processes.place(arrays, sharding.by_row(self.mesh))
+        return Request(*placed, prefixes=Prefixes(begun[0], which) if begun else None)
 
     def _record(
         self, kept: Trace, row: int, calls: int, prompt_length: int, length: int
@@ -280,15 +311,22 @@ class LLM:
 
     def _program(self, request: Request, setup: Setup, watched: bool = False) -> tuple[Any, float]:
         """The compiled loop for this shape and these rules, and the seconds spent compiling."""
-        key = (request.tokens.shape, setup, watched)
+        _, second, weights = self._verifier
+        length = request.prefixes and request.prefixes.cache.keys[0].shape
+        return self._compiled(
+            (request.tokens.shape, length, setup, watched),
+            lambda: decode.lower(
+                self._graph, self._params, request, setup, watched, second, weights
+            ),
+        )
+
+    def _compiled(self, key: Any, lower: Callable[[], Any]) -> tuple[Any, float]:
+        """The program kept under `key`, and the seconds spent if it is compiled now."""
         if key in self._programs:
             return self._programs[key], 0.0
         start = time.perf_counter()
-        _, second, weights = self._verifier
-        self._programs[key] = program = decode.lower(
-            self._graph, self._params, request, setup, watched, second, weights
-        ).compile()
-        return program, time.perf_counter() - start
+        self._programs[key] = lower().compile()
+        return self._programs[key], time.perf_counter() - start
 
     def loglikelihood(
         self,
@@ -306,6 +344,11 @@ class LLM:
     def fingerprint(self) -> str:
         """What tells this model from any other: a digest of its facts and weights' content."""
         return fingerprint(self.config, self._params)
+
+    def verifier_fingerprint(self) -> str | None:
+        """The verifier's, where there is one."""
+        config, _, params = self._verifier
+        return fingerprint(config, params) if config and params else None
 
     def _with_stops(self, setup: Setup, stop: Sequence[str]) -> Setup:
         """`setup` whose rows also end at token ids that prove a stop string."""
@@ -364,18 +407,3 @@ class LLM:
         cuts = [place for s in stop if (place := text.find(s)) >= 0]
         text = text[: min(cuts, default=len(text))]
         return Completion(text, kept, nfe, "stop" if stopped else "length")
-
-
-def _row_seeds(rows: Sequence[Sequence[int]], samples: Sequence[int] | None = None) -> list[int]:
-    """A number for each prompt's random draws: from its ids, and its number among its repeats.
-
-    So a prompt draws the same alone and in company, and repeated prompts draw differently.
-    """
-    seen: Counter[int] = Counter()
-    seeds = []
-    for i, row in enumerate(rows):
-        digest = zlib.crc32(np.array(row, np.int32).tobytes())
-        number = seen[digest] if samples is None else samples[i]
-        seeds.append((digest + number * 0x9E3779B1) % (1 << 32))
-        seen[digest] += 1
-    return seeds

@@ -1,4 +1,4 @@
-"""What a sweep found, to look at: a table (Markdown, CSV), plots (PNG) and one HTML page."""
+"""What was found, to look at: tables (text, Markdown, CSV), plots (PNG) and one HTML page."""
 
 import base64
 import csv
@@ -25,6 +25,17 @@ td:nth-child(-n+3),th:nth-child(-n+3){text-align:left;white-space:nowrap}
 tr.front td{background:#eaf5ee}
 img{max-width:100%}code,pre{background:#f2f4f7;padding:.1rem .3rem;overflow-x:auto}
 .wide{overflow-x:auto}"""
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns under the first row: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in [rows[0], ["-" * width for width in widths], *rows[1:]]:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def groups(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:

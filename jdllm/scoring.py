@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jdllm import sharding
+from jdllm.batches import bucket
 from jdllm.configs import NO_ID, ModelConfig
 from jdllm.likelihood import Canvas, LikelihoodConfig, draw, is_greedy, losses
 
@@ -73,15 +74,6 @@ class Row:
     seed: int
     round: int
     sample: int
-
-
-def bucket(length: int) -> int:
-    """The canvas room that prompts of up to `length` tokens share: few sizes, few programs.
-
-    Multiples of 32 up to 256, then at most eight sizes an octave.
-    """
-    step = max(32, (1 << (length - 1).bit_length()) // 8)
-    return -(-length // step) * step
 
 
 def resolve(config: LikelihoodConfig, model: ModelConfig) -> LikelihoodConfig:

@@ -1,8 +1,9 @@
-"""Decode settings in a JSON file: what jdllm.tune writes and decode_file= reads."""
+"""Decode settings: short names, the model they ask, and the JSON file that decode_file= reads."""
 
 import dataclasses
 import difflib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,18 @@ def decode_config(facts: Any, origin: str) -> DecodeConfig:
             near = difflib.get_close_matches(name, names) or names
             raise ValueError(f"{origin}: {name} is no decode setting; try {', '.join(near)}")
     return DecodeConfig(**facts)
+
+
+def check_verifier(verifier: str | None, settings: Iterable[DecodeConfig]) -> None:
+    """ValueError unless a verifier and a setting that asks it come together."""
+    asks = any(one.rule == "verify" for one in settings)
+    if asks and not verifier:
+        raise ValueError("rule=verify asks a causal model: name it, verifier=FOLDER")
+    if verifier and not asks:
+        raise ValueError(
+            f"verifier={verifier} is asked by decode.rule=verify alone (decode.preset=apd has it); "
+            "leave it out, or set the rule"
+        )
 
 
 def read_decode(path: Path, over: DecodeConfig | None = None) -> DecodeConfig:

@@ -19,11 +19,14 @@ class Cost:
     seconds: float
     """On the device and back, without compilation."""
     compile_seconds: float
+    shared_tokens: int = 0
+    """Prompt tokens that were not computed with the batch, but once for many."""
 
     @classmethod
     def of(cls, batch: Batch) -> "Cost":
         """The cost of a batch under an id of its own."""
-        return cls(uuid.uuid4().hex[:12], batch.forwards, batch.seconds, batch.compile_seconds)
+        facts = {field.name: getattr(batch, field.name) for field in dataclasses.fields(cls)[1:]}
+        return cls(uuid.uuid4().hex[:12], **facts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Speed:
     compile_seconds: float = 0.0
     latencies: tuple[float, ...] = ()
     """Seconds of each completion: those of its batch, which hands over all its rows at once."""
+    shared_tokens: int = 0
+    """Prompt tokens that were not computed with their batch, but once for many."""
 
     @classmethod
     def of(cls, finished: Iterable[tuple[Completion, Cost]]) -> "Speed":
@@ -54,6 +59,7 @@ class Speed:
             seconds=sum(cost.seconds for cost in costs),
             compile_seconds=sum(cost.compile_seconds for cost in costs),
             latencies=tuple(cost.seconds for _, cost in pairs),
+            shared_tokens=sum(cost.shared_tokens for cost in costs),
         )
 
     def __add__(self, other: "Speed") -> "Speed":
@@ -82,6 +88,6 @@ class Speed:
     def facts(self) -> dict[str, Any]:
         """What results.json holds."""
         rates = ("tokens_per_second", "tokens_per_forward", "forwards_per_second")
-        totals = ("completion_tokens", "forwards", "seconds", "compile_seconds")
+        totals = ("completion_tokens", "forwards", "seconds", "compile_seconds", "shared_tokens")
         facts = {name: getattr(self, name) for name in totals + rates}
         return facts | {"latency_p50": self.latency(50), "latency_p95": self.latency(95)}

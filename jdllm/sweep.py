@@ -1,7 +1,7 @@
 """Runs a plan of models x tasks x decode settings, and reports it; run again to go on after a kill.
 
 python -m jdllm.sweep                                              # twelve settings, bundled model
-python -m jdllm.sweep plan=dllmexp data=FOLDER output=results/dllmexp
+python -m jdllm.sweep plan=dllmexp confirm_run_unsafe_code=true output=results/dllmexp
 """
 
 import dataclasses
@@ -15,13 +15,14 @@ from tqdm import tqdm
 
 from jdllm import cli, sharding
 from jdllm.decode import DecodeConfig
-from jdllm.eval import FINISHED, EvalConfig, TaskResult, environment, evaluate
+from jdllm.environment import environment
+from jdllm.eval import FINISHED, EvalConfig, TaskResult, evaluate, load
 from jdllm.files import alone, atomic_file
 from jdllm.journal import Journal
 from jdllm.load import enable_compilation_cache
-from jdllm.plans import Plan, read_plan
 from jdllm.report import Row, write_report
-from jdllm.settings import label
+from jdllm.settings import check_verifier, label
+from jdllm.sweep_plans import Plan, read_plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,16 @@ class SweepConfig:
     """Documents of each task (default: 100 generated ones, or the whole file)."""
     data: Path | None = None
     """Folder with the files of tasks that read some."""
+    include_path: Path | None = None
+    """Folder with lm-eval YAML files of your own, which win over tasks of the same name."""
+    shots: int | None = None
+    """Examples in the prompt (default: the tasks' own)."""
+    chat: bool | None = None
+    """Whether prompts are framed by a model's chat template, if it has one (default: yes)."""
+    confirm_run_unsafe_code: bool = False
+    """Run the programs that the models write: HumanEval, MBPP and their kin need it."""
+    verifier: str | None = None
+    """The causal model that settings with rule=verify ask."""
     mesh: str = "auto"
     dtype: str = "auto"
     batch_size: int = 32
@@ -46,6 +57,7 @@ class SweepConfig:
     """Folder for the finished samples and the report."""
 
     def __post_init__(self):
+        check_verifier(self.verifier, self.chosen().settings)
         self.runs()  # every mistake in the plan is found here
 
     def chosen(self) -> Plan:
@@ -65,10 +77,10 @@ class SweepConfig:
 
     def run_of(self, model: str, task: str, decode: DecodeConfig) -> EvalConfig:
         """The evaluation of one model on one task with one setting."""
-        return EvalConfig(
-            task=task, model=model, decode=decode, limit=self.limit, data=self.data,
-            mesh=self.mesh, dtype=self.dtype, batch_size=self.batch_size, seed=self.seed,
-        )  # fmt: skip
+        own = {"task": task, "model": model, "decode": decode, "output": None}
+        own["verifier"] = self.verifier if decode.rule == "verify" else None
+        names = {field.name for field in dataclasses.fields(EvalConfig)} - set(own)
+        return EvalConfig(**own, **{n: v for n, v in vars(self).items() if n in names})
 
 
 def row_of(run: EvalConfig, result: TaskResult) -> Row:
@@ -91,17 +103,22 @@ def row_of(run: EvalConfig, result: TaskResult) -> Row:
 def perform(runs: Sequence[EvalConfig], journal: Journal) -> Iterator[tuple[EvalConfig, Row]]:
     """Runs what the journal does not hold yet, each model loaded once.
 
-    Yields every run, its settings' lengths filled in, and its row.
+    Yields every run, its settings' lengths filled in, and its row. A task that cannot be loaded is
+    refused before any model is.
     """
     from jdllm.llm import LLM
 
+    for run in {run.task: run for run in runs}.values():
+        for name in run.tasks:
+            load(name, run)
+    verifier = next((run.verifier for run in runs if run.verifier), None)
     bar = tqdm(total=len(runs), unit="run", desc="sweep")
     with bar:
         for model, own in itertools.groupby(runs, key=lambda run: run.model):
             bar.set_postfix_str(f"loading {model}")
             llm = None
             for run in own:
-                llm = llm or LLM.load(model, run.mesh, run.dtype, run.seed)
+                llm = llm or LLM.load(model, run.mesh, run.dtype, run.seed, verifier)
                 bar.set_postfix_str(f"{run.task} {label(run.settings)}")
                 facts, (result,) = evaluate(run, journal, llm, leave=False)
                 decode = DecodeConfig(**facts["config"]["decode"])

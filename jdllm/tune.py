@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Literal
 
 from jdllm import cli
-from jdllm.eval import FINISHED, EvalConfig, table
+from jdllm.eval import FINISHED, EvalConfig
 from jdllm.files import alone, atomic_file
 from jdllm.journal import Journal
 from jdllm.load import enable_compilation_cache
-from jdllm.report import Row
+from jdllm.report import Row, table
 from jdllm.settings import label, write_decode
 from jdllm.sweep import SweepConfig, perform
 
@@ -42,6 +42,16 @@ class TuneConfig:
     """What fast means; tokens_per_forward does not depend on the machine."""
     data: Path | None = None
     """Folder with the files of tasks that read some."""
+    include_path: Path | None = None
+    """Folder with lm-eval YAML files of your own, which win over tasks of the same name."""
+    shots: int | None = None
+    """Examples in the prompt (default: the task's own)."""
+    chat: bool | None = None
+    """Whether prompts are framed by the model's chat template, if it has one (default: yes)."""
+    confirm_run_unsafe_code: bool = False
+    """Run the programs that the model writes: HumanEval, MBPP and their kin need it."""
+    verifier: str | None = None
+    """The causal model that settings with rule=verify ask."""
     mesh: str = "auto"
     dtype: str = "auto"
     batch_size: int = 32
@@ -57,11 +67,9 @@ class TuneConfig:
 
     def runs(self) -> list[EvalConfig]:
         """The evaluations, the measure first."""
-        sweep = SweepConfig(
-            plan=self.plan, model=self.model, task=self.task, limit=self.limit, data=self.data,
-            mesh=self.mesh, dtype=self.dtype, batch_size=self.batch_size, seed=VALIDATION_SEED,
-        )  # fmt: skip
-        return sweep.runs()
+        names = {field.name for field in dataclasses.fields(SweepConfig)} - {"output"}
+        given = {name: value for name, value in vars(self).items() if name in names}
+        return SweepConfig(seed=VALIDATION_SEED, **given).runs()
 
 
 def pick(rows: Sequence[Row], max_drop: float, by: str) -> int:

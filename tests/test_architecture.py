@@ -17,15 +17,15 @@ FLOORS: list[list[str]] = [
         "jdllm.pareto", "jdllm.unmask", "jdllm.stop", "jdllm.stop_strings", "jdllm.checkpoint",
         "jdllm.fingerprint",
     ],
-    ["jdllm.decode", "jdllm.train", "jdllm.likelihood", "jdllm.plan"],
+    ["jdllm.decode", "jdllm.train", "jdllm.likelihood", "jdllm.memory_plan"],
     [
         "jdllm.tokenizer", "jdllm.convert", "jdllm.tasks", "jdllm.data", "jdllm.load",
-        "jdllm.settings", "jdllm.plans", "jdllm.report", "jdllm.pieces", "jdllm.trace",
-        "jdllm.machine",
+        "jdllm.settings", "jdllm.sweep_plans", "jdllm.report", "jdllm.pieces", "jdllm.trace",
+        "jdllm.machine", "jdllm.environment",
     ],
     [
-        "jdllm.scoring", "jdllm.llm", "jdllm.speed", "jdllm.harness", "jdllm.grading",
-        "jdllm.show", "jdllm.replay",
+        "jdllm.batches", "jdllm.scoring", "jdllm.llm", "jdllm.speed", "jdllm.harness",
+        "jdllm.grading", "jdllm.show", "jdllm.replay",
     ],
     [
         "jdllm.eval", "jdllm.bench", "jdllm.sweep", "jdllm.tune", "jdllm.generate", "jdllm.sft",

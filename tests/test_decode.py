@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from jdllm import DecodeConfig
+from jdllm.batches import bucket, plan_batches
 from jdllm.configs import NO_ID
 from jdllm.decode import decode, make_setup
-from jdllm.llm import LLM, bucket, plan_batches
+from jdllm.llm import LLM
 from jdllm.model import assemble, named
 from tests.tiny_models import TINY, canvases, random_prompts, tiny
 

@@ -99,7 +99,7 @@ def test_results_are_consistent(folder: Path, tmp_path: Path, capsys: pytest.Cap
     speed = results["speed"]
     assert set(speed) == {
         "completion_tokens", "forwards", "seconds", "compile_seconds", "tokens_per_second",
-        "tokens_per_forward", "forwards_per_second", "latency_p50", "latency_p95",
+        "tokens_per_forward", "forwards_per_second", "latency_p50", "latency_p95", "shared_tokens",
     }  # fmt: skip
     seconds = sorted(r["seconds"] for r in rows)
     assert seconds[0] <= speed["latency_p50"] <= speed["latency_p95"] <= seconds[-1]

@@ -13,16 +13,17 @@ from lm_eval.api.instance import Instance
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from jdllm import sharding
+from jdllm import batches, sharding
+from jdllm.batches import deal
 from jdllm.checkpoint import random_model
-from jdllm.configs import NAMED
+from jdllm.configs import NAMED, NO_ID
 from jdllm.decode import DecodeConfig
 from jdllm.fingerprint import fingerprint
 from jdllm.grading import as_lm_eval, run_task
 from jdllm.harness import JdllmLM
 from jdllm.journal import Journal
 from jdllm.likelihood import LikelihoodConfig
-from jdllm.llm import LLM, deal
+from jdllm.llm import LLM
 from jdllm.load import BUNDLED
 from jdllm.stop import Look, NoStop
 from jdllm.stop_strings import StopStrings
@@ -33,11 +34,11 @@ LOOSE = DecodeConfig(gen_length=8, block_length=4, threshold=0.02)
 FEW = LikelihoodConfig(mc_num=4, mc_batch=2)
 
 
-def small(seed: int = 3, mesh: str = "1x1") -> LLM:
+def small(seed: int = 3, mesh: str = "1x1", **facts: Any) -> LLM:
     config = dataclasses.replace(
         NAMED["bundled"],
         layers=1, embed=32, heads=2, kv_heads=2, head_dim=16, mlp=32, dtype="float32",
-        max_length=128,
+        max_length=128, **facts,
     )  # fmt: skip
     grid = sharding.parse_mesh(mesh)
     return LLM(config, *random_model(config, grid, seed=seed), grid, load_tokenizer(BUNDLED))
@@ -285,6 +286,45 @@ def test_replicas_share_every_batch(llm: LLM):
     done = spread.generate(prompts, LOOSE, batch_size=8)
     assert len(spread._programs) == 1
     assert [one.ids for one in done] == [one.ids for one in llm.generate(prompts, LOOSE)]
+
+
+def test_examples_are_computed_once(journal: Journal, monkeypatch: pytest.MonkeyPatch):
+    """Two tasks in one call, each with examples of its own; what it saved outlives a kill."""
+    monkeypatch.setattr(batches, "WORTH", 1)
+    llm = small(block_causal=4)
+    examples = [f"{n} + {n} = {2 * n}. " * 7 for n in (3, 4)]
+    requests = [generate(f"{examples[i % 2]}{i} + {i} =", doc_id=i) for i in range(8)]
+    lm = JdllmLM(llm, decode=LOOSE, chat=False, progress=False, journal=journal)
+    wanted = lm.generate_until(requests)
+    rows = llm.encode([one.args[0] for one in requests], chat=False)
+    length = min(map(len, rows)) // 32 * 32
+    assert lm.speed.shared_tokens == 8 * length == lm.speed.facts()["shared_tokens"] > 0
+    again = JdllmLM(llm, decode=LOOSE, chat=False, progress=False, journal=Journal(journal.path))
+    assert again.generate_until(requests) == wanted
+    assert again.speed.shared_tokens == lm.speed.shared_tokens
+    alone = dataclasses.replace(LOOSE, share_prefix=False)
+    off = JdllmLM(llm, decode=alone, chat=False, progress=False)
+    assert off.generate_until(requests) == wanted and off.speed.shared_tokens == 0
+
+
+def test_a_verifier_is_part_of_the_key(journal: Journal):
+    """Its verdicts change completions; other rules know nothing of it."""
+    own = small()
+    judges = [small(seed, causal=True, mask_id=NO_ID) for seed in (4, 5)]
+    keys = []
+    for judge in judges:
+        second = judge.config, judge._graph, judge._params
+        llm = LLM(own.config, own._graph, own._params, own.mesh, own.tokenizer, verifier=second)
+        for decode in (DecodeConfig(rule="verify", gen_length=8, block_length=0), LOOSE):
+            lm = JdllmLM(llm, decode=decode, progress=False, journal=journal)
+            requests = [generate("1 + 1 =")]
+            rows = lm._encode([one.args[0] for one in requests])
+            keys.append(lm._keys(requests, rows, lm._groups(requests))[0][0])
+    assert keys[0] != keys[2] and keys[1] == keys[3]
+    with pytest.raises(ValueError, match="name it, verifier=FOLDER"):
+        JdllmLM("bundled", **{"decode.rule": "verify"})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="rule=verify alone"):
+        JdllmLM("bundled", verifier="judge")
 
 
 def _on(mesh: str, llm: LLM):

@@ -1,6 +1,7 @@
 """Sweeps and tuning: plans, fronts and areas, resuming, the report, settings in files."""
 
 import csv
+import dataclasses
 import itertools
 import json
 import math
@@ -9,13 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from jdllm import cli, eval, sweep, tune
+from jdllm import cli, eval, sharding, sweep, tune
+from jdllm.checkpoint import random_model, save_model
+from jdllm.configs import NAMED
 from jdllm.decode import DecodeConfig
 from jdllm.llm import LLM
+from jdllm.load import BUNDLED
 from jdllm.pareto import aup, front
-from jdllm.plans import BUILT_IN, read_plan
 from jdllm.report import mark_front
 from jdllm.settings import label, read_decode, write_decode
+from jdllm.sweep_plans import BUILT_IN, read_plan
+from jdllm.tokenizer import copy_tokenizer
+from tests import tiny
 
 PLAN = """
 models: [bundled]
@@ -82,6 +88,77 @@ def test_built_in_plans():
     for name in BUILT_IN:
         for one in read_plan(name).settings:
             one.resolve()  # lengths divide
+
+
+def test_dllmexp_runs_as_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Every task loads offline; what is missing is said before a model is loaded."""
+    data = tiny.write(tmp_path / "data", [])
+    words = ["plan=dllmexp", f"data={data}", "limit=1", "mesh=1x1"]
+    loads: list[tuple] = []
+
+    def load(*arguments):
+        loads.append(arguments)
+        raise InterruptedError
+
+    monkeypatch.setattr(LLM, "load", load)
+    with pytest.raises(ValueError, match="task humaneval .* pass confirm_run_unsafe_code=true"):
+        sweep.main(cli.parse(sweep.SweepConfig, words))
+    assert not loads
+    config = cli.parse(sweep.SweepConfig, [*words, "confirm_run_unsafe_code=true"])
+    assert len(config.runs()) == 48 and all(r.confirm_run_unsafe_code for r in config.runs())
+    with pytest.raises(InterruptedError):
+        sweep.main(config)
+    assert [model for model, *_ in loads] == ["Dream-org/Dream-v0-Instruct-7B"]
+
+
+@pytest.mark.slow
+def test_dllmexp_to_its_end(tmp_path: Path):
+    """All of its tasks and settings on a small random model."""
+    data, model = tiny.write(tmp_path / "data", []), tmp_path / "model"
+    config = dataclasses.replace(
+        NAMED["bundled"],
+        layers=1, embed=32, heads=2, kv_heads=2, head_dim=16, mlp=32, dtype="float32",
+        max_length=4096,
+    )  # fmt: skip
+    _, params = random_model(config, sharding.parse_mesh("1x1"))
+    save_model(model, config, params)
+    copy_tokenizer(BUNDLED, model)
+    words = [f"data={data}", f"model={model}", "limit=1", "mesh=1x1", "output=out"]
+    words += ["plan=dllmexp", "confirm_run_unsafe_code=true"]
+    sweep.main(cli.parse(sweep.SweepConfig, words))
+    with open("out/table.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["nfe"] for row in rows] == ["512.0", "256.0", "176.0"] * 4
+
+
+@pytest.mark.parametrize(
+    ("config", "asking"),
+    [
+        (eval.EvalConfig, ["decode.preset=apd"]),
+        (sweep.SweepConfig, ["plan=plan.json"]),
+        (tune.TuneConfig, ["plan=plan.json"]),
+    ],
+)
+def test_a_verifier_and_its_rule_come_together(config: type, asking: list[str], capsys):
+    settings = [{"rule": "verify", "block_length": 0}, {"rule": "quota"}]
+    Path("plan.json").write_text(json.dumps({"tasks": ["sudoku"], "settings": settings}))
+    for words, part in ((asking, "verifier=FOLDER"), (["verifier=judge"], "rule=verify alone")):
+        with pytest.raises(SystemExit):
+            cli.parse(config, words)
+        assert part in capsys.readouterr().err
+    assert cli.parse(config, [*asking, "verifier=judge"]).verifier == "judge"
+
+
+def test_a_sweep_asks_the_verifier_where_its_rule_does(monkeypatch: pytest.MonkeyPatch):
+    settings = [{"rule": "quota"}, {"rule": "verify", "block_length": 0}]
+    Path("plan.json").write_text(json.dumps({"tasks": ["sudoku"], "settings": settings}))
+    config = cli.parse(sweep.SweepConfig, ["plan=plan.json", "verifier=judge", "limit=1"])
+    assert [run.verifier for run in config.runs()] == [None, "judge"]
+    loads: list[tuple] = []
+    monkeypatch.setattr(LLM, "load", lambda *a: loads.append(a) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sweep.main(config)
+    assert loads == [("bundled", "auto", "auto", 0, "judge")]
 
 
 def test_a_plan_file(plan: Path):

@@ -2,16 +2,19 @@
 
 from jdllm.decode.config import DecodeConfig
 from jdllm.decode.loop import decode
+from jdllm.decode.prefixes import read_prefix
 from jdllm.decode.setup import Setup, make_rule, make_setup
-from jdllm.decode.state import DecodeState, Request, Trace
+from jdllm.decode.state import DecodeState, Prefixes, Request, Trace
 
 __all__ = [
     "DecodeConfig",
     "DecodeState",
+    "Prefixes",
     "Request",
     "Setup",
     "Trace",
     "decode",
     "make_rule",
     "make_setup",
+    "read_prefix",
 ]

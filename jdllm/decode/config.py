@@ -123,6 +123,10 @@ class DecodeConfig:
     kv_window: int | None = None
     """verify: columns before the first mask that are computed again; the rest is cached."""
 
+    share_prefix: bool = True
+    """block, of block-causal models: what many prompts begin with, few-shot examples say, is
+    computed once where that saves enough."""
+
     stop: Literal["eos", "eos_fill", "eos_block", "eos_return", "eos_any", "none"] = "eos"
     """When a row ends before its canvas is full."""
     stop_fill: bool = False

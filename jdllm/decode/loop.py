@@ -39,9 +39,7 @@ def decode(
     any weights: a block has at most `setup.step_limit` steps besides full passes. With `trace`
     every model call is recorded. A verifier is needed by rule=verify only.
     """
-    model = nnx.merge(graph, params)
-    if model.config.block_causal:  # blocks are as long as the setup says
-        model.config = dataclasses.replace(model.config, block_causal=setup.block_length)
+    model = merged(graph, params, setup.block_length)
     second = nnx.merge(verifier_graph, verifier_params) if verifier_graph is not None else None
     loop = Loop(model, request, setup, second)
     state = loop.start(trace)
@@ -52,6 +50,14 @@ def decode(
         return state
     tokens = state.trace.tokens.at[state.forwards].set(state.tokens)
     return dataclasses.replace(state, trace=dataclasses.replace(state.trace, tokens=tokens))
+
+
+def merged(graph: nnx.GraphDef, params: nnx.State, block_length: int) -> Transformer:
+    """The model; one that attends block by block has blocks as long as the setup says."""
+    model = nnx.merge(graph, params)
+    if model.config.block_causal:
+        model.config = dataclasses.replace(model.config, block_causal=block_length)
+    return model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,11 +94,16 @@ class Loop:
             rule=self.fresh_rule(),
             stop=setup.stop.start(request.tokens),
             clock=Clock(zero, zero, jnp.zeros((), bool), zero - 1),
-            cache=Cache.zeros(model.config, doubled, T, kind) if cached else None,
+            cache=self.begun(Cache.zeros(model.config, doubled, T, kind)) if cached else None,
             inputs=model.embed(request.tokens, kind) if setup.smooth else None,
             trace=self.fresh_trace() if trace else None,
         )
         return self.prefill(state) if setup.plan.kind == "block" else state
+
+    def begun(self, cache: Cache) -> Cache:
+        """An empty cache with what was computed before."""
+        shared = self.request.prefixes
+        return cache if shared is None else cache.begun(shared.cache, shared.which)
 
     def fresh_rule(self):
         """The rule's carry at the start of a block; a verifier has read the prompt."""
@@ -266,11 +277,13 @@ class Loop:
         return self.judge(state, state.tokens, look, ~state.done)
 
     def prefill(self, state: DecodeState) -> DecodeState:
-        """Keys of everything before the first blocks."""
-        width = state.tokens.shape[1] - self.setup.gen_length
+        """Keys of everything before the first blocks, but what was computed before."""
+        B, T = state.tokens.shape
+        shared = self.request.prefixes
+        own = jnp.arange(shared.length if shared else 0, T - self.setup.gen_length)
         starts_B = self.at.block_start(0)
         rows_B = ~state.done & ((starts_B > 0) | self.setup.quirks.coupled)
-        columns_BT = jnp.broadcast_to(jnp.arange(width), (state.tokens.shape[0], width))
+        columns_BT = jnp.broadcast_to(own, (B, len(own)))
         return jax.lax.cond(
             jnp.any(rows_B),
             lambda s: self.absorb(s, columns_BT, starts_B[:, None], rows_B, PREFILL),

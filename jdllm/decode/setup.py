@@ -107,6 +107,14 @@ class Setup:
         """A bound on the model calls of a request."""
         return self.blocks * (2 * self.step_limit + self.maximum_unroll * 2 + 3) + 1
 
+    @property
+    def fixed_past(self) -> bool:
+        """Whether the keys of a finished block depend on nothing but the tokens up to its end.
+
+        With guidance a second row of masks has keys of its own; then they are not shared.
+        """
+        return self.plan.kind == "block" and self.whole_blocks and not self.cfg_scale
+
     def first_block(self, prompt_length: Any) -> Any:
         """The column where the first block begins; an int or an array."""
         L = self.block_length

@@ -11,6 +11,22 @@ from jdllm.unmask import Carry
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Prefixes:
+    """What rows begin with, computed before: exact where no later column can change its keys."""
+
+    cache: Cache
+    """L arrays [F, P, G, K]: the first P columns, whole blocks, of F different beginnings."""
+    which: jax.Array
+    """int32 [B]: which of them each row has."""
+
+    @property
+    def length(self) -> int:
+        """P."""
+        return self.cache.keys[0].shape[1]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Request:
     """What decoding starts from: one row a prompt."""
 
@@ -24,6 +40,8 @@ class Request:
     """bool [B]: rows that only fill up the batch."""
     recorded: jax.Array | None = None
     """Uniform draws to use instead of the keys: [forwards, B, T] or [forwards, B, T, V]."""
+    prefixes: Prefixes | None = None
+    """Read by cache=block: the prefill covers what is behind them."""
 
 
 PREFILL, FULL, STEP, COMMIT = range(4)

@@ -20,8 +20,8 @@ from jdllm.configs import LLADA_8B, NAMED, ModelConfig, count_parameters
 from jdllm.convert import __main__ as command
 from jdllm.convert.__main__ import describe_model, main
 from jdllm.decode import DecodeConfig, Request, decode, make_setup
+from jdllm.memory_plan import Plan, Planner, share, weight_bytes
 from jdllm.model import abstract, named
-from jdllm.plan import Plan, Planner, share, weight_bytes
 
 BUNDLED = dataclasses.replace(NAMED["bundled"], dtype="float32")
 SMALL = dataclasses.replace(
