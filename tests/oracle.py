@@ -291,10 +291,16 @@ class Row:
                 self.dirty = True
 
     def ended(self, last: int, closing: bool) -> bool:
-        """Whether the row is finished, after a step or after a block that ends at `last`."""
+        """Whether the row is finished, after a step or after a block that ends at `last`.
+
+        A row whose budget is spent may have come to its end in the same step.
+        """
+        spent = bool(self.config.max_forwards and self.nfe >= self.config.max_forwards)
+        return self.complete(last, closing) or spent
+
+    def complete(self, last: int, closing: bool) -> bool:
+        """Whether the text has ended, and what fills the columns behind it."""
         config, facts = self.config, self.facts
-        if config.max_forwards and self.nfe >= config.max_forwards:
-            return True
         if config.stop == "eos_block":
             found = closing and facts.eos_id in self.tokens[self.prompt : last]
             if found and config.stop_fill:

@@ -74,6 +74,7 @@ ELSEWHERE: dict[str, tuple[Any, dict[str, Any]]] = {
     "factor": (2.0, {}),
     "entropy_bound": (0.5, {}),
     "verify_weight": (0.3, {}),
+    "top_k_first": (True, {"top_k": 5}),
     "alg_temp": (0.5, {}),
     "schedule": ("columns", {}),
     "minimal_topk": (2, {}),
@@ -159,3 +160,13 @@ def test_an_open_config_is_refused():
 def test_resolving_twice_changes_nothing(rule: Any):
     once = DecodeConfig(rule=rule).resolve(model=TINY)
     assert once.resolve(model=TINY) == once
+
+
+@pytest.mark.parametrize("kind", [{}, {"block_causal": 4}], ids=["dense", "block-causal"])
+def test_the_order_of_the_filters_is_the_models(kind: dict[str, Any]):
+    model = dataclasses.replace(TINY, **kind)
+    both = DecodeConfig(top_k=5, top_p=0.9)
+    assert both.resolve(model=model).top_k_first is bool(kind)
+    assert dataclasses.replace(both, top_k_first=True).resolve(model=model).top_k_first
+    for one in (DecodeConfig(top_k=5), DecodeConfig(top_p=0.9)):
+        assert one.resolve(model=model).top_k_first is None

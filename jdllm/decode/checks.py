@@ -47,6 +47,11 @@ READERS: tuple[tuple[tuple[str, ...], Callable[[Any], Any], str], ...] = (
     (("factor",), lambda c: c.rule == "factor", "rule=factor"),
     (("entropy_bound",), lambda c: c.rule == "entropy_bound", "rule=entropy_bound"),
     (("verify_weight",), lambda c: c.rule == "verify", "rule=verify"),
+    (
+        ("top_k_first",),
+        lambda c: c.top_p is not None and c.top_k is not None,
+        "top_p together with top_k",
+    ),
     (("alg_temp",), lambda c: c.rule == "quota", "rule=quota"),
     (("schedule",), _counts, "rule=quota or origin, and rule=threshold with steps"),
     (

@@ -78,6 +78,9 @@ class DecodeConfig:
     """LLaDA's sampling, or Dream's and LLaDA2's."""
     top_p: float | None = None
     top_k: int | None = None
+    top_k_first: bool | None = None
+    """top_p is a share of what top_k left, as in LLaDA2 and BlockInfer; else top_p comes first, as
+    in Dream (default: where the model is block-causal)."""
     alg_temp: float | None = None
     """Dream: temperature of the choice among positions."""
     cfg_scale: float = 0.0
@@ -197,6 +200,9 @@ class DecodeConfig:
         edge = self.edge
         if edge is None and self.rule == "threshold":
             edge = "above" if causal else "at_least"
+        top_k_first = self.top_k_first
+        if top_k_first is None and self.top_p is not None and self.top_k is not None:
+            top_k_first = causal
         cache = self.cache or ("block" if causal else "dual")
         if self.rule == "verify" or self.parity in ("llada", "dream"):
             cache = "none"
@@ -208,5 +214,6 @@ class DecodeConfig:
             steps=steps,
             threshold=threshold,
             edge=edge,
+            top_k_first=top_k_first,
             cache=cache,
         )
