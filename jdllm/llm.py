@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from jdllm import processes, sharding, trace
 from jdllm.configs import ModelConfig
-from jdllm.decode import DecodeConfig, DecodeState, Request, Setup, Trace, decode, make_setup
+from jdllm.decode import DecodeConfig, Request, Setup, Trace, compile_blocks, decode, make_setup
 from jdllm.fingerprint import fingerprint
 from jdllm.likelihood import LikelihoodConfig
 from jdllm.load import choose_mesh, load_parts, locate
@@ -200,9 +200,10 @@ class LLM:
     ) -> Iterator[Batch]:
         """As `generate`, but yields each batch when it is finished, shortest prompts first.
 
-        `watch` is called with the index of a prompt and the record of its model calls; where it
-        is called again for that prompt, the calls follow on (`trace.join`). Its time is not
-        counted. The record is made by a program of its own: without `watch` it costs nothing.
+        `watch` is called with the index of a prompt and the record of its model calls, as soon as
+        a block is finished: first with the canvas that it starts from, then with calls that follow
+        on (`trace.join`). Its time is not counted. What it sees is made by programs of their own:
+        without `watch` it costs nothing.
         """
         config = self.resolve(config)
         rows = self.encode(prompts, chat)
@@ -228,21 +229,22 @@ class LLM:
             height = heights[bucket(max(len(rows[index[0]]), 1))]
             chosen = [rows[i] for i in index], [seeds[i] for i in index]
             request = self._request(*chosen, config, setup, height)
-            program, compile_seconds = self._program(request, setup, watch is not None)
-            start = time.perf_counter()
-            state: DecodeState = program(self._params, request, self._verifier[2])
-            tokens, nfe, forwards = processes.gather((state.tokens, state.nfe, state.forwards))
-            seconds = time.perf_counter() - start
             slots = deal(len(index), height, replicas)
+            program, compile_seconds = self._program(request, setup, watch is not None)
+            seconds, start = 0.0, time.perf_counter()
+            found = program(self._params, request, self._verifier[2])
+            for state in found if watch else [found]:
+                seen = state.tokens, state.nfe, state.forwards, state.trace
+                tokens, nfe, forwards, kept = processes.gather(seen)
+                seconds += time.perf_counter() - start
+                for i, slot in zip(index, slots, strict=True):
+                    if watch:
+                        watch(i, self._record(kept, slot, int(forwards), len(rows[i]), setup))
+                start = time.perf_counter()
             completions = [
                 self._completion(tokens[s][len(rows[i]) :][:gen_length], int(nfe[s]), stop)
                 for i, s in zip(index, slots, strict=True)
             ]
-            if watch:
-                kept = jax.device_get(state.trace)
-                for slot, i in zip(slots, index, strict=True):
-                    length = setup.canvas_length(len(rows[i]))
-                    watch(i, self._record(kept, slot, int(forwards), len(rows[i]), length))
             yield Batch(index, completions, int(forwards), seconds, compile_seconds)
 
     def _request(
@@ -272,22 +274,29 @@ class LLM:
         return Request(*placed)
 
     def _record(
-        self, kept: Trace, row: int, calls: int, prompt_length: int, length: int
+        self, kept: Trace, slot: int, forwards: int, prompt_length: int, setup: Setup
     ) -> trace.Record:
-        """What the loop kept of a row."""
-        arrays = {name: getattr(kept, name)[:, row] for name in ("tokens", *trace.LOOKS)}
+        """What the loop kept of a row, after so many calls of the request."""
+        arrays = {name: getattr(kept, name)[:, slot] for name in ("tokens", *trace.LOOKS)}
+        calls, length = forwards - int(kept.first), setup.canvas_length(prompt_length)
         return trace.cut(arrays, calls, prompt_length, length, self.config.mask_id)
 
     def _program(self, request: Request, setup: Setup, watched: bool = False) -> tuple[Any, float]:
-        """The compiled loop for this shape and these rules, and the seconds spent compiling."""
+        """The compiled loop for this shape and these rules, and the seconds spent compiling.
+
+        Where it is watched, it yields its state block by block.
+        """
         key = (request.tokens.shape, setup, watched)
         if key in self._programs:
             return self._programs[key], 0.0
         start = time.perf_counter()
         _, second, weights = self._verifier
-        self._programs[key] = program = decode.lower(
-            self._graph, self._params, request, setup, watched, second, weights
-        ).compile()
+        given = self._graph, self._params, request, setup
+        if watched:
+            program = compile_blocks(*given, self.mesh, second, weights)
+        else:
+            program = decode.lower(*given, False, second, weights).compile()
+        self._programs[key] = program
         return program, time.perf_counter() - start
 
     def loglikelihood(

@@ -164,6 +164,8 @@ class Row:
         self.before: dict[int, int] = {}
         self.streak = 0
         self.shake = lambda logits: logits
+        self.story: list[list[int]] = []
+        """The canvas after every call that unmasks."""
 
     def embedded(self, tokens: np.ndarray) -> np.ndarray:
         return self.model.table_VD[tokens]
@@ -335,6 +337,7 @@ class Row:
                 assert block.calls < 100, "the twin itself does not end"
                 self.call(block)
                 self.settled(block)
+                self.story.append(self.tokens.tolist())
                 if self.ended(last, closing=False):
                     return self
             if self.ended(last, closing=True):
@@ -347,16 +350,18 @@ class Row:
         return self
 
 
-def oracle(
-    model: PlainModel, config: DecodeConfig, prompt: list[int], shake: int | None = None
-) -> tuple[list[int], int]:
-    """Canvas and NFE of one prompt, by a resolved config.
-
-    With `shake`, a seed, every logit moves by up to 1e-4, more than float32 is off.
-    """
-    row = Row(model, config, prompt)
-    if shake is not None:
-        rng = np.random.default_rng(shake)
-        row.shake = lambda logits: logits + rng.uniform(-1e-4, 1e-4, logits.shape)
-    row.run()
+def oracle(model: PlainModel, config: DecodeConfig, prompt: list[int]) -> tuple[list[int], int]:
+    """Canvas and NFE of one prompt, by a resolved config."""
+    row = Row(model, config, prompt).run()
     return row.tokens.tolist(), row.nfe
+
+
+def is_close(model: PlainModel, config: DecodeConfig, prompt: list[int], runs: int = 4) -> bool:
+    """Whether a decision on the way changes where logits move by 1e-4, more than float32 is off."""
+    row = Row(model, config, prompt).run()
+    for seed in range(runs):
+        rng, shaken = np.random.default_rng(seed), Row(model, config, prompt)
+        shaken.shake = lambda logits, rng=rng: logits + rng.uniform(-1e-4, 1e-4, logits.shape)
+        if shaken.run().story != row.story:
+            return True
+    return False

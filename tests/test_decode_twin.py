@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from jdllm import DecodeConfig
 from jdllm.decode import make_setup
-from tests.oracle import oracle
+from tests.oracle import is_close, oracle
 from tests.tiny_models import canvases, plain, random_prompts, tiny
 
-LOOSE = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
-SEARCH = LOOSE | {"derandomize": False, "max_examples": 100}  # new ones, or --hypothesis-seed=N
+LOOSE: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+SEARCH = 100  # examples, new ones in every run, or those of --hypothesis-seed=N
 VALUES = {
     "seed": st.integers(0, 10_000),
     "lengths": st.permutations([1, 6, 13]),
@@ -35,8 +35,7 @@ def check(kind: str, options: dict[str, Any], seed: int, lengths: list[int], end
     model, resolved = plain(llm), llm.resolve(config)
     expected = [oracle(model, resolved, prompt) for prompt in prompts]
     if (rows, nfe) != ([tokens for tokens, _ in expected], [n for _, n in expected]):
-        shaken = [[oracle(model, resolved, prompt, i) for prompt in prompts] for i in range(4)]
-        assume(shaken == [expected] * 4)  # else a decision is closer than float32 tells
+        assume(not any(is_close(model, resolved, prompt) for prompt in prompts))
     assert rows == [tokens for tokens, _ in expected]
     assert nfe == [count for _, count in expected]
     assert max(nfe) <= forwards <= sum(nfe)
@@ -93,7 +92,7 @@ MORE: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("kind", "options"), CASES, ids=range(len(CASES)))
-@settings(max_examples=4, **LOOSE)
+@settings(max_examples=4, derandomize=True, **LOOSE)
 @given(**VALUES)
 def test_loop_equals_twin(kind: str, options: dict[str, Any], **values):
     check(kind, options, **values)
@@ -153,7 +152,7 @@ REST = some(
 
 
 @pytest.mark.slow
-@settings(**SEARCH)
+@settings(max_examples=SEARCH, **LOOSE)
 @given(st.sampled_from(["plain", "shifted", "blocks"]), RULES, CACHES, REST, st.integers(0, 10_000))
 def test_loop_equals_twin_for_any_settings(kind, rule, cache, rest, seed):
     options = rest | cache | rule
@@ -167,7 +166,7 @@ def test_loop_equals_twin_for_any_settings(kind, rule, cache, rest, seed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "options"), CASES + MORE, ids=range(len(CASES + MORE)))
-@settings(**SEARCH)
+@settings(max_examples=SEARCH, **LOOSE)
 @given(**VALUES)
 def test_loop_equals_twin_at_length(kind: str, options: dict[str, Any], **values):
     check(kind, options, **values)

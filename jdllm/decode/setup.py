@@ -103,9 +103,14 @@ class Setup:
         return self.schedule.steps or 0
 
     @property
+    def block_calls(self) -> int:
+        """A bound on the model calls of a block."""
+        return 2 * self.step_limit + self.maximum_unroll * 2 + 3
+
+    @property
     def call_limit(self) -> int:
         """A bound on the model calls of a request."""
-        return self.blocks * (2 * self.step_limit + self.maximum_unroll * 2 + 3) + 1
+        return self.blocks * self.block_calls + 1
 
     def first_block(self, prompt_length: Any) -> Any:
         """The column where the first block begins; an int or an array."""
