@@ -21,7 +21,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"rule": "quota", "steps": 4, "tokens_per_step": 2}, "keep one"),
     ({"threshold": 1.5}, "threshold=1.5 is out of range"),
     ({"steps": 4, "rule": "factor"}, "steps=4 means nothing to rule=factor"),
-    ({"tokens_per_step": 2}, "belongs to rule=quota, not rule=threshold"),
+    ({"tokens_per_step": 2, "rule": "factor"}, "quota or threshold, not rule=factor"),
     ({"rule": "entropy_bound"}, "set remasking=entropy, not low_confidence"),
     ({"rule": "hierarchy", "remasking": "entropy"}, "set remasking=low_confidence, not entropy"),
     ({"remasking": "random"}, "remasking=random is none, use rule=quota"),
@@ -36,7 +36,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"edit_threshold": 0.5, "remasking": "entropy"}, "set remasking=low_confidence, not entropy"),
     ({"rule": "quota", "cont_weight": 0.3}, "set rule=threshold or hierarchy"),
     ({"delete_id": 3, "split_id": 3, "edit_threshold": 0.5}, "must differ"),
-    ({"delete_id": 3, "split_id": 4, "edit_threshold": 0.5, "credit": True}, "leave out"),
+    ({"delete_id": 3, "split_id": 4, "edit_threshold": 0.5, "top_p": 0.9}, "leave out .* top_p"),
     ({"lookahead": 3, "cache": "dual"}, "set cache=none, not cache=dual"),
     ({"lookahead": 3, "rule": "quota", "parity": "llada"}, "set parity=none or apd"),
     ({"lookahead": 3, "edit_threshold": 0.5}, "use one of them"),
@@ -127,7 +127,7 @@ def test_words_that_are_no_option_are_refused():
         refuse({"rule": "treshold"})
 
 
-@pytest.mark.parametrize("rule", ["quota", "origin", "allowance"])
+@pytest.mark.parametrize("rule", ["quota", "origin", "allowance", "threshold"])
 def test_steps_that_do_not_divide_are_refused(rule: Any):
     schedule: Any = "timesteps" if rule == "origin" else "masks"
     config = DecodeConfig(gen_length=16, block_length=8, rule=rule, steps=7, schedule=schedule)

@@ -70,6 +70,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("plain", {"threshold": 0.6, "stop": "eos_block", "stop_fill": True}),
     ("plain", {"logits_eos_inf": True, "threshold": 1.0, "remasking": "entropy"}),
     ("plain", {"threshold": 0.6, "steps": 3, "stop": "none"}),
+    ("blocks", {"threshold": 0.9, "tokens_per_step": 2, "edit_threshold": 0.4}),
     ("shifted", {"threshold": 0.6}),
     ("shifted", {"threshold": 0.6, "cache": "prefix", "prefix_look": 2, "align": True}),
     ("blocks", EXACT),
@@ -118,6 +119,7 @@ LINES = [0.3, 0.6, 0.9, 1.0]
 RULES = st.one_of(
     some(threshold=LINES, edge=["at_least", "above", "slack"], steps=[None, 6],
          remasking=["low_confidence", "topk_margin"]),
+    some(threshold=LINES, tokens_per_step=[2, 3], edit_threshold=[None, 0.5]),
     some(threshold=[0.5, 1.5], remasking=["entropy"], edge=["at_least", "above"]),
     some(threshold=LINES, edge=["above", "slack"], credit=[True], credit_alpha=[0.7, 2.0]),
     some(threshold=LINES, edit_threshold=[0.2, 0.5, 0.9], edit_passes=[0, 1, 16],

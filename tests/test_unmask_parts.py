@@ -1,5 +1,7 @@
 """Candidates, confidences, schedules, credit and editing, against plain versions of them."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,6 +106,16 @@ def test_warp_keeps_ties_with_the_last_token():
     assert (Warp(top_k=2)(logits)[0, 0] > -1e30).tolist() == [True, True, True, False]
     assert (Warp(top_p=0.7)(logits)[0, 0] > -1e30).tolist() == [True, True, True, False]
     assert Warp(top_p=1.0, top_k=9)(logits).tolist() == logits.tolist()
+
+
+@pytest.mark.parametrize("how", [{"top_k": 1}, {"top_p": 0.1}])
+def test_warp_leaves_a_token_to_take(how: dict[str, Any]):
+    """Also where [MASK] alone is within the filter: then [MASK] and the best of the others stay."""
+    logits = jnp.array([[[0.0, 2.0, 9.0, 1.0]]])
+    warped = Warp(**how, excluded=(2,))(logits)
+    assert (warped[0, 0] > -1e30).tolist() == [False, True, True, False]
+    assert Argmax((2,))(warped, no_draw).tolist() == [[1]]
+    assert (Warp(**how)(logits)[0, 0] > -1e30).tolist() == [False, False, True, False]
 
 
 def chi_square(counts: np.ndarray, p: np.ndarray) -> float:

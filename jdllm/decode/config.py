@@ -66,7 +66,8 @@ class DecodeConfig:
     """quota, origin, allowance: steps in all, spread evenly over blocks (default: one token each).
     threshold: a floor on the tokens of a step (LLaDA2.0)."""
     tokens_per_step: int | None = None
-    """quota: so many tokens in every step, instead of `steps`."""
+    """quota: so many tokens in every step, instead of `steps`. threshold: at least so many
+    (LLaDA2.1's num_to_transfer)."""
     minimal_topk: int = 1
     """LLaDA2.0: at most gen_length / minimal_topk steps."""
     eps: float = 1e-3
@@ -187,14 +188,14 @@ class DecodeConfig:
         blocks = -(-gen // block)
         steps, threshold = self.steps, self.threshold
         if self.rule in ("quota", "origin", "allowance") and not self.tokens_per_step:
-            steps = min(steps or gen, gen // self.minimal_topk)
+            steps = steps or gen
+        if steps:
+            steps = min(steps, gen // self.minimal_topk)
             if steps % blocks and self.schedule != "columns":
                 raise ValueError(
                     f"steps={steps} must be a multiple of the {blocks} blocks of "
                     f"gen_length={gen} and block_length={block}"
                 )
-        elif steps:
-            steps = min(steps, gen // self.minimal_topk)
         if threshold is None and self.rule in BY_THRESHOLD:
             threshold = 0.95 if causal else 0.9
         edge = self.edge

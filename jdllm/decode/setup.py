@@ -153,7 +153,7 @@ def make_rule(config: DecodeConfig, model: ModelConfig) -> unmask.Rule:
     warp = None
     if config.top_p is not None or config.top_k is not None or (divides and not greedy):
         heat = config.temperature if divides else 0.0
-        warp = unmask.Warp(heat, config.top_p, config.top_k, bool(config.top_k_first))
+        warp = unmask.Warp(heat, config.top_p, config.top_k, bool(config.top_k_first), excluded)
     if config.rule == "verify":
         return Speculate(
             excluded, config.verify_weight, config.temperature, quirks.greedy_target, warp

@@ -52,20 +52,25 @@ class Warp:
 
     With `top_k_first` in the order of LLaDA2 and BlockInfer: top_p is then a share of what top_k
     left, so that fewer tokens stay. Both filters also apply at temperature 0, where they change
-    confidences. What they drop gets the lowest finite logit.
+    confidences. What they drop gets the lowest finite logit. The likeliest token that is not in
+    `excluded` always stays, so that there is one to take.
     """
 
     temperature: float = 0.0
     top_p: float | None = None
     top_k: int | None = None
     top_k_first: bool = False
+    excluded: tuple[int, ...] = ()
 
     def __call__(self, logits_BNV: jax.Array) -> jax.Array:
         if self.temperature:
             logits_BNV = logits_BNV / self.temperature
         if self.top_k_first:
-            return _keep_mass(_keep_best(logits_BNV, self.top_k), self.top_p)
-        return _keep_best(_keep_mass(logits_BNV, self.top_p), self.top_k)
+            kept = _keep_mass(_keep_best(logits_BNV, self.top_k), self.top_p)
+        else:
+            kept = _keep_best(_keep_mass(logits_BNV, self.top_p), self.top_k)
+        allowed = without(logits_BNV, self.excluded)
+        return jnp.where(logits_BNV < jnp.max(allowed, axis=-1, keepdims=True), kept, logits_BNV)
 
 
 def _keep_mass(logits_BNV: jax.Array, top_p: float | None) -> jax.Array:
