@@ -15,6 +15,7 @@ from jdllm.decode import decode, make_setup
 from jdllm.llm import LLM, _row_seeds
 from jdllm.model import assemble, named
 from jdllm.trace import LOOKS, Record
+from tests.conftest import drop_programs
 from tests.models import on_mesh
 from tests.test_decode_twin import CACHES, LOOSE, REST, RULES, SEARCH
 from tests.tiny_models import TINY, random_prompts, tiny
@@ -150,4 +151,6 @@ def test_any_watched_run_is_the_run(kind, rule, cache, rest, sampled, seed):
         make_setup(tiny(kind).resolve(DecodeConfig(**SHORT | options)), tiny(kind).config)
     except ValueError:
         reject()
-    check(tiny(kind), options, seed)
+    llm = tiny(kind)
+    check(LLM(llm.config, llm._graph, llm._params, llm.mesh), options, seed)  # keeps no programs
+    drop_programs()

@@ -158,7 +158,10 @@ class DecodeConfig:
             for name in names:
                 value = getattr(self, name)
                 if value != defaults[name] and not reads(self):
-                    raise ValueError(f"{name}={value} is read by {where} only; leave it out")
+                    raise ValueError(
+                        f"{name}={value} is read by {where} only; leave it out, or take back what "
+                        f"a preset sets: {name}={defaults[name]}"
+                    )
         for wrong, sentence in CONFLICTS:
             if wrong(self):
                 raise ValueError(sentence.format(c=self))
