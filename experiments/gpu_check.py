@@ -22,9 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdllm import DecodeConfig, cli, sharding
+from jdllm.batches import bucket
 from jdllm.configs import NAMED
 from jdllm.kernels.attention import IMPLEMENTATIONS, attention, reference
-from jdllm.llm import LLM, bucket
+from jdllm.llm import LLM
 from jdllm.load import weight_bytes
 from jdllm.memory_plan import Planner
 from jdllm.tasks import TASKS

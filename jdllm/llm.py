@@ -24,11 +24,11 @@ from jdllm.cache import Cache
 from jdllm.configs import ModelConfig
 from jdllm.decode import (
     DecodeConfig,
-    DecodeState,
     Prefixes,
     Request,
     Setup,
     Trace,
+    compile_blocks,
     decode,
     make_setup,
     read_prefix,
@@ -204,9 +204,10 @@ class LLM:
     ) -> Iterator[Batch]:
         """As `generate`, but yields each batch when it is finished, shortest prompts first.
 
-        `watch` is called with the index of a prompt and the record of its model calls; where it
-        is called again for that prompt, the calls follow on (`trace.join`). Its time is not
-        counted. The record is made by a program of its own: without `watch` it costs nothing.
+        `watch` is called with the index of a prompt and the record of its model calls, as soon as
+        a block is finished: first with the canvas that it starts from, then with calls that follow
+        on (`trace.join`). Its time is not counted. What it sees is made by programs of their own:
+        without `watch` it costs nothing.
         """
         config = self.resolve(config)
         rows, gen_length = self.encode(prompts, chat), config.gen_length or 0
@@ -221,21 +222,22 @@ class LLM:
         for index, height in zip(batches, tall, strict=True):
             chosen = [rows[i] for i in index], [seeds[i] for i in index]
             request = self._request(*chosen, config, setup, height, shared.of(index))
-            program, compile_seconds = self._program(request, setup, watch is not None)
-            start = time.perf_counter()
-            state: DecodeState = program(self._params, request, self._verifier[2])
-            tokens, nfe, forwards = processes.gather((state.tokens, state.nfe, state.forwards))
-            spent, compiling = spent + time.perf_counter() - start, compiling + compile_seconds
             slots = deal(len(index), height, replicas)
+            program, compile_seconds = self._program(request, setup, watch is not None)
+            compiling, start = compiling + compile_seconds, time.perf_counter()
+            found = program(self._params, request, self._verifier[2])
+            for state in found if watch else [found]:
+                seen = state.tokens, state.nfe, state.forwards, state.trace
+                tokens, nfe, forwards, kept = processes.gather(seen)
+                spent += time.perf_counter() - start
+                for i, slot in zip(index, slots, strict=True):
+                    if watch:
+                        watch(i, self._record(kept, slot, int(forwards), len(rows[i]), setup))
+                start = time.perf_counter()
             completions = [
                 self._completion(tokens[s][len(rows[i]) :][:gen_length], int(nfe[s]), stop)
                 for i, s in zip(index, slots, strict=True)
             ]
-            if watch:
-                kept = processes.gather(state.trace)
-                for slot, i in zip(slots, index, strict=True):
-                    length = setup.canvas_length(len(rows[i]))
-                    watch(i, self._record(kept, slot, int(forwards), len(rows[i]), length))
             saved = len(index) * shared.length
             yield Batch(index, completions, int(forwards), spent, compiling, saved)
             spent, compiling = 0.0, 0.0
@@ -261,7 +263,9 @@ class LLM:
         tokens = [processes.place(np.array([ids], np.int32), whole) for ids in common.prefixes]
         program, compile_seconds = self._compiled(
             ("prefix", common.length, setup.block_length),
-            lambda: read_prefix.lower(self._graph, self._params, tokens[0], setup.block_length),
+            lambda: read_prefix.lower(
+                self._graph, self._params, tokens[0], setup.block_length
+            ).compile(),
         )
         start = time.perf_counter()
         caches: list[Cache] = [program(self._params, one) for one in tokens]
@@ -303,29 +307,36 @@ class LLM:
         return Request(*placed, prefixes=Prefixes(begun[0], which) if begun else None)
 
     def _record(
-        self, kept: Trace, row: int, calls: int, prompt_length: int, length: int
+        self, kept: Trace, slot: int, forwards: int, prompt_length: int, setup: Setup
     ) -> trace.Record:
-        """What the loop kept of a row."""
-        arrays = {name: getattr(kept, name)[:, row] for name in ("tokens", *trace.LOOKS)}
+        """What the loop kept of a row, after so many calls of the request."""
+        arrays = {name: getattr(kept, name)[:, slot] for name in ("tokens", *trace.LOOKS)}
+        calls, length = forwards - int(kept.first), setup.canvas_length(prompt_length)
         return trace.cut(arrays, calls, prompt_length, length, self.config.mask_id)
 
     def _program(self, request: Request, setup: Setup, watched: bool = False) -> tuple[Any, float]:
-        """The compiled loop for this shape and these rules, and the seconds spent compiling."""
+        """The compiled loop for this shape and these rules, and the seconds spent compiling.
+
+        Where it is watched, it yields its state block by block.
+        """
         _, second, weights = self._verifier
+        given = self._graph, self._params, request, setup
         length = request.prefixes and request.prefixes.cache.keys[0].shape
         return self._compiled(
             (request.tokens.shape, length, setup, watched),
-            lambda: decode.lower(
-                self._graph, self._params, request, setup, watched, second, weights
+            lambda: (
+                compile_blocks(*given, self.mesh, second, weights)
+                if watched
+                else decode.lower(*given, False, second, weights).compile()
             ),
         )
 
-    def _compiled(self, key: Any, lower: Callable[[], Any]) -> tuple[Any, float]:
+    def _compiled(self, key: Any, make: Callable[[], Any]) -> tuple[Any, float]:
         """The program kept under `key`, and the seconds spent if it is compiled now."""
         if key in self._programs:
             return self._programs[key], 0.0
         start = time.perf_counter()
-        self._programs[key] = lower().compile()
+        self._programs[key] = make()
         return self._programs[key], time.perf_counter() - start
 
     def loglikelihood(

@@ -6,10 +6,12 @@ Where the output is no terminal, every call becomes a line of plain text.
 import dataclasses
 import functools
 import itertools
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from rich.cells import cell_len, chop_cells
@@ -22,6 +24,7 @@ from jdllm.pieces import Kind, Piece, spell, visible
 from jdllm.trace import Record, join
 
 SIGNS = {"mask": "·", "end": "∎"}
+GLANCE = 0.1  # seconds between looks whether Ctrl-C came
 LINE_END, BREAK = "\n", "⏎"
 # Unsure to sure: vermilion, dark gold, bluish green. They keep apart for colour-blind eyes and are
 # readable on black and on white.
@@ -140,7 +143,8 @@ class Player:
     """Keeps a request's record and shows its calls, `fps` a second, as stretches of them come in.
 
     Use it as a context, and call it with every stretch. Drawing takes no time of its own: a call
-    that is overdue is left out. Ctrl-C while it plays ends the animation, not the run.
+    that is overdue is left out. The first Ctrl-C behind the first stretch ends the animation, not
+    the run; the next one is an ordinary KeyboardInterrupt.
     """
 
     pieces: Mapping[int, Piece]
@@ -156,6 +160,7 @@ class Player:
         self._stretches: list[Record] = []
         self._skipped = False
         self._due = 0.0
+        self._before: Any = None
         self._live = Live(console=self.console, auto_refresh=False, transient=True)
 
     @property
@@ -167,9 +172,13 @@ class Player:
         if self.animated:
             self._live.start()
             self._live.update(Text("waiting for the first calls", "dim"), refresh=True)
+            if threading.current_thread() is threading.main_thread():
+                self._before = signal.signal(signal.SIGINT, self._interrupted)
         return self
 
     def __exit__(self, *_) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
         self._live.stop()
 
     def __call__(self, stretch: Record) -> None:
@@ -178,17 +187,13 @@ class Player:
         if not self.shown or self._skipped:
             return
         record = self.record
-        before = record.calls - stretch.calls
-        calls = range(before + bool(before), record.calls + 1)
+        start = record.calls - stretch.calls + (len(self._stretches) > 1)
+        calls = range(start, record.calls + 1)
         if not self.animated:
             for call in calls:
-                print(plain(record, call, self.pieces), file=self.console.file)
+                print(plain(record, call, self.pieces), file=self.console.file, flush=True)
             return
-        try:
-            self._play(record, calls)
-        except KeyboardInterrupt:
-            self._skipped = True
-            self._live.update("", refresh=True)
+        self._play(record, calls)
 
     def finish(self, completion: str) -> None:
         """Prints the completion; where it was animated, coloured."""
@@ -204,12 +209,22 @@ class Player:
         view = crop(lines, focus, max(self.console.height - 2, 1))
         return Group(status(record, call), view)
 
+    def _interrupted(self, *_) -> None:
+        """What Ctrl-C does, whether a call is shown or the next block is computed."""
+        if self._skipped or not self._stretches:
+            raise KeyboardInterrupt
+        self._skipped = True
+        self._live.update(Text("the run goes on; Ctrl-C again ends it", "dim"), refresh=True)
+
     def _play(self, record: Record, calls: range) -> None:
         start = max(self._due, self.clock())
         self._due = start + len(calls) / self.fps
         for i, call in enumerate(calls):
-            now = self.clock()
-            if now > start + (i + 1) / self.fps and call != calls[-1]:
+            due, last = start + i / self.fps, call == calls[-1]
+            if self.clock() > due + 1 / self.fps and not last:
                 continue
-            self.sleep(max(0.0, start + i / self.fps - now))
+            while (left := due - self.clock()) > 0 and not self._skipped:
+                self.sleep(min(left, GLANCE))
+            if self._skipped:
+                return
             self._live.update(self.frame(record, call), refresh=True)

@@ -50,10 +50,15 @@ MAPS = Path("/proc/self/maps")
 MOST_MAPS = 30_000  # of the 65 530 that Linux gives a process by default
 
 
-@pytest.fixture(autouse=True)
-def few_programs() -> Iterator[None]:
-    """Compiled programs are dropped before their memory maps run out, which would abort Python."""
-    yield
+def drop_programs() -> None:
+    """Drops compiled programs before their memory maps run out, which would abort Python."""
     if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def few_programs() -> Iterator[None]:
+    """Between tests; one that compiles hundreds does it itself."""
+    yield
+    drop_programs()

@@ -164,6 +164,8 @@ class Row:
         self.before: dict[int, int] = {}
         self.streak = 0
         self.shake = lambda logits: logits
+        self.story: list[list[int]] = []
+        """The canvas after every call that unmasks."""
 
     def embedded(self, tokens: np.ndarray) -> np.ndarray:
         return self.model.table_VD[tokens]
@@ -291,10 +293,16 @@ class Row:
                 self.dirty = True
 
     def ended(self, last: int, closing: bool) -> bool:
-        """Whether the row is finished, after a step or after a block that ends at `last`."""
+        """Whether the row is finished, after a step or after a block that ends at `last`.
+
+        A row whose budget is spent may have come to its end in the same step.
+        """
+        spent = bool(self.config.max_forwards and self.nfe >= self.config.max_forwards)
+        return self.complete(last, closing) or spent
+
+    def complete(self, last: int, closing: bool) -> bool:
+        """Whether the text has ended, and what fills the columns behind it."""
         config, facts = self.config, self.facts
-        if config.max_forwards and self.nfe >= config.max_forwards:
-            return True
         if config.stop == "eos_block":
             found = closing and facts.eos_id in self.tokens[self.prompt : last]
             if found and config.stop_fill:
@@ -329,6 +337,7 @@ class Row:
                 assert block.calls < 100, "the twin itself does not end"
                 self.call(block)
                 self.settled(block)
+                self.story.append(self.tokens.tolist())
                 if self.ended(last, closing=False):
                     return self
             if self.ended(last, closing=True):
@@ -341,16 +350,18 @@ class Row:
         return self
 
 
-def oracle(
-    model: PlainModel, config: DecodeConfig, prompt: list[int], shake: int | None = None
-) -> tuple[list[int], int]:
-    """Canvas and NFE of one prompt, by a resolved config.
-
-    With `shake`, a seed, every logit moves by up to 1e-4, more than float32 is off.
-    """
-    row = Row(model, config, prompt)
-    if shake is not None:
-        rng = np.random.default_rng(shake)
-        row.shake = lambda logits: logits + rng.uniform(-1e-4, 1e-4, logits.shape)
-    row.run()
+def oracle(model: PlainModel, config: DecodeConfig, prompt: list[int]) -> tuple[list[int], int]:
+    """Canvas and NFE of one prompt, by a resolved config."""
+    row = Row(model, config, prompt).run()
     return row.tokens.tolist(), row.nfe
+
+
+def is_close(model: PlainModel, config: DecodeConfig, prompt: list[int], runs: int = 4) -> bool:
+    """Whether a decision on the way changes where logits move by 1e-4, more than float32 is off."""
+    row = Row(model, config, prompt).run()
+    for seed in range(runs):
+        rng, shaken = np.random.default_rng(seed), Row(model, config, prompt)
+        shaken.shake = lambda logits, rng=rng: logits + rng.uniform(-1e-4, 1e-4, logits.shape)
+        if shaken.run().story != row.story:
+            return True
+    return False

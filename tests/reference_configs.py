@@ -143,7 +143,7 @@ def official_config(params: dict[str, Any]) -> DecodeConfig:
     edits = "editing_threshold" in settings
     if edits:
         settings = {k: v for k, v in settings.items() if k not in ("steps", "minimal_topk")}
-        assert settings.pop("num_to_transfer") == 1
+        settings["tokens_per_step"] = settings.pop("num_to_transfer")
         settings["edit_threshold"] = settings.pop("editing_threshold")
         settings["edit_passes"] = settings.pop("max_post_steps")
     after: dict[bool, Any] = {

@@ -21,7 +21,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"rule": "quota", "steps": 4, "tokens_per_step": 2}, "keep one"),
     ({"threshold": 1.5}, "threshold=1.5 is out of range"),
     ({"steps": 4, "rule": "factor"}, "steps=4 means nothing to rule=factor"),
-    ({"tokens_per_step": 2}, "belongs to rule=quota, not rule=threshold"),
+    ({"tokens_per_step": 2, "rule": "factor"}, "quota or threshold, not rule=factor"),
     ({"rule": "entropy_bound"}, "set remasking=entropy, not low_confidence"),
     ({"rule": "hierarchy", "remasking": "entropy"}, "set remasking=low_confidence, not entropy"),
     ({"remasking": "random"}, "remasking=random is none, use rule=quota"),
@@ -36,7 +36,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"edit_threshold": 0.5, "remasking": "entropy"}, "set remasking=low_confidence, not entropy"),
     ({"rule": "quota", "cont_weight": 0.3}, "set rule=threshold or hierarchy"),
     ({"delete_id": 3, "split_id": 3, "edit_threshold": 0.5}, "must differ"),
-    ({"delete_id": 3, "split_id": 4, "edit_threshold": 0.5, "credit": True}, "leave out"),
+    ({"delete_id": 3, "split_id": 4, "edit_threshold": 0.5, "top_p": 0.9}, "leave out .* top_p"),
     ({"lookahead": 3, "cache": "dual"}, "set cache=none, not cache=dual"),
     ({"lookahead": 3, "rule": "quota", "parity": "llada"}, "set parity=none or apd"),
     ({"lookahead": 3, "edit_threshold": 0.5}, "use one of them"),
@@ -74,6 +74,7 @@ ELSEWHERE: dict[str, tuple[Any, dict[str, Any]]] = {
     "factor": (2.0, {}),
     "entropy_bound": (0.5, {}),
     "verify_weight": (0.3, {}),
+    "top_k_first": (True, {"top_k": 5}),
     "alg_temp": (0.5, {}),
     "schedule": ("columns", {}),
     "minimal_topk": (2, {}),
@@ -126,7 +127,7 @@ def test_words_that_are_no_option_are_refused():
         refuse({"rule": "treshold"})
 
 
-@pytest.mark.parametrize("rule", ["quota", "origin", "allowance"])
+@pytest.mark.parametrize("rule", ["quota", "origin", "allowance", "threshold"])
 def test_steps_that_do_not_divide_are_refused(rule: Any):
     schedule: Any = "timesteps" if rule == "origin" else "masks"
     config = DecodeConfig(gen_length=16, block_length=8, rule=rule, steps=7, schedule=schedule)
@@ -159,3 +160,13 @@ def test_an_open_config_is_refused():
 def test_resolving_twice_changes_nothing(rule: Any):
     once = DecodeConfig(rule=rule).resolve(model=TINY)
     assert once.resolve(model=TINY) == once
+
+
+@pytest.mark.parametrize("kind", [{}, {"block_causal": 4}], ids=["dense", "block-causal"])
+def test_the_order_of_the_filters_is_the_models(kind: dict[str, Any]):
+    model = dataclasses.replace(TINY, **kind)
+    both = DecodeConfig(top_k=5, top_p=0.9)
+    assert both.resolve(model=model).top_k_first is bool(kind)
+    assert dataclasses.replace(both, top_k_first=True).resolve(model=model).top_k_first
+    for one in (DecodeConfig(top_k=5), DecodeConfig(top_p=0.9)):
+        assert one.resolve(model=model).top_k_first is None

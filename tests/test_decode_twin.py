@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from jdllm import DecodeConfig
 from jdllm.decode import make_setup
-from tests.oracle import oracle
+from tests.oracle import is_close, oracle
 from tests.tiny_models import canvases, plain, random_prompts, tiny
 
-LOOSE = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
+LOOSE: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+SEARCH = 100  # examples, new ones in every run, or those of --hypothesis-seed=N
 VALUES = {
     "seed": st.integers(0, 10_000),
     "lengths": st.permutations([1, 6, 13]),
@@ -34,8 +35,7 @@ def check(kind: str, options: dict[str, Any], seed: int, lengths: list[int], end
     model, resolved = plain(llm), llm.resolve(config)
     expected = [oracle(model, resolved, prompt) for prompt in prompts]
     if (rows, nfe) != ([tokens for tokens, _ in expected], [n for _, n in expected]):
-        shaken = [[oracle(model, resolved, prompt, i) for prompt in prompts] for i in range(4)]
-        assume(shaken == [expected] * 4)  # else a decision is closer than float32 tells
+        assume(not any(is_close(model, resolved, prompt) for prompt in prompts))
     assert rows == [tokens for tokens, _ in expected]
     assert nfe == [count for _, count in expected]
     assert max(nfe) <= forwards <= sum(nfe)
@@ -70,6 +70,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("plain", {"threshold": 0.6, "stop": "eos_block", "stop_fill": True}),
     ("plain", {"logits_eos_inf": True, "threshold": 1.0, "remasking": "entropy"}),
     ("plain", {"threshold": 0.6, "steps": 3, "stop": "none"}),
+    ("blocks", {"threshold": 0.9, "tokens_per_step": 2, "edit_threshold": 0.4}),
     ("shifted", {"threshold": 0.6}),
     ("shifted", {"threshold": 0.6, "cache": "prefix", "prefix_look": 2, "align": True}),
     ("blocks", EXACT),
@@ -92,7 +93,7 @@ MORE: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("kind", "options"), CASES, ids=range(len(CASES)))
-@settings(max_examples=4, **LOOSE)
+@settings(max_examples=4, derandomize=True, **LOOSE)
 @given(**VALUES)
 def test_loop_equals_twin(kind: str, options: dict[str, Any], **values):
     check(kind, options, **values)
@@ -118,6 +119,7 @@ LINES = [0.3, 0.6, 0.9, 1.0]
 RULES = st.one_of(
     some(threshold=LINES, edge=["at_least", "above", "slack"], steps=[None, 6],
          remasking=["low_confidence", "topk_margin"]),
+    some(threshold=LINES, tokens_per_step=[2, 3], edit_threshold=[None, 0.5]),
     some(threshold=[0.5, 1.5], remasking=["entropy"], edge=["at_least", "above"]),
     some(threshold=LINES, edge=["above", "slack"], credit=[True], credit_alpha=[0.7, 2.0]),
     some(threshold=LINES, edit_threshold=[0.2, 0.5, 0.9], edit_passes=[0, 1, 16],
@@ -152,7 +154,7 @@ REST = some(
 
 
 @pytest.mark.slow
-@settings(max_examples=100, **LOOSE)
+@settings(max_examples=SEARCH, **LOOSE)
 @given(st.sampled_from(["plain", "shifted", "blocks"]), RULES, CACHES, REST, st.integers(0, 10_000))
 def test_loop_equals_twin_for_any_settings(kind, rule, cache, rest, seed):
     options = rest | cache | rule
@@ -166,7 +168,7 @@ def test_loop_equals_twin_for_any_settings(kind, rule, cache, rest, seed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "options"), CASES + MORE, ids=range(len(CASES + MORE)))
-@settings(max_examples=100, **LOOSE)
+@settings(max_examples=SEARCH, **LOOSE)
 @given(**VALUES)
 def test_loop_equals_twin_at_length(kind: str, options: dict[str, Any], **values):
     check(kind, options, **values)

@@ -74,6 +74,17 @@ def test_the_presets_are_the_table():
     }
 
 
+def test_what_other_systems_call_it_here_exists():
+    """Names and values of the right column are options and their choices."""
+    table = PAGE.partition("\n## Coming from another system\n")[2].partition("\n## ")[0]
+    spans = re.findall(r"`([^`]+)`", "".join(re.findall(r"\|([^|]+)\|$", table, re.M)))
+    assert len(spans) > 40
+    for word in " ".join(spans).split():
+        name, _, value = word.partition("=")
+        assert name in HINTS, word
+        assert not value or not choices(name) or value in choices(name), word
+
+
 def test_the_settings_in_the_text_parse():
     """Spans of decode.* words between backticks, as a user would copy them."""
     spans = [" ".join(span.split()) for span in re.findall(r"`([^`]*)`", PAGE)]

@@ -231,17 +231,26 @@ def test_a_slow_terminal_leaves_calls_out_but_not_the_last():
     assert clock.now < 21 / 10 + 1
 
 
-def test_ctrl_c_ends_the_animation_and_not_the_run():
-    clock = Clock()
+def test_ctrl_c_ends_the_animation_and_then_the_run():
+    clock, before = Clock(), signal.getsignal(signal.SIGINT)
 
     def interrupt(seconds: float) -> None:
-        raise KeyboardInterrupt
+        clock.now += seconds
+        signal.raise_signal(signal.SIGINT)
 
     player = Player(PIECES, 10, console=terminal(), clock=clock, sleep=interrupt)
     out = play(player, RECORD, dataclasses.replace(RECORD, tokens=RECORD.tokens[::-1]))
     assert out.count("\x1b[?25h") == 1
-    assert "call 1, " not in out
+    assert "call 0, " in out and "call 1, " not in out and "Ctrl-C again ends it" in out
     assert player.record.calls == 6
+    with pytest.raises(KeyboardInterrupt), player:
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_before_the_first_calls_ends_the_run():
+    with pytest.raises(KeyboardInterrupt), Player(PIECES, console=terminal()):
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_no_color_is_respected(monkeypatch):

@@ -123,7 +123,7 @@ def test_decode_with_ties(case: Case):
     @jax.jit
     def one_call(params, tokens, step):
         loop = Loop(nnx.merge(checkpoint.graph, params), request, setup)
-        state = loop.start(trace=False)
+        state = loop.start()
         opened = jnp.full_like(state.opened, setup.gen_length)
         state = dataclasses.replace(state, tokens=tokens, step=step, opened=opened)
         view_BN, window_BT = loop.at.view(state), loop.at.window(state, FULL)

@@ -1,5 +1,7 @@
 """Candidates, confidences, schedules, credit and editing, against plain versions of them."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,15 +60,18 @@ def test_the_lowest_token_wins_ties():
     assert Argmax((0,))(logits, no_draw).tolist() == [[1, 4]]
 
 
-def plain_warp(row: np.ndarray, temperature: float, top_p: float, top_k: int) -> list[int]:
+def plain_warp(
+    row: np.ndarray, temperature: float, top_p: float, top_k: int, top_k_first: bool = False
+) -> list[int]:
     """Ids that are kept: in order of falling logits, until the line is crossed."""
     row = row / (temperature or 1.0)
     order = sorted(range(len(row)), key=lambda i: -row[i])
-    p, kept, mass = softmax(row), [], 0.0
-    for i in order:
+    order = order[:top_k] if top_k_first else order
+    p, kept, mass = softmax(row[order]), [], 0.0
+    for i, share in zip(order, p, strict=True):
         if mass <= top_p:
             kept.append(i)
-        mass += p[i]
+        mass += share
     return sorted(kept[:top_k])
 
 
@@ -76,13 +81,24 @@ def plain_warp(row: np.ndarray, temperature: float, top_p: float, top_k: int) ->
     st.sampled_from([0.0, 0.5, 2.0]),
     st.sampled_from([0.0, 0.3, 0.9, 1.0]),
     st.integers(1, 10),
+    st.booleans(),
 )
-def test_warp_equals_a_plain_sort(seed: int, temperature: float, top_p: float, top_k: int):
-    logits = random_logits(seed, 1)
-    warped = np.asarray(Warp(temperature, top_p, top_k)(jnp.array(logits, jnp.float32)))[0, 0]
-    kept = plain_warp(logits[0, 0], temperature, top_p, top_k)
+def test_warp_equals_a_plain_sort(
+    seed: int, temperature: float, top_p: float, top_k: int, top_k_first: bool
+):
+    logits, how = random_logits(seed, 1), (temperature, top_p, top_k, top_k_first)
+    warped = np.asarray(Warp(*how)(jnp.array(logits, jnp.float32)))[0, 0]
+    kept = plain_warp(logits[0, 0], *how)
     assert np.flatnonzero(warped > -1e30).tolist() == kept
     np.testing.assert_allclose(warped[kept], logits[0, 0, kept] / (temperature or 1), rtol=1e-5)
+
+
+def test_the_order_of_the_filters_tells():
+    """Half the mass of 0.4, 0.3, 0.2, 0.1 takes two tokens; of the best two's it takes one."""
+    logits = jnp.log(jnp.array([[[0.4, 0.3, 0.2, 0.1]]]))
+    for top_k_first, kept in ((False, [0, 1]), (True, [0])):
+        warped = Warp(1.0, top_p=0.5, top_k=2, top_k_first=top_k_first)(logits)[0, 0]
+        assert np.flatnonzero(warped > -1e30).tolist() == kept
 
 
 def test_warp_keeps_ties_with_the_last_token():
@@ -90,6 +106,16 @@ def test_warp_keeps_ties_with_the_last_token():
     assert (Warp(top_k=2)(logits)[0, 0] > -1e30).tolist() == [True, True, True, False]
     assert (Warp(top_p=0.7)(logits)[0, 0] > -1e30).tolist() == [True, True, True, False]
     assert Warp(top_p=1.0, top_k=9)(logits).tolist() == logits.tolist()
+
+
+@pytest.mark.parametrize("how", [{"top_k": 1}, {"top_p": 0.1}])
+def test_warp_leaves_a_token_to_take(how: dict[str, Any]):
+    """Also where [MASK] alone is within the filter: then [MASK] and the best of the others stay."""
+    logits = jnp.array([[[0.0, 2.0, 9.0, 1.0]]])
+    warped = Warp(**how, excluded=(2,))(logits)
+    assert (warped[0, 0] > -1e30).tolist() == [False, True, True, False]
+    assert Argmax((2,))(warped, no_draw).tolist() == [[1]]
+    assert (Warp(**how)(logits)[0, 0] > -1e30).tolist() == [False, False, True, False]
 
 
 def chi_square(counts: np.ndarray, p: np.ndarray) -> float:

@@ -1,5 +1,6 @@
 """Decoding: what a user may set, what that means for a model, and the one loop that does it."""
 
+from jdllm.decode.blocks import compile_blocks
 from jdllm.decode.config import DecodeConfig
 from jdllm.decode.loop import decode
 from jdllm.decode.prefixes import read_prefix
@@ -13,6 +14,7 @@ __all__ = [
     "Request",
     "Setup",
     "Trace",
+    "compile_blocks",
     "decode",
     "make_rule",
     "make_setup",

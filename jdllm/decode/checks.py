@@ -25,6 +25,10 @@ RANGES: dict[str, tuple[float, float]] = {
 BY_THRESHOLD = ("threshold", "hierarchy", "allowance")
 SMOOTH = ("threshold", "hierarchy")
 COUNTLESS = ("factor", "hierarchy", "entropy_bound", "verify")
+NOT_IN_INDEL = (
+    "temperature", "top_p", "top_k", "credit", "edit_penalty", "cont_weight", "logits_eos_inf",
+    "confidence_eos_eot_inf", "steps", "tokens_per_step",
+)  # fmt: skip
 BY_PROBABILITY = ("factor", "hierarchy", "allowance")
 
 
@@ -47,6 +51,11 @@ READERS: tuple[tuple[tuple[str, ...], Callable[[Any], Any], str], ...] = (
     (("factor",), lambda c: c.rule == "factor", "rule=factor"),
     (("entropy_bound",), lambda c: c.rule == "entropy_bound", "rule=entropy_bound"),
     (("verify_weight",), lambda c: c.rule == "verify", "rule=verify"),
+    (
+        ("top_k_first",),
+        lambda c: c.top_p is not None and c.top_k is not None,
+        "top_p together with top_k",
+    ),
     (("alg_temp",), lambda c: c.rule == "quota", "rule=quota"),
     (("schedule",), _counts, "rule=quota or origin, and rule=threshold with steps"),
     (
@@ -97,8 +106,8 @@ CONFLICTS: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "steps={c.steps} means nothing to rule={c.rule}; leave it out, or use rule=quota",
     ),
     (
-        lambda c: c.tokens_per_step and c.rule != "quota",
-        "tokens_per_step={c.tokens_per_step} belongs to rule=quota, not rule={c.rule}",
+        lambda c: c.tokens_per_step and c.rule not in ("quota", "threshold"),
+        "tokens_per_step={c.tokens_per_step} belongs to rule=quota or threshold, not rule={c.rule}",
     ),
     (
         lambda c: c.rule == "entropy_bound" and c.remasking != "entropy",
@@ -166,10 +175,9 @@ CONFLICTS: tuple[tuple[Callable[[Any], Any], str], ...] = (
     (
         lambda c: (
             c.delete_id is not None
-            and (c.temperature or c.credit or c.edit_penalty or c.cont_weight)
+            and any(getattr(c, name) not in (None, 0, False) for name in NOT_IN_INDEL)
         ),
-        "delete_id={c.delete_id} is a greedy rule of its own; leave out temperature, credit, "
-        "edit_penalty and cont_weight",
+        "delete_id={c.delete_id} is a greedy rule of its own; leave out " + ", ".join(NOT_IN_INDEL),
     ),
     (
         lambda c: c.lookahead and c.cache not in (None, "none"),

@@ -66,7 +66,8 @@ class DecodeConfig:
     """quota, origin, allowance: steps in all, spread evenly over blocks (default: one token each).
     threshold: a floor on the tokens of a step (LLaDA2.0)."""
     tokens_per_step: int | None = None
-    """quota: so many tokens in every step, instead of `steps`."""
+    """quota: so many tokens in every step, instead of `steps`. threshold: at least so many
+    (LLaDA2.1's num_to_transfer)."""
     minimal_topk: int = 1
     """LLaDA2.0: at most gen_length / minimal_topk steps."""
     eps: float = 1e-3
@@ -78,6 +79,9 @@ class DecodeConfig:
     """LLaDA's sampling, or Dream's and LLaDA2's."""
     top_p: float | None = None
     top_k: int | None = None
+    top_k_first: bool | None = None
+    """top_p is a share of what top_k left, as in LLaDA2 and BlockInfer; else top_p comes first, as
+    in Dream (default: where the model is block-causal)."""
     alg_temp: float | None = None
     """Dream: temperature of the choice among positions."""
     cfg_scale: float = 0.0
@@ -158,7 +162,10 @@ class DecodeConfig:
             for name in names:
                 value = getattr(self, name)
                 if value != defaults[name] and not reads(self):
-                    raise ValueError(f"{name}={value} is read by {where} only; leave it out")
+                    raise ValueError(
+                        f"{name}={value} is read by {where} only; leave it out, or take back what "
+                        f"a preset sets: {name}={defaults[name]}"
+                    )
         for wrong, sentence in CONFLICTS:
             if wrong(self):
                 raise ValueError(sentence.format(c=self))
@@ -188,19 +195,22 @@ class DecodeConfig:
         blocks = -(-gen // block)
         steps, threshold = self.steps, self.threshold
         if self.rule in ("quota", "origin", "allowance") and not self.tokens_per_step:
-            steps = min(steps or gen, gen // self.minimal_topk)
+            steps = steps or gen
+        if steps:
+            steps = min(steps, gen // self.minimal_topk)
             if steps % blocks and self.schedule != "columns":
                 raise ValueError(
                     f"steps={steps} must be a multiple of the {blocks} blocks of "
                     f"gen_length={gen} and block_length={block}"
                 )
-        elif steps:
-            steps = min(steps, gen // self.minimal_topk)
         if threshold is None and self.rule in BY_THRESHOLD:
             threshold = 0.95 if causal else 0.9
         edge = self.edge
         if edge is None and self.rule == "threshold":
             edge = "above" if causal else "at_least"
+        top_k_first = self.top_k_first
+        if top_k_first is None and self.top_p is not None and self.top_k is not None:
+            top_k_first = causal
         cache = self.cache or ("block" if causal else "dual")
         if self.rule == "verify" or self.parity in ("llada", "dream"):
             cache = "none"
@@ -212,5 +222,6 @@ class DecodeConfig:
             steps=steps,
             threshold=threshold,
             edge=edge,
+            top_k_first=top_k_first,
             cache=cache,
         )

@@ -39,17 +39,35 @@ def decode(
     any weights: a block has at most `setup.step_limit` steps besides full passes. With `trace`
     every model call is recorded. A verifier is needed by rule=verify only.
     """
+    loop = make_loop(graph, params, request, setup, verifier_graph, verifier_params)
+    state = jax.lax.while_loop(
+        lambda s: (s.block < setup.blocks) & ~jnp.all(s.done),
+        loop.run_block,
+        loop.start(setup.call_limit if trace else 0),
+    )
+    return close_trace(state) if trace else state
+
+
+def make_loop(
+    graph: nnx.GraphDef,
+    params: nnx.State,
+    request: Request,
+    setup: Setup,
+    verifier_graph: nnx.GraphDef | None = None,
+    verifier_params: nnx.State | None = None,
+) -> "Loop":
+    """The loop over a request, with its models put together."""
     model = merged(graph, params, setup.block_length)
     second = nnx.merge(verifier_graph, verifier_params) if verifier_graph is not None else None
-    loop = Loop(model, request, setup, second)
-    state = loop.start(trace)
-    state = jax.lax.while_loop(
-        lambda s: (s.block < setup.blocks) & ~jnp.all(s.done), loop.run_block, state
-    )
-    if state.trace is None:
-        return state
-    tokens = state.trace.tokens.at[state.forwards].set(state.tokens)
-    return dataclasses.replace(state, trace=dataclasses.replace(state.trace, tokens=tokens))
+    return Loop(model, request, setup, second)
+
+
+def close_trace(state: DecodeState) -> DecodeState:
+    """The state whose trace also holds the canvas behind its last call."""
+    trace = state.trace
+    assert trace is not None
+    tokens = trace.tokens.at[state.forwards - trace.first].set(state.tokens)
+    return dataclasses.replace(state, trace=dataclasses.replace(trace, tokens=tokens))
 
 
 def merged(graph: nnx.GraphDef, params: nnx.State, block_length: int) -> Transformer:
@@ -73,8 +91,11 @@ class Loop:
     def at(self) -> Geometry:
         return Geometry(self.request, self.setup, self.model.config)
 
-    def start(self, trace: bool) -> DecodeState:
-        """The state before the first block; with a block cache the prompts' keys are in it."""
+    def start(self, calls: int = 0) -> DecodeState:
+        """The state before the first block; with a block cache the prompts' keys are in it.
+
+        With `calls` it has room to record so many of them.
+        """
         request, setup, model = self.request, self.setup, self.model
         B, T = request.tokens.shape
         zero, zeros_B = jnp.zeros((), jnp.int32), jnp.zeros(B, jnp.int32)
@@ -96,7 +117,7 @@ class Loop:
             clock=Clock(zero, zero, jnp.zeros((), bool), zero - 1),
             cache=self.begun(Cache.zeros(model.config, doubled, T, kind)) if cached else None,
             inputs=model.embed(request.tokens, kind) if setup.smooth else None,
-            trace=self.fresh_trace() if trace else None,
+            trace=self.fresh_trace(calls, zero) if calls else None,
         )
         return self.prefill(state) if setup.plan.kind == "block" else state
 
@@ -114,10 +135,11 @@ class Loop:
             carry = carry | {"verifier": verifier.read_prompt(self.verifier, self.request)}
         return carry
 
-    def fresh_trace(self) -> Trace:
-        B, T = self.request.tokens.shape
-        C, N = self.setup.call_limit, self.at.view_length
+    def fresh_trace(self, calls: int, first: jax.Array) -> Trace:
+        """Room for a record of `calls` calls, from the one that `first` calls precede."""
+        (B, T), C, N = self.request.tokens.shape, calls, self.at.view_length
         return Trace(
+            first=first,
             tokens=jnp.zeros((C + 1, B, T), jnp.int32),
             kind=jnp.zeros(C, jnp.int32),
             columns=jnp.full((C, B, N), -1, jnp.int32),
@@ -322,10 +344,9 @@ class Loop:
         _, _, cache = forward(self, state, columns_BT[:, :0], columns_BT, ends_B1)
         trace = state.trace
         if trace is not None:
+            i = state.forwards - trace.first
             trace = dataclasses.replace(
-                trace,
-                tokens=trace.tokens.at[state.forwards].set(state.tokens),
-                kind=trace.kind.at[state.forwards].set(kind),
+                trace, tokens=trace.tokens.at[i].set(state.tokens), kind=trace.kind.at[i].set(kind)
             )
         return dataclasses.replace(
             state,
@@ -345,13 +366,15 @@ class Loop:
         hidden_BND: jax.Array,
     ) -> Trace | None:
         """The trace with this call, where one is kept."""
-        trace, i = state.trace, state.forwards
+        trace = state.trace
         if trace is None:
             return None
+        i = state.forwards - trace.first
         log_p = jax.nn.log_softmax(guided(self, hidden_BND), axis=-1)
         own_BN = jnp.take_along_axis(log_p, decision.candidate_BN[..., None], axis=-1)[..., 0]
         entropy_BN = -jnp.sum(jnp.exp(log_p) * jnp.maximum(log_p, -1e9), axis=-1)
         return Trace(
+            first=trace.first,
             tokens=trace.tokens.at[i].set(state.tokens),
             kind=trace.kind.at[i].set(kind),
             columns=trace.columns.at[i].set(view_BN),

@@ -15,7 +15,9 @@ _FAST_DLLM = {"block_length": 32}
 _DINFER = {"block_length": 64, "align": True, "cache": "dual"}
 _LLADA = {"rule": "quota", "cache": "none"}
 _LLADA_15 = {**_LLADA, "confidence_eos_eot_inf": True}
-_LLADA2 = {"block_length": 32, "align": True, "cache": "block", "edge": "above"}
+_LLADA2 = {
+    "block_length": 32, "align": True, "cache": "block", "edge": "above", "sampling": "categorical",
+}  # fmt: skip
 _DREAM = {
     "rule": "quota", "block_length": 0, "schedule": "timesteps", "sampling": "categorical",
     "cache": "none",

@@ -103,9 +103,14 @@ class Setup:
         return self.schedule.steps or 0
 
     @property
+    def block_calls(self) -> int:
+        """A bound on the model calls of a block."""
+        return 2 * self.step_limit + self.maximum_unroll * 2 + 3
+
+    @property
     def call_limit(self) -> int:
         """A bound on the model calls of a request."""
-        return self.blocks * (2 * self.step_limit + self.maximum_unroll * 2 + 3) + 1
+        return self.blocks * self.block_calls + 1
 
     @property
     def fixed_past(self) -> bool:
@@ -155,7 +160,8 @@ def make_rule(config: DecodeConfig, model: ModelConfig) -> unmask.Rule:
     divides = config.sampling == "categorical"
     warp = None
     if config.top_p is not None or config.top_k is not None or (divides and not greedy):
-        warp = unmask.Warp(config.temperature if divides else 0.0, config.top_p, config.top_k)
+        heat = config.temperature if divides else 0.0
+        warp = unmask.Warp(heat, config.top_p, config.top_k, bool(config.top_k_first), excluded)
     if config.rule == "verify":
         return Speculate(
             excluded, config.verify_weight, config.temperature, quirks.greedy_target, warp

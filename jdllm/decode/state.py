@@ -51,8 +51,10 @@ PREFILL, FULL, STEP, COMMIT = range(4)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """A record of every model call; C bounds the calls, N is the number of columns in view."""
+    """A record of consecutive model calls, at most C; N is the number of columns in view."""
 
+    first: jax.Array
+    """int32: calls of the request before the first one recorded."""
     tokens: jax.Array
     """int32 [C + 1, B, T]: the canvas before every call, then the final one."""
     kind: jax.Array

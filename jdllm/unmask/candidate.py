@@ -48,27 +48,45 @@ class Gumbel:
 
 @dataclasses.dataclass(frozen=True)
 class Warp:
-    """Dream's and LLaDA2's order: divide by the temperature, then top_p, then top_k.
+    """Divides by the temperature, then keeps the likeliest tokens: top_p, then top_k, as Dream.
 
-    Both filters also apply at temperature 0, where they change confidences. What they drop gets
-    the lowest finite logit. top_p keeps the first token that crosses the line; ties with the last
-    kept token stay.
+    With `top_k_first` in the order of LLaDA2 and BlockInfer: top_p is then a share of what top_k
+    left, so that fewer tokens stay. Both filters also apply at temperature 0, where they change
+    confidences. What they drop gets the lowest finite logit. The likeliest token that is not in
+    `excluded` always stays, so that there is one to take.
     """
 
     temperature: float = 0.0
     top_p: float | None = None
     top_k: int | None = None
+    top_k_first: bool = False
+    excluded: tuple[int, ...] = ()
 
     def __call__(self, logits_BNV: jax.Array) -> jax.Array:
         if self.temperature:
             logits_BNV = logits_BNV / self.temperature
-        if self.top_p is not None and self.top_p < 1:
-            ordered = jnp.sort(logits_BNV, axis=-1, descending=True)
-            mass = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
-            last_BN1 = jnp.sum(mass[..., :-1] <= self.top_p, axis=-1, keepdims=True)
-            bar = jnp.take_along_axis(ordered, last_BN1, axis=-1)
-            logits_BNV = jnp.where(logits_BNV < bar, LOWEST, logits_BNV)
-        if self.top_k is not None and self.top_k < logits_BNV.shape[-1]:
-            bar = jax.lax.top_k(logits_BNV, self.top_k)[0][..., -1:]
-            logits_BNV = jnp.where(logits_BNV < bar, LOWEST, logits_BNV)
+        if self.top_k_first:
+            kept = _keep_mass(_keep_best(logits_BNV, self.top_k), self.top_p)
+        else:
+            kept = _keep_best(_keep_mass(logits_BNV, self.top_p), self.top_k)
+        allowed = without(logits_BNV, self.excluded)
+        return jnp.where(logits_BNV < jnp.max(allowed, axis=-1, keepdims=True), kept, logits_BNV)
+
+
+def _keep_mass(logits_BNV: jax.Array, top_p: float | None) -> jax.Array:
+    """The likeliest up to and with the one that crosses the line; ties with it stay."""
+    if top_p is None or top_p >= 1:
         return logits_BNV
+    ordered = jnp.sort(logits_BNV, axis=-1, descending=True)
+    mass = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
+    last_BN1 = jnp.sum(mass[..., :-1] <= top_p, axis=-1, keepdims=True)
+    bar = jnp.take_along_axis(ordered, last_BN1, axis=-1)
+    return jnp.where(logits_BNV < bar, LOWEST, logits_BNV)
+
+
+def _keep_best(logits_BNV: jax.Array, top_k: int | None) -> jax.Array:
+    """So many of the likeliest; ties with the last one stay."""
+    if top_k is None or top_k >= logits_BNV.shape[-1]:
+        return logits_BNV
+    bar = jax.lax.top_k(logits_BNV, top_k)[0][..., -1:]
+    return jnp.where(logits_BNV < bar, LOWEST, logits_BNV)
