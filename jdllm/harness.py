@@ -22,6 +22,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
+from jdllm import processes
 from jdllm.decode import DecodeConfig
 from jdllm.decode.presets import preset_settings
 from jdllm.files import alone
@@ -289,9 +290,9 @@ class JdllmLM(LM):
         return number_repeats([digest(fact) for fact in facts])
 
     def _bar(self, requests: Sequence[Instance], hidden: bool) -> tqdm:
-        """A progress bar over requests."""
+        """A progress bar over requests, shown by one of several processes."""
         name = requests[0].task_name if requests else None
-        hidden = hidden or not self.progress
+        hidden = hidden or not self.progress or not processes.leads()
         return tqdm(total=len(requests), desc=name, unit="prompt", disable=hidden, leave=self.leave)
 
     @property

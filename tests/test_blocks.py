@@ -10,9 +10,10 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from jdllm import DecodeConfig, sharding, trace
+from jdllm.batches import row_seeds
 from jdllm.configs import NO_ID
 from jdllm.decode import decode, make_setup
-from jdllm.llm import LLM, _row_seeds
+from jdllm.llm import LLM
 from jdllm.model import assemble, named
 from jdllm.trace import LOOKS, Record
 from tests.conftest import drop_programs
@@ -35,7 +36,7 @@ def whole_records(llm: LLM, config: DecodeConfig, prompts: list[list[int]]) -> l
     """What the program of the whole request records."""
     config = llm.resolve(config)
     setup = make_setup(config, llm.config)
-    request = llm._request(prompts, _row_seeds(prompts), config, setup)
+    request = llm._request(prompts, row_seeds(prompts), config, setup)
     _, *second = llm._verifier
     state = decode(llm._graph, llm._params, request, setup, True, *second)
     kept, calls = jax.device_get(state.trace), int(state.forwards)
