@@ -16,6 +16,7 @@ from jdllm import cli, processes, replay, sharding, trace
 from jdllm.decode import DecodeConfig
 from jdllm.load import enable_compilation_cache
 from jdllm.pieces import Lexicon
+from jdllm.settings import check_verifier
 from jdllm.show import Player
 
 if TYPE_CHECKING:  # imported when it runs, so that --help is quick
@@ -57,6 +58,7 @@ class GenerateConfig:
             raise ValueError('prompt is empty; write prompt="some text"')
         if self.replay and (self.prompt or self.trace):
             raise ValueError("replay shows a run that is over; leave prompt and trace out")
+        check_verifier(self.verifier, [self.decode])
         if self.replay and not self.html and self.viz == "none":
             raise ValueError(f"replay={self.replay} shows nothing; add viz=live or html=FILE")
         if not 0 < self.fps <= 1000:

@@ -321,18 +321,17 @@ class LLM:
         """
         _, second, weights = self._verifier
         given = self._graph, self._params, request, setup
-        length = request.prefixes and request.prefixes.cache.keys[0].shape
-        return self._compiled(
-            (request.tokens.shape, length, setup, watched),
-            lambda: (
-                compile_blocks(*given, self.mesh, second, weights)
-                if watched
-                else decode.lower(*given, False, second, weights).compile()
-            ),
-        )
+        shared = request.prefixes and request.prefixes.cache.keys[0].shape
+
+        def make() -> Any:
+            if watched:
+                return compile_blocks(*given, self.mesh, second, weights)
+            return decode.lower(*given, False, second, weights).compile()
+
+        return self._compiled((request.tokens.shape, shared, setup, watched), make)
 
     def _compiled(self, key: Any, make: Callable[[], Any]) -> tuple[Any, float]:
-        """The program kept under `key`, and the seconds spent if it is compiled now."""
+        """The program kept under `key`, and the seconds spent if it is made now."""
         if key in self._programs:
             return self._programs[key], 0.0
         start = time.perf_counter()

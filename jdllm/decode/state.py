@@ -22,7 +22,7 @@ class Prefixes:
     @property
     def length(self) -> int:
         """P."""
-        return self.cache.keys[0].shape[1]
+        return self.cache.length
 
 
 @jax.tree_util.register_dataclass
