@@ -200,6 +200,7 @@ def test_experts_lie_along_the_model_axis():
     assert specs["layers.0.experts.router"] == P(None, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["2x4"])
 def test_every_mesh_decodes_the_same_tokens(mesh: str):
     _, params = random_model(SPARSE, sharding.parse_mesh("1x1"), seed=1)

@@ -127,7 +127,9 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.usefixtures("eager")
-@pytest.mark.parametrize("options", OPTIONS, ids=range(len(OPTIONS)))
+@pytest.mark.parametrize(
+    "options", [OPTIONS[0], *(pytest.param(o, marks=pytest.mark.slow) for o in OPTIONS[1:])]
+)
 @settings(max_examples=4, **SETTINGS)
 @given(
     seed=st.integers(0, 10_000),
