@@ -23,6 +23,7 @@ from jdllm.decode import DecodeConfig
 from jdllm.environment import environment
 from jdllm.files import alone, atomic_file
 from jdllm.journal import Journal
+from jdllm.likelihood import LikelihoodConfig
 from jdllm.load import enable_compilation_cache
 from jdllm.report import table
 from jdllm.settings import changed, check_verifier, decode_config, read_decode
@@ -57,10 +58,11 @@ class EvalConfig:
     confirm_run_unsafe_code: bool = False
     """Run the programs that the model writes: HumanEval, MBPP and their kin need it."""
     preset: str = ""
-    """A published table row (docs/tasks.md): task, shots, chat and decode, where none is given."""
+    """A published table row (docs/tasks.md): what it fixes but the model, where none is given."""
     decode: DecodeConfig = DecodeConfig()
     decode_file: Path | None = None
     """JSON with decode settings, as jdllm.tune writes it; decode.* changes them."""
+    likelihood: LikelihoodConfig = LikelihoodConfig()
     mesh: str = "auto"
     """data x model, for example 4x1; auto is data parallel where the model fits a device."""
     dtype: str = "auto"
@@ -104,7 +106,26 @@ class EvalConfig:
         fixed = {"task": row.task, "shots": row.shots, "chat": row.chat}
         open_ = {name: v for name, v in fixed.items() if getattr(self, name) == default[name]}
         decode = decode_config(dict(row.decode) | changed(self.decode), f"preset={self.preset}")
-        return dataclasses.replace(self, preset="", decode=decode, **open_)
+        likelihood = LikelihoodConfig(**dict(row.likelihood) | changed(self.likelihood))
+        return dataclasses.replace(self, preset="", decode=decode, likelihood=likelihood, **open_)
+
+    @property
+    def departures(self) -> list[str]:
+        """Words for what is not as in the published row that `preset` names."""
+        row, here = find(self.preset), self.chosen
+        there: dict[str, Any] = {"model": row.model, "task": row.task, "chat": row.chat}
+        there |= {"shots": row.shots, "limit": None, "samples": 1}
+        there |= {"prompt_file": None, "include_path": None}
+        words = {n: getattr(here, n) for n, value in there.items() if getattr(here, n) != value}
+        for name, used, fixed in (
+            ("decode", here.settings, DecodeConfig(**row.decode)),
+            ("likelihood", here.likelihood, LikelihoodConfig(**row.likelihood)),
+        ):
+            published = dataclasses.asdict(fixed)
+            words |= {
+                f"{name}.{n}": v for n, v in dataclasses.asdict(used).items() if v != published[n]
+            }
+        return [f"{name}={value}" for name, value in words.items()]
 
     @property
     def settings(self) -> DecodeConfig:
@@ -146,6 +167,8 @@ class TaskResult:
     stderr: dict[str, float | None]
     samples: list[Sample]
     speed: Any
+    estimates: dict[str, float | None]
+    """Of likelihoods: their number, and the standard errors of their estimates, in nats."""
 
     @property
     def nfe_mean(self) -> float:
@@ -178,7 +201,16 @@ def run(name: str, loaded: dict[str, Any], lm: Any, limit: int | None = None) ->
             found.append(sample)
     metric = plain(resolve.quoted(next(iter(loaded["tasks"].values()))))
     metric = metric if metric in score.metrics else next(iter(score.metrics))
-    return TaskResult(name, metric, score.metrics, score.stderr, found, lm.speed)
+    return TaskResult(name, metric, score.metrics, score.stderr, found, lm.speed, estimates(lm))
+
+
+def estimates(lm: Any) -> dict[str, float | None]:
+    """How many likelihoods a JdllmLM scored, and how sure they are; {} where there are none."""
+    if not lm.likelihoods:
+        return {}
+    known = [one.stderr for one in lm.likelihoods if one.stderr is not None]
+    mean = sum(known) / len(known) if known else None
+    return {"n": len(lm.likelihoods), "stderr_mean": mean, "stderr_max": max(known, default=None)}
 
 
 def score(result: TaskResult, metric: str) -> str:
@@ -256,7 +288,13 @@ def evaluate(
     shared: Any = {"batch_size": config.batch_size, "journal": journal, "leave": leave}
     results = []
     for name, tasks in loaded.items():
-        lm = JdllmLM(llm, decode=decode, chat=config.chat is not False, **shared)
+        lm = JdllmLM(
+            llm,
+            decode=decode,
+            likelihood=config.likelihood,
+            chat=config.chat is not False,
+            **shared,
+        )
         results.append(run(name, tasks, lm, config.limit))
     return report(dataclasses.replace(config, decode=decode), llm.config, results), results
 
@@ -308,6 +346,7 @@ def report(config: EvalConfig, model: ModelConfig, results: Sequence[TaskResult]
                 "nfe_mean": result.nfe_mean,
                 "speed": result.speed.facts(),
             }
+            | ({"likelihoods": result.estimates} if result.estimates else {})
             for result in results
         },
         "speed": speed.facts(),
@@ -321,8 +360,8 @@ def main(config: EvalConfig) -> None:
     enable_compilation_cache()
     row = find(config.preset) if config.preset else None
     if row:
-        print(f"{presets.describe(row)}\n")
-    config = config.chosen
+        print(f"{presets.describe(row, changed=config.departures)}\n")
+    departures, config = config.departures if row else [], config.chosen
     with contextlib.ExitStack() as stack:
         journal = None
         if config.output:
@@ -332,20 +371,20 @@ def main(config: EvalConfig) -> None:
         facts, results = evaluate(config, journal)
         show(facts["speed"], results)
         if row:
-            print(f"\n{compared(row, results[0])}\n")
+            print(f"\n{compared(row, results[0], departures)}\n")
+            facts["preset"] = dataclasses.asdict(row) | {"departures": departures}
         if config.output and processes.leads():
             save(config.output, facts, results)
 
 
-def compared(row: presets.Preset, result: TaskResult) -> str:
+def compared(row: presets.Preset, result: TaskResult, departures: Sequence[str]) -> str:
     """A preset with its published number beside the measured one."""
+    name, measured, error = row.metric.removesuffix(",none"), None, None
     if row.metric == "tokens_per_second":
-        return presets.describe(row, result.speed.tokens_per_second)
-    name = row.metric.removesuffix(",none")
-    if name not in result.metrics:
-        return presets.describe(row)
-    error = result.stderr[name]
-    return presets.describe(row, 100 * result.metrics[name], None if error is None else 100 * error)
+        measured = result.speed.tokens_per_second
+    elif name in result.metrics:
+        measured, error = 100 * result.metrics[name], result.stderr[name]
+    return presets.describe(row, measured, error and 100 * error, departures)
 
 
 def open_journal(folder: Path, stack: contextlib.ExitStack) -> Journal:
@@ -364,6 +403,12 @@ def show(speed: dict[str, Any], results: Sequence[TaskResult]) -> None:
         f"after {speed['compile_seconds']:.1f} s of compilation; "
         f"latency p50 {speed['latency_p50']:.2f} s, p95 {speed['latency_p95']:.2f} s"
     )
+    for result in results:
+        if result.estimates and result.estimates["stderr_mean"] is not None:
+            print(
+                "{}: {n} likelihoods, the standard error of an estimate is {stderr_mean:.3f} nats "
+                "on average, {stderr_max:.3f} at most".format(result.name, **result.estimates)
+            )
     if speed["shared_tokens"]:
         print(f"{speed['shared_tokens']} prompt tokens came from prefixes that were computed once")
 

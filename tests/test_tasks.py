@@ -203,6 +203,8 @@ def test_unknown_names_are_errors_with_the_nearest(folder: Path):
 
 def test_tasks_without_a_hub_say_which_file_they_want(tmp_path: Path):
     refused("sudoku_d1 .*sudoku4x4/d1_test.jsonl; pass data=FOLDER", "sudoku_d1")
+    refused("nowhere is no folder", "gsm8k", data=tmp_path / "nowhere")
+    refused("task=sudoku, must be names", "sudoku", "")
     with pytest.raises(FileNotFoundError, match="not on the Hugging Face hub; data=.*holds none"):
         resolve.resolve(["hotpotqa_sample"], data=tmp_path)
     with pytest.raises(FileNotFoundError, match="sudoku4x4/d1_test.jsonl, which is not there"):
