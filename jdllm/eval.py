@@ -84,6 +84,8 @@ class EvalConfig:
     def __post_init__(self):
         if self.preset:
             decode_config(dict(find(self.preset).decode), f"preset={self.preset}")
+            if self.decode_file:
+                raise ValueError("preset and decode_file both set how to decode; leave one out")
         resolve.check(
             self.chosen.tasks if self.preset else self.tasks,
             data=self.data,
@@ -179,6 +181,7 @@ class TaskResult:
 def run(name: str, loaded: dict[str, Any], lm: Any, limit: int | None = None) -> TaskResult:
     """Evaluates what resolve() loaded for one name with a fresh JdllmLM."""
     from jdllm.grading import grade, plain
+    from jdllm.scoring import certainty
 
     score = grade(lm, name, loaded, limit=limit)
     records = {(record.task, record.doc_id, record.sample): record for record in lm.records}
@@ -201,16 +204,9 @@ def run(name: str, loaded: dict[str, Any], lm: Any, limit: int | None = None) ->
             found.append(sample)
     metric = plain(resolve.quoted(next(iter(loaded["tasks"].values()))))
     metric = metric if metric in score.metrics else next(iter(score.metrics))
-    return TaskResult(name, metric, score.metrics, score.stderr, found, lm.speed, estimates(lm))
-
-
-def estimates(lm: Any) -> dict[str, float | None]:
-    """How many likelihoods a JdllmLM scored, and how sure they are; {} where there are none."""
-    if not lm.likelihoods:
-        return {}
-    known = [one.stderr for one in lm.likelihoods if one.stderr is not None]
-    mean = sum(known) / len(known) if known else None
-    return {"n": len(lm.likelihoods), "stderr_mean": mean, "stderr_max": max(known, default=None)}
+    return TaskResult(
+        name, metric, score.metrics, score.stderr, found, lm.speed, certainty(lm.likelihoods)
+    )
 
 
 def score(result: TaskResult, metric: str) -> str:
@@ -254,6 +250,8 @@ def example(result: TaskResult) -> str:
     lines = [f"one worked example ({sample.task}, document {sample.doc_id})"]
     for name, text in parts.items():
         shown = [part for line in text.splitlines() for part in textwrap.wrap(line, 84) or [""]]
+        if len(shown) > 20:  # few-shot examples would push the table off the screen
+            shown = [*shown[:5], "[...]", *shown[-14:]]
         lines.append(f"  {name:<12}" + ("\n" + " " * 14).join(shown))
     return "\n".join(lines)
 

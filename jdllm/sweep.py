@@ -20,7 +20,7 @@ from jdllm.eval import FINISHED, EvalConfig, TaskResult, evaluate, load
 from jdllm.files import alone, atomic_file
 from jdllm.journal import Journal
 from jdllm.load import enable_compilation_cache
-from jdllm.report import Row, write_report
+from jdllm.report import Row, require_plots, write_report
 from jdllm.settings import check_verifier, label
 from jdllm.sweep_plans import Plan, read_plan
 
@@ -145,6 +145,7 @@ def command(config: SweepConfig) -> str:
 
 def main(config: SweepConfig) -> None:
     """Runs the plan and writes the report."""
+    require_plots()
     enable_compilation_cache()
     with alone(config.output):
         with atomic_file(config.output / "config.json") as file:

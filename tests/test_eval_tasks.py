@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -11,7 +10,7 @@ from jdllm import cli, eval, sharding
 from jdllm.checkpoint import random_model, save_model
 from jdllm.configs import NAMED
 from jdllm.load import BUNDLED
-from jdllm.scoring import Likelihood
+from jdllm.scoring import Likelihood, certainty
 from jdllm.tasks.presets import PRESETS
 from jdllm.tokenizer import copy_tokenizer
 from tests import tiny
@@ -112,11 +111,9 @@ def test_a_preset_fixes_how_likelihoods_are_estimated(
 
 def test_estimates_without_a_known_error_do_not_count_in_its_mean():
     scored = [Likelihood(-1.0, error, False) for error in (0.1, None, 0.3)]
-    found = eval.estimates(SimpleNamespace(likelihoods=scored))
-    assert found == {"n": 3, "stderr_mean": pytest.approx(0.2), "stderr_max": 0.3}
-    unknown = eval.estimates(SimpleNamespace(likelihoods=scored[1:2]))
-    assert unknown == {"n": 1, "stderr_mean": None, "stderr_max": None}
-    assert eval.estimates(SimpleNamespace(likelihoods=[])) == {}
+    assert certainty(scored) == {"n": 3, "stderr_mean": pytest.approx(0.2), "stderr_max": 0.3}
+    assert certainty(scored[1:2]) == {"n": 1, "stderr_mean": None, "stderr_max": None}
+    assert certainty([]) == {}
 
 
 def test_programs_are_refused_before_the_model_is_loaded(data: Path):
