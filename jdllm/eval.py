@@ -13,7 +13,7 @@ import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -26,10 +26,10 @@ from jdllm.journal import Journal
 from jdllm.likelihood import LikelihoodConfig
 from jdllm.load import enable_compilation_cache
 from jdllm.report import table
-from jdllm.settings import changed, check_verifier, decode_config, read_decode
+from jdllm.settings import check_verifier, read_decode
 from jdllm.tasks import preset as presets
 from jdllm.tasks import resolve
-from jdllm.tasks.presets import find
+from jdllm.tasks.presets import PRESETS, find
 
 SHOWN = ("solved", "exact_match")  # the table's metrics; results.json has all
 FINISHED = "finished.jsonl"  # in the output folder: every sample, as it was finished
@@ -38,6 +38,8 @@ FINISHED = "finished.jsonl"  # in the output folder: every sample, as it was fin
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """Evaluation of a model on one or more tasks."""
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {n: row.settings for n, row in PRESETS.items()}
 
     task: str = "sudoku"
     """One or more, separated by commas: ours (docs/tasks.md), lm-eval's, those of include_path."""
@@ -82,46 +84,32 @@ class EvalConfig:
     """Completions of each document; metrics are means (one is enough without temperature)."""
 
     def __post_init__(self):
-        if self.preset:
-            decode_config(dict(find(self.preset).decode), f"preset={self.preset}")
-            if self.decode_file:
-                raise ValueError("preset and decode_file both set how to decode; leave one out")
+        if self.preset and self.decode_file:
+            raise ValueError("preset and decode_file both set how to decode; leave one out")
         resolve.check(
-            self.chosen.tasks if self.preset else self.tasks,
+            self.tasks,
             data=self.data,
             include_path=self.include_path,
             prompt_file=self.prompt_file,
         )
         if self.output and self.output.exists() and not self.output.is_dir():
             raise ValueError(f"output={self.output} is a file; name a folder")
-        check_verifier(self.verifier, [self.chosen.settings])
+        check_verifier(self.verifier, [self.settings])
         for name in ("limit", "batch_size", "samples"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise ValueError(f"{name}={number} must be 1 or more")
 
     @property
-    def chosen(self) -> "EvalConfig":
-        """This config with what its preset fixes but the model, where nothing else was given."""
-        if not self.preset:
-            return self
-        row, default = find(self.preset), {f.name: f.default for f in dataclasses.fields(self)}
-        fixed = {"task": row.task, "shots": row.shots, "chat": row.chat}
-        open_ = {name: v for name, v in fixed.items() if getattr(self, name) == default[name]}
-        decode = decode_config(dict(row.decode) | changed(self.decode), f"preset={self.preset}")
-        likelihood = LikelihoodConfig(**dict(row.likelihood) | changed(self.likelihood))
-        return dataclasses.replace(self, preset="", decode=decode, likelihood=likelihood, **open_)
-
-    @property
     def departures(self) -> list[str]:
         """Words for what is not as in the published row that `preset` names."""
-        row, here = find(self.preset), self.chosen
+        row = find(self.preset)
         there: dict[str, Any] = {"model": row.model, "task": row.task, "chat": row.chat}
         there |= {"shots": row.shots, "limit": None, "samples": 1}
         there |= {"prompt_file": None, "include_path": None}
-        words = {n: getattr(here, n) for n, value in there.items() if getattr(here, n) != value}
+        words = {n: getattr(self, n) for n, value in there.items() if getattr(self, n) != value}
         for name, used, fixed in (
-            ("decode", here.settings, DecodeConfig(**row.decode)),
-            ("likelihood", here.likelihood, LikelihoodConfig(**row.likelihood)),
+            ("decode", self.settings, DecodeConfig(**row.decode)),
+            ("likelihood", self.likelihood, LikelihoodConfig(**row.likelihood)),
         ):
             published = dataclasses.asdict(fixed)
             words |= {
@@ -359,7 +347,6 @@ def main(config: EvalConfig) -> None:
     row = find(config.preset) if config.preset else None
     if row:
         print(f"{presets.describe(row, changed=config.departures)}\n")
-    departures, config = config.departures if row else [], config.chosen
     with contextlib.ExitStack() as stack:
         journal = None
         if config.output:
@@ -369,8 +356,8 @@ def main(config: EvalConfig) -> None:
         facts, results = evaluate(config, journal)
         show(facts["speed"], results)
         if row:
-            print(f"\n{compared(row, results[0], departures)}\n")
-            facts["preset"] = dataclasses.asdict(row) | {"departures": departures}
+            print(f"\n{compared(row, results[0], config.departures)}\n")
+            facts["preset"] = dataclasses.asdict(row) | {"departures": config.departures}
         if config.output and processes.leads():
             save(config.output, facts, results)
 

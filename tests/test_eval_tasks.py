@@ -90,6 +90,18 @@ def test_a_preset_is_printed_with_both_numbers_and_gives_way(
     assert f"measured   {100 * results['tasks']['sudoku_d1']['metrics']['d1_cells']:.1f}" in out
 
 
+def test_what_is_given_beside_a_preset_wins_be_it_the_default():
+    words = ["preset=edit-sudoku-128", "task=sudoku", "chat=None", "decode.rule=threshold"]
+    config = cli.parse(eval.EvalConfig, [*words, "decode.steps=None"])
+    assert (config.task, config.chat, config.decode.rule) == ("sudoku", None, "threshold")
+    assert config.decode.steps is None and config.decode.gen_length == 128
+    assert {"task=sudoku", "chat=None", "decode.steps=None"} < set(config.departures)
+    named = cli.parse(
+        eval.EvalConfig, [*words[:2], "decode.preset=llada-1.5-mbpp"] + ["decode.steps=None"]
+    )
+    assert named.decode.gen_length == 512 and named.preset == "edit-sudoku-128"
+
+
 def test_a_preset_fixes_how_likelihoods_are_estimated(
     model: Path, data: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture
 ):
@@ -98,6 +110,7 @@ def test_a_preset_fixes_how_likelihoods_are_estimated(
         task="mmlu_sample_likelihood", shots=None,
     )  # fmt: skip
     monkeypatch.setitem(PRESETS, "row", row)
+    monkeypatch.setitem(eval.EvalConfig.presets, "row", row.settings)
     words = ["preset=row", f"model={model}", f"data={data}", "mesh=1x1", "limit=1"]
     results, _ = run(tmp_path, *words, "likelihood.mc_num=2")
     used = results["config"]["likelihood"]

@@ -66,6 +66,14 @@ class Preset:
         """The version of the task that the row is for."""
         return VERSIONS.get(self.task, 1)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the row fixes but the model, by the names of jdllm.eval's settings."""
+        fixed = {"task": self.task, "chat": self.chat}
+        fixed |= {} if self.shots is None else {"shots": self.shots}
+        fixed |= {f"decode.{name}": value for name, value in self.decode.items()}
+        return fixed | {f"likelihood.{name}": value for name, value in self.likelihood.items()}
+
 
 def installed_version(row: Preset) -> float | int | None:
     """The version of the row's task in the lm-eval that is installed; None for tasks of ours."""
