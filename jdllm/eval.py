@@ -98,6 +98,8 @@ class EvalConfig:
         for name in ("limit", "batch_size", "samples"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise ValueError(f"{name}={number} must be 1 or more")
+        if (self.shots or 0) < 0:
+            raise ValueError(f"shots={self.shots} must be 0 or more")
 
     @property
     def departures(self) -> list[str]:
@@ -161,6 +163,11 @@ class TaskResult:
     """Of likelihoods: their number, and the standard errors of their estimates, in nats."""
 
     @property
+    def documents(self) -> int:
+        """How many documents there are, of all tasks of a group."""
+        return len({(sample.task, sample.doc_id) for sample in self.samples})
+
+    @property
     def nfe_mean(self) -> float:
         """Model evaluations for each document."""
         return sum(sample.nfe for sample in self.samples) / len(self.samples)
@@ -220,7 +227,7 @@ def summary(results: Sequence[TaskResult]) -> str:
             f"{result.speed.tokens_per_second:.1f}",
         ]
         scores = [score(result, name) for name in shown]
-        rows.append([result.name, str(len(result.samples)), *scores, *costs])
+        rows.append([result.name, str(result.documents), *scores, *costs])
     return table(rows)
 
 
@@ -326,7 +333,7 @@ def report(config: EvalConfig, model: ModelConfig, results: Sequence[TaskResult]
         },
         "tasks": {
             result.name: {
-                "n": len({sample.doc_id for sample in result.samples}),
+                "n": result.documents,
                 "metrics": result.metrics,
                 "stderr": result.stderr,
                 "nfe_mean": result.nfe_mean,

@@ -92,7 +92,7 @@ def row_of(run: EvalConfig, result: TaskResult) -> Row:
         "model": run.model,
         "task": run.task,
         "setting": label(run.settings),
-        "n": len({sample.doc_id for sample in result.samples}),
+        "n": result.documents,
         "metric": metric,
         "accuracy": 100 * result.metrics[metric],
         "stderr": None if error is None else 100 * error,

@@ -180,6 +180,7 @@ def test_d1_tasks_read_the_folder(folder: Path, tmp_path: Path):
         (["task=sudoku,sudoku"], ["twice"]),
         (["task=sudoku_d1"], ["data=FOLDER", "d1_test.jsonl"]),
         (["limit=0"], ["limit=0"]),
+        (["shots=-1"], ["shots=-1 must be 0 or more"]),
         (["batch_size=0"], ["batch_size=0"]),
         (["decode.threshold=2"], ["threshold=2"]),
         ([f"output={__file__}"], ["is a file"]),
@@ -194,6 +195,15 @@ def test_mistakes_are_found_at_once(
     assert stop.value.code == 2
     message = capsys.readouterr().err
     assert all(part in message for part in parts), message
+
+
+def test_documents_of_a_group_and_samples_of_a_document_are_counted():
+    sample = eval.Sample("a", 0, 0, "", "", "", {}, 1, 1, 0.0)
+    samples = [
+        dataclasses.replace(sample, task=task, doc_id=doc_id, sample=number)
+        for task in "ab" for doc_id in range(3) for number in range(2)
+    ]  # fmt: skip
+    assert eval.TaskResult("group", "acc", {}, {}, samples, None, {}).documents == 6
 
 
 def test_the_example_shows_both_ends_of_a_long_prompt():

@@ -339,6 +339,8 @@ def test_the_users_yaml_is_found_and_wins(folder: Path, tmp_path: Path):
 def test_yaml_that_cannot_be_read_is_an_error_and_not_skipped(tmp_path: Path):
     refused("is no folder", "sudoku", include_path=tmp_path / "none")
     (tmp_path / "broken.yaml").write_text("task: [unclosed\n")
+    with pytest.raises(ValueError, match=r"broken.yaml cannot be read"):
+        resolve.check(["theirs"], include_path=tmp_path)
     refused("broken.yaml cannot be read", "sudoku", include_path=tmp_path)
 
 

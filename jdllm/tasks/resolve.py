@@ -49,6 +49,8 @@ def check(
         )
     if include_path and not include_path.is_dir():
         return
+    if include_path:
+        stock.check(include_path)  # else a broken file reads as an unknown task
     users = stock.index(include_path)
     for name in names:
         if name in users:
