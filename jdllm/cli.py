@@ -2,7 +2,7 @@
 
 Every entry point is `def main(config)`, run as `main(parse(EvalConfig))`. A dataclass with a class
 attribute `presets` (name -> settings) also has the word `preset=NAME`: its settings stand for those
-that are not given.
+that are not given. A field `preset`, if it has one, keeps the name.
 """
 
 import contextlib
@@ -80,6 +80,7 @@ def expand_presets(config: type, options: Sequence[str], prog: str | None) -> li
     Exits with status 2 and the nearest names where there is no such preset.
     """
     tables = preset_tables(config)
+    fields = [p + field.name for p, kind in nested(config) for field in dataclasses.fields(kind)]
     given = {_name(option) for option in options}
     chosen: dict[str, str] = {}
     kept = []
@@ -89,9 +90,10 @@ def expand_presets(config: type, options: Sequence[str], prog: str | None) -> li
             chosen[setting] = word.partition("=")[2] if "=" in word else next(words, "")
         else:
             kept.append(word)
-    for setting, name in chosen.items():
+    for setting, name in sorted(chosen.items(), key=lambda item: -item[0].count(".")):
         if name not in tables[setting]:
-            near = difflib.get_close_matches(name, tables[setting], n=3, cutoff=0.5)
+            near = [each for each in tables[setting] if name and each.startswith(name)]
+            near = near or difflib.get_close_matches(name, tables[setting], n=3, cutoff=0.5)
             hint = f"did you mean {', or '.join(near)}?" if near else _listed(tables[setting])
             who = prog or "this command"
             print(f"error: {who} knows no {setting}={name}; {hint}", file=sys.stderr)
@@ -99,6 +101,8 @@ def expand_presets(config: type, options: Sequence[str], prog: str | None) -> li
         prefix = setting.removesuffix("preset")
         table = {prefix + key: value for key, value in tables[setting][name].items()}
         kept += [f"--{key}={value}" for key, value in table.items() if key not in given]
+        kept += [f"--{setting}={name}"] if setting in fields else []
+        given |= set(table)  # decode.preset=NAME counts more than preset=NAME
     return kept
 
 

@@ -13,7 +13,7 @@ import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -23,12 +23,13 @@ from jdllm.decode import DecodeConfig
 from jdllm.environment import environment
 from jdllm.files import alone, atomic_file
 from jdllm.journal import Journal
+from jdllm.likelihood import LikelihoodConfig
 from jdllm.load import enable_compilation_cache
 from jdllm.report import table
-from jdllm.settings import changed, check_verifier, decode_config, read_decode
+from jdllm.settings import check_verifier, read_decode
 from jdllm.tasks import preset as presets
 from jdllm.tasks import resolve
-from jdllm.tasks.presets import find
+from jdllm.tasks.presets import PRESETS, find
 
 SHOWN = ("solved", "exact_match")  # the table's metrics; results.json has all
 FINISHED = "finished.jsonl"  # in the output folder: every sample, as it was finished
@@ -37,6 +38,8 @@ FINISHED = "finished.jsonl"  # in the output folder: every sample, as it was fin
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """Evaluation of a model on one or more tasks."""
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {n: row.settings for n, row in PRESETS.items()}
 
     task: str = "sudoku"
     """One or more, separated by commas: ours (docs/tasks.md), lm-eval's, those of include_path."""
@@ -57,10 +60,11 @@ class EvalConfig:
     confirm_run_unsafe_code: bool = False
     """Run the programs that the model writes: HumanEval, MBPP and their kin need it."""
     preset: str = ""
-    """A published table row (docs/tasks.md): task, shots, chat and decode, where none is given."""
+    """A published table row (docs/tasks.md): what it fixes but the model, where none is given."""
     decode: DecodeConfig = DecodeConfig()
     decode_file: Path | None = None
     """JSON with decode settings, as jdllm.tune writes it; decode.* changes them."""
+    likelihood: LikelihoodConfig = LikelihoodConfig()
     mesh: str = "auto"
     """data x model, for example 4x1; auto is data parallel where the model fits a device."""
     dtype: str = "auto"
@@ -80,31 +84,40 @@ class EvalConfig:
     """Completions of each document; metrics are means (one is enough without temperature)."""
 
     def __post_init__(self):
-        if self.preset:
-            decode_config(dict(find(self.preset).decode), f"preset={self.preset}")
+        if self.preset and self.decode_file:
+            raise ValueError("preset and decode_file both set how to decode; leave one out")
         resolve.check(
-            self.chosen.tasks if self.preset else self.tasks,
+            self.tasks,
             data=self.data,
             include_path=self.include_path,
             prompt_file=self.prompt_file,
         )
         if self.output and self.output.exists() and not self.output.is_dir():
             raise ValueError(f"output={self.output} is a file; name a folder")
-        check_verifier(self.verifier, [self.chosen.settings])
+        check_verifier(self.verifier, [self.settings])
         for name in ("limit", "batch_size", "samples"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise ValueError(f"{name}={number} must be 1 or more")
+        if (self.shots or 0) < 0:
+            raise ValueError(f"shots={self.shots} must be 0 or more")
 
     @property
-    def chosen(self) -> "EvalConfig":
-        """This config with what its preset fixes but the model, where nothing else was given."""
-        if not self.preset:
-            return self
-        row, default = find(self.preset), {f.name: f.default for f in dataclasses.fields(self)}
-        fixed = {"task": row.task, "shots": row.shots, "chat": row.chat}
-        open_ = {name: v for name, v in fixed.items() if getattr(self, name) == default[name]}
-        decode = decode_config(dict(row.decode) | changed(self.decode), f"preset={self.preset}")
-        return dataclasses.replace(self, preset="", decode=decode, **open_)
+    def departures(self) -> list[str]:
+        """Words for what is not as in the published row that `preset` names."""
+        row = find(self.preset)
+        there: dict[str, Any] = {"model": row.model, "task": row.task, "chat": row.chat}
+        there |= {"shots": row.shots, "limit": None, "samples": 1}
+        there |= {"prompt_file": None, "include_path": None}
+        words = {n: getattr(self, n) for n, value in there.items() if getattr(self, n) != value}
+        for name, used, fixed in (
+            ("decode", self.settings, DecodeConfig(**row.decode)),
+            ("likelihood", self.likelihood, LikelihoodConfig(**row.likelihood)),
+        ):
+            published = dataclasses.asdict(fixed)
+            words |= {
+                f"{name}.{n}": v for n, v in dataclasses.asdict(used).items() if v != published[n]
+            }
+        return [f"{name}={value}" for name, value in words.items()]
 
     @property
     def settings(self) -> DecodeConfig:
@@ -146,6 +159,13 @@ class TaskResult:
     stderr: dict[str, float | None]
     samples: list[Sample]
     speed: Any
+    estimates: dict[str, float | None]
+    """Of likelihoods: their number, and the standard errors of their estimates, in nats."""
+
+    @property
+    def documents(self) -> int:
+        """How many documents there are, of all tasks of a group."""
+        return len({(sample.task, sample.doc_id) for sample in self.samples})
 
     @property
     def nfe_mean(self) -> float:
@@ -156,6 +176,7 @@ class TaskResult:
 def run(name: str, loaded: dict[str, Any], lm: Any, limit: int | None = None) -> TaskResult:
     """Evaluates what resolve() loaded for one name with a fresh JdllmLM."""
     from jdllm.grading import grade, plain
+    from jdllm.scoring import certainty
 
     score = grade(lm, name, loaded, limit=limit)
     records = {(record.task, record.doc_id, record.sample): record for record in lm.records}
@@ -178,7 +199,9 @@ def run(name: str, loaded: dict[str, Any], lm: Any, limit: int | None = None) ->
             found.append(sample)
     metric = plain(resolve.quoted(next(iter(loaded["tasks"].values()))))
     metric = metric if metric in score.metrics else next(iter(score.metrics))
-    return TaskResult(name, metric, score.metrics, score.stderr, found, lm.speed)
+    return TaskResult(
+        name, metric, score.metrics, score.stderr, found, lm.speed, certainty(lm.likelihoods)
+    )
 
 
 def score(result: TaskResult, metric: str) -> str:
@@ -204,7 +227,7 @@ def summary(results: Sequence[TaskResult]) -> str:
             f"{result.speed.tokens_per_second:.1f}",
         ]
         scores = [score(result, name) for name in shown]
-        rows.append([result.name, str(len(result.samples)), *scores, *costs])
+        rows.append([result.name, str(result.documents), *scores, *costs])
     return table(rows)
 
 
@@ -222,6 +245,8 @@ def example(result: TaskResult) -> str:
     lines = [f"one worked example ({sample.task}, document {sample.doc_id})"]
     for name, text in parts.items():
         shown = [part for line in text.splitlines() for part in textwrap.wrap(line, 84) or [""]]
+        if len(shown) > 20:  # few-shot examples would push the table off the screen
+            shown = [*shown[:5], "[...]", *shown[-14:]]
         lines.append(f"  {name:<12}" + ("\n" + " " * 14).join(shown))
     return "\n".join(lines)
 
@@ -256,7 +281,13 @@ def evaluate(
     shared: Any = {"batch_size": config.batch_size, "journal": journal, "leave": leave}
     results = []
     for name, tasks in loaded.items():
-        lm = JdllmLM(llm, decode=decode, chat=config.chat is not False, **shared)
+        lm = JdllmLM(
+            llm,
+            decode=decode,
+            likelihood=config.likelihood,
+            chat=config.chat is not False,
+            **shared,
+        )
         results.append(run(name, tasks, lm, config.limit))
     return report(dataclasses.replace(config, decode=decode), llm.config, results), results
 
@@ -302,12 +333,13 @@ def report(config: EvalConfig, model: ModelConfig, results: Sequence[TaskResult]
         },
         "tasks": {
             result.name: {
-                "n": len({sample.doc_id for sample in result.samples}),
+                "n": result.documents,
                 "metrics": result.metrics,
                 "stderr": result.stderr,
                 "nfe_mean": result.nfe_mean,
                 "speed": result.speed.facts(),
             }
+            | ({"likelihoods": result.estimates} if result.estimates else {})
             for result in results
         },
         "speed": speed.facts(),
@@ -321,8 +353,7 @@ def main(config: EvalConfig) -> None:
     enable_compilation_cache()
     row = find(config.preset) if config.preset else None
     if row:
-        print(f"{presets.describe(row)}\n")
-    config = config.chosen
+        print(f"{presets.describe(row, changed=config.departures)}\n")
     with contextlib.ExitStack() as stack:
         journal = None
         if config.output:
@@ -332,20 +363,20 @@ def main(config: EvalConfig) -> None:
         facts, results = evaluate(config, journal)
         show(facts["speed"], results)
         if row:
-            print(f"\n{compared(row, results[0])}\n")
+            print(f"\n{compared(row, results[0], config.departures)}\n")
+            facts["preset"] = dataclasses.asdict(row) | {"departures": config.departures}
         if config.output and processes.leads():
             save(config.output, facts, results)
 
 
-def compared(row: presets.Preset, result: TaskResult) -> str:
+def compared(row: presets.Preset, result: TaskResult, departures: Sequence[str]) -> str:
     """A preset with its published number beside the measured one."""
+    name, measured, error = row.metric.removesuffix(",none"), None, None
     if row.metric == "tokens_per_second":
-        return presets.describe(row, result.speed.tokens_per_second)
-    name = row.metric.removesuffix(",none")
-    if name not in result.metrics:
-        return presets.describe(row)
-    error = result.stderr[name]
-    return presets.describe(row, 100 * result.metrics[name], None if error is None else 100 * error)
+        measured = result.speed.tokens_per_second
+    elif name in result.metrics:
+        measured, error = 100 * result.metrics[name], result.stderr[name]
+    return presets.describe(row, measured, error and 100 * error, departures)
 
 
 def open_journal(folder: Path, stack: contextlib.ExitStack) -> Journal:
@@ -364,6 +395,12 @@ def show(speed: dict[str, Any], results: Sequence[TaskResult]) -> None:
         f"after {speed['compile_seconds']:.1f} s of compilation; "
         f"latency p50 {speed['latency_p50']:.2f} s, p95 {speed['latency_p95']:.2f} s"
     )
+    for result in results:
+        if result.estimates and result.estimates["stderr_mean"] is not None:
+            print(
+                "{}: {n} likelihoods, the standard error of an estimate is {stderr_mean:.3f} nats "
+                "on average, {stderr_max:.3f} at most".format(result.name, **result.estimates)
+            )
     if speed["shared_tokens"]:
         print(f"{speed['shared_tokens']} prompt tokens came from prefixes that were computed once")
 

@@ -3,6 +3,7 @@
 import base64
 import csv
 import html
+import importlib.util
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -93,15 +94,16 @@ def markdown(rows: Sequence[Row]) -> str:
     return f"{text}\n\n" + "\n".join(["| task | model | AUP |", "|---|---|---|", *under]) + "\n"
 
 
-def figure(rows: Sequence[Row], task: str) -> bytes:
-    """PNG of one task: accuracy against model calls, and against tokens a forward with the fronts.
+def require_plots() -> None:
+    """ValueError, with the command that helps, without matplotlib: before a sweep, not after it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("plots need matplotlib: python -m pip install -e '.[plot]'")
 
-    ImportError, with the command that helps, without matplotlib.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("plots need matplotlib: python -m pip install 'jdllm[plot]'") from None
+
+def figure(rows: Sequence[Row], task: str) -> bytes:
+    """PNG of one task: accuracy against model calls, and tokens a forward with the fronts."""
+    from matplotlib.figure import Figure
+
     canvas = Figure(figsize=(13, 4.8), dpi=100, layout="constrained")
     left, right = canvas.subplots(1, 2, sharey=True)
     under = {(a["task"], a["model"]): a["aup"] for a in areas(rows)}

@@ -46,6 +46,15 @@ class Likelihood:
         return Likelihood(self.value + other.value, stderr, self.is_greedy and other.is_greedy)
 
 
+def certainty(scores: Sequence[Likelihood]) -> dict[str, float | None]:
+    """How many scores there are, and the mean and largest standard error; {} of none."""
+    if not scores:
+        return {}
+    known = [score.stderr for score in scores if score.stderr is not None]
+    mean = statistics.fmean(known) if known else None
+    return {"n": len(scores), "stderr_mean": mean, "stderr_max": max(known, default=None)}
+
+
 @dataclasses.dataclass(frozen=True)
 class Device:
     """A model where it lives."""

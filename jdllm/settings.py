@@ -11,9 +11,9 @@ from jdllm.decode import DecodeConfig
 from jdllm.files import atomic_file
 
 
-def changed(config: DecodeConfig) -> dict[str, Any]:
-    """The settings of `config` that are not the defaults."""
-    default = dataclasses.asdict(DecodeConfig())
+def changed(config: Any) -> dict[str, Any]:
+    """The settings of a dataclass that are not the defaults."""
+    default = dataclasses.asdict(type(config)())
     return {name: v for name, v in dataclasses.asdict(config).items() if v != default[name]}
 
 

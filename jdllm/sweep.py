@@ -20,7 +20,7 @@ from jdllm.eval import FINISHED, EvalConfig, TaskResult, evaluate, load
 from jdllm.files import alone, atomic_file
 from jdllm.journal import Journal
 from jdllm.load import enable_compilation_cache
-from jdllm.report import Row, write_report
+from jdllm.report import Row, require_plots, write_report
 from jdllm.settings import check_verifier, label
 from jdllm.sweep_plans import Plan, read_plan
 
@@ -92,7 +92,7 @@ def row_of(run: EvalConfig, result: TaskResult) -> Row:
         "model": run.model,
         "task": run.task,
         "setting": label(run.settings),
-        "n": len({sample.doc_id for sample in result.samples}),
+        "n": result.documents,
         "metric": metric,
         "accuracy": 100 * result.metrics[metric],
         "stderr": None if error is None else 100 * error,
@@ -145,6 +145,7 @@ def command(config: SweepConfig) -> str:
 
 def main(config: SweepConfig) -> None:
     """Runs the plan and writes the report."""
+    require_plots()
     enable_compilation_cache()
     with alone(config.output):
         with atomic_file(config.output / "config.json") as file:

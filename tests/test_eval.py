@@ -176,13 +176,15 @@ def test_d1_tasks_read_the_folder(folder: Path, tmp_path: Path):
     ("words", "parts"),
     [
         (["task=sudokku"], ["task=sudokku", "did you mean sudoku", "countdown_d1"]),
-        (["task=sudoku,"], ["task= is unknown"]),
+        (["task=sudoku,"], ["names of tasks, with commas between"]),
         (["task=sudoku,sudoku"], ["twice"]),
         (["task=sudoku_d1"], ["data=FOLDER", "d1_test.jsonl"]),
         (["limit=0"], ["limit=0"]),
+        (["shots=-1"], ["shots=-1 must be 0 or more"]),
         (["batch_size=0"], ["batch_size=0"]),
         (["decode.threshold=2"], ["threshold=2"]),
         ([f"output={__file__}"], ["is a file"]),
+        (["preset=llada1.5-math", "decode_file=x.json"], ["preset and decode_file both"]),
     ],
 )
 def test_mistakes_are_found_at_once(
@@ -195,13 +197,30 @@ def test_mistakes_are_found_at_once(
     assert all(part in message for part in parts), message
 
 
+def test_documents_of_a_group_and_samples_of_a_document_are_counted():
+    sample = eval.Sample("a", 0, 0, "", "", "", {}, 1, 1, 0.0)
+    samples = [
+        dataclasses.replace(sample, task=task, doc_id=doc_id, sample=number)
+        for task in "ab" for doc_id in range(3) for number in range(2)
+    ]  # fmt: skip
+    assert eval.TaskResult("group", "acc", {}, {}, samples, None, {}).documents == 6
+
+
+def test_the_example_shows_both_ends_of_a_long_prompt():
+    prompt = "\n".join(f"line {number}" for number in range(100))
+    sample = eval.Sample("own", 0, 0, prompt, "1", "1", {"solved": 1.0}, 1, 1, 0.0)
+    shown = eval.example(eval.TaskResult("own", "solved", {}, {}, [sample], None, {})).splitlines()
+    assert len(shown) == 24 and shown[1].endswith("prompt      line 0")
+    assert shown[6].strip() == "[...]" and shown[20].strip() == "line 99"
+
+
 @pytest.mark.parametrize(
     ("settings", "part"),
     [
         ({"mesh": "99x1"}, "99 devices"),
         ({"model": "random:none"}, "no such shape"),
         ({"model": "random:tiny", "mesh": "1x1"}, "no tokenizer"),
-        ({"task": "sudoku_d1", "data": Path("absent")}, "not there"),
+        ({"task": "sudoku_d1", "data": Path("absent")}, "absent is no folder"),
         ({"mesh": "1x1", "decode": DecodeConfig(gen_length=512, block_length=32)}, "512 columns"),
     ],
 )

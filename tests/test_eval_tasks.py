@@ -10,6 +10,8 @@ from jdllm import cli, eval, sharding
 from jdllm.checkpoint import random_model, save_model
 from jdllm.configs import NAMED
 from jdllm.load import BUNDLED
+from jdllm.scoring import Likelihood, certainty
+from jdllm.tasks.presets import PRESETS
 from jdllm.tokenizer import copy_tokenizer
 from tests import tiny
 
@@ -81,7 +83,50 @@ def test_a_preset_is_printed_with_both_numbers_and_gives_way(
     assert (decode["rule"], decode["steps"], decode["gen_length"]) == ("quota", 2, 64)
     out = capsys.readouterr().out
     assert "measured   not yet" in out and "published  16.11 %" in out
+    here = f"but here   model={model} decode.gen_length=64 decode.steps=2\n"
+    assert out.count(here) == 2
+    assert results["preset"]["published"] == 16.11
+    assert results["preset"]["departures"] == here.split()[2:]
     assert f"measured   {100 * results['tasks']['sudoku_d1']['metrics']['d1_cells']:.1f}" in out
+
+
+def test_what_is_given_beside_a_preset_wins_be_it_the_default():
+    words = ["preset=edit-sudoku-128", "task=sudoku", "chat=None", "decode.rule=threshold"]
+    config = cli.parse(eval.EvalConfig, [*words, "decode.steps=None"])
+    assert (config.task, config.chat, config.decode.rule) == ("sudoku", None, "threshold")
+    assert config.decode.steps is None and config.decode.gen_length == 128
+    assert {"task=sudoku", "chat=None", "decode.steps=None"} < set(config.departures)
+    named = cli.parse(
+        eval.EvalConfig, [*words[:2], "decode.preset=llada-1.5-mbpp"] + ["decode.steps=None"]
+    )
+    assert named.decode.gen_length == 512 and named.preset == "edit-sudoku-128"
+
+
+def test_a_preset_fixes_how_likelihoods_are_estimated(
+    model: Path, data: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture
+):
+    row = dataclasses.replace(
+        PRESETS["llada-base-mmlu"], likelihood={"mc_num": 4, "mc_batch": 2, "cfg_scale": 0.5},
+        task="mmlu_sample_likelihood", shots=None,
+    )  # fmt: skip
+    monkeypatch.setitem(PRESETS, "row", row)
+    monkeypatch.setitem(eval.EvalConfig.presets, "row", row.settings)
+    words = ["preset=row", f"model={model}", f"data={data}", "mesh=1x1", "limit=1"]
+    results, _ = run(tmp_path, *words, "likelihood.mc_num=2")
+    used = results["config"]["likelihood"]
+    assert (used["mc_num"], used["mc_batch"], used["cfg_scale"]) == (2, 2, 0.5)
+    found = results["tasks"]["mmlu_sample_likelihood"]["likelihoods"]
+    assert found == {"n": 4, "stderr_mean": 0.0, "stderr_max": 0.0}  # one token each is exact
+    out = capsys.readouterr().out
+    assert out.count(f"but here   model={model} limit=1 likelihood.mc_num=2\n") == 2
+    assert "4 likelihoods, the standard error of an estimate is" in out
+
+
+def test_estimates_without_a_known_error_do_not_count_in_its_mean():
+    scored = [Likelihood(-1.0, error, False) for error in (0.1, None, 0.3)]
+    assert certainty(scored) == {"n": 3, "stderr_mean": pytest.approx(0.2), "stderr_max": 0.3}
+    assert certainty(scored[1:2]) == {"n": 1, "stderr_mean": None, "stderr_max": None}
+    assert certainty([]) == {}
 
 
 def test_programs_are_refused_before_the_model_is_loaded(data: Path):

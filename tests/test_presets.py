@@ -83,5 +83,8 @@ def test_another_version_of_a_task_is_said(monkeypatch):
 def test_an_unknown_name_is_an_error_with_the_nearest():
     with pytest.raises(ValueError, match="did you mean .*llada-instruct-gsm8k"):
         find("llada-instruct-gsm8")
-    with pytest.raises(ValueError, match="They begin with d1, diffucoder"):
+    with pytest.raises(ValueError, match="which is one of llada, llada1.5, fast"):
         find("zzz")
+    with pytest.raises(ValueError) as refusal:
+        find("edit")
+    assert all(name in str(refusal.value) for name in PRESETS if name.startswith("edit-"))

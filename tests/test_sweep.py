@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jdllm import cli, eval, sharding, sweep, tune
+from jdllm import cli, eval, report, sharding, sweep, tune
 from jdllm.checkpoint import random_model, save_model
 from jdllm.configs import NAMED
 from jdllm.decode import DecodeConfig
@@ -282,3 +282,10 @@ def test_settings_survive_a_file(tmp_path: Path):
     write_decode(tmp_path / "one.json", config)
     assert read_decode(tmp_path / "one.json") == config
     assert label(config) == "rule=quota steps=8 cache=prefix temperature=0.5"
+
+
+def test_a_missing_plot_library_is_said_before_the_first_run(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[plot\]'"):
+        sweep.main(sweep.SweepConfig())
+    assert not list(Path().iterdir())

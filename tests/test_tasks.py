@@ -203,6 +203,8 @@ def test_unknown_names_are_errors_with_the_nearest(folder: Path):
 
 def test_tasks_without_a_hub_say_which_file_they_want(tmp_path: Path):
     refused("sudoku_d1 .*sudoku4x4/d1_test.jsonl; pass data=FOLDER", "sudoku_d1")
+    refused("nowhere is no folder", "gsm8k", data=tmp_path / "nowhere")
+    refused("task=sudoku, must be names", "sudoku", "")
     with pytest.raises(FileNotFoundError, match="not on the Hugging Face hub; data=.*holds none"):
         resolve.resolve(["hotpotqa_sample"], data=tmp_path)
     with pytest.raises(FileNotFoundError, match="sudoku4x4/d1_test.jsonl, which is not there"):
@@ -337,6 +339,8 @@ def test_the_users_yaml_is_found_and_wins(folder: Path, tmp_path: Path):
 def test_yaml_that_cannot_be_read_is_an_error_and_not_skipped(tmp_path: Path):
     refused("is no folder", "sudoku", include_path=tmp_path / "none")
     (tmp_path / "broken.yaml").write_text("task: [unclosed\n")
+    with pytest.raises(ValueError, match=r"broken.yaml cannot be read"):
+        resolve.check(["theirs"], include_path=tmp_path)
     refused("broken.yaml cannot be read", "sudoku", include_path=tmp_path)
 
 

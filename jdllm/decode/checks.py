@@ -103,7 +103,8 @@ CONFLICTS: tuple[tuple[Callable[[Any], Any], str], ...] = (
     ),
     (
         lambda c: c.steps and c.rule in COUNTLESS,
-        "steps={c.steps} means nothing to rule={c.rule}; leave it out, or use rule=quota",
+        "steps={c.steps} means nothing to rule={c.rule}; leave it out, use rule=quota, or take "
+        "back what a preset sets: steps=None",
     ),
     (
         lambda c: c.tokens_per_step and c.rule not in ("quota", "threshold"),

@@ -1,6 +1,6 @@
 """A published table row as settings: the task, its shots and frame, how to decode, the number."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +66,14 @@ class Preset:
         """The version of the task that the row is for."""
         return VERSIONS.get(self.task, 1)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the row fixes but the model, by the names of jdllm.eval's settings."""
+        fixed = {"task": self.task, "chat": self.chat}
+        fixed |= {} if self.shots is None else {"shots": self.shots}
+        fixed |= {f"decode.{name}": value for name, value in self.decode.items()}
+        return fixed | {f"likelihood.{name}": value for name, value in self.likelihood.items()}
+
 
 def installed_version(row: Preset) -> float | int | None:
     """The version of the row's task in the lm-eval that is installed; None for tasks of ours."""
@@ -73,8 +81,16 @@ def installed_version(row: Preset) -> float | int | None:
     return stock.parse(path, functions=False)["metadata"]["version"] if path else None
 
 
-def describe(row: Preset, measured: float | None = None, error: float | None = None) -> str:
-    """What a row fixes, and the published number beside the measured one (percent, or tokens/s)."""
+def describe(
+    row: Preset,
+    measured: float | None = None,
+    error: float | None = None,
+    changed: Sequence[str] = (),
+) -> str:
+    """What a row fixes, and the published number beside the measured one (percent, or tokens/s).
+
+    `changed` are the settings, as words, that are not those of the row.
+    """
     unit = "tokens/s" if row.metric == "tokens_per_second" else "%"
     shots = "the task's own shots" if row.shots is None else f"{row.shots} shots"
     frame = "in the chat template" if row.chat else "without a chat template"
@@ -92,6 +108,7 @@ def describe(row: Preset, measured: float | None = None, error: float | None = N
         "model": row.model,
         "task": f"{row.task}, {version}, {shots}, {frame}",
         "decode" if row.decode else "likelihood": " ".join(f"{k}={v}" for k, v in settings.items()),
+        "but here": " ".join(changed),
         "metric": row.metric,
         "published": published + f" [{row.source}]" + ("" if row.seen else " (not all verified)"),
         "measured": "not yet" if measured is None else f"{measured:.1f}{spread} {unit}",

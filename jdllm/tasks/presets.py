@@ -315,10 +315,14 @@ PRESETS: dict[str, Preset] = {
 
 
 def find(name: str) -> Preset:
-    """The row of a name; ValueError, with the nearest names, where there is none."""
+    """The row of a name; ValueError, with those that begin so or are near, where there is none."""
     if name in PRESETS:
         return PRESETS[name]
-    near = difflib.get_close_matches(name, PRESETS, n=5, cutoff=0.4)
-    families = sorted({each.split("-")[0] for each in PRESETS})
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    raise ValueError(f"preset={name} is unknown; {hint}They begin with {', '.join(families)}")
+    begin = [each for each in PRESETS if name and each.startswith(name)]
+    near = begin or difflib.get_close_matches(name, PRESETS, n=5, cutoff=0.4)
+    families = dict.fromkeys(each.split("-")[0] for each in PRESETS)
+    hint = f"did you mean {', '.join(near)}? " if near else ""
+    raise ValueError(
+        f"preset={name} is unknown. {hint}preset=NAME lists those that begin with NAME, which is "
+        f"one of {', '.join(families)}"
+    )

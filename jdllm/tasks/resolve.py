@@ -38,6 +38,8 @@ def check(
     Files are looked for by resolve(). Takes two seconds where a name is neither ours nor the
     user's: lm-eval's are looked through.
     """
+    if not all(names):
+        raise ValueError(f"task={','.join(names)} must be names of tasks, with commas between")
     if len({ALIASES.get(name, name) for name in names}) < len(names):
         raise ValueError(f"task={','.join(names)} names a task twice")
     if prompt_file and len(names) > 1:
@@ -47,6 +49,8 @@ def check(
         )
     if include_path and not include_path.is_dir():
         return
+    if include_path:
+        stock.check(include_path)  # else a broken file reads as an unknown task
     users = stock.index(include_path)
     for name in names:
         if name in users:
@@ -92,6 +96,8 @@ def resolve(
     """
     if include_path:
         stock.check(include_path)
+    if data and not data.is_dir():
+        raise ValueError(f"data={data} is no folder; docs/tasks.md lists the files it may hold")
     check(names, data=data, include_path=include_path, prompt_file=prompt_file)
     changes: dict[str, Any] = {} if shots is None else {"num_fewshot": shots}
     if prompt_file:
