@@ -57,7 +57,7 @@ class ExportConfig:
     """Writes a converted model back as a Hugging Face checkpoint."""
 
     source: Path
-    """A folder that this command or jdllm.sft wrote."""
+    """A folder that this command wrote, or the model/ in one of jdllm.sft."""
     output: Path
     """Folder to write."""
     dtype: Dtype | None = None

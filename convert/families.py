@@ -59,6 +59,13 @@ def check_keys(family: Family, hf: dict[str, Any], allow_unknown: Sequence[str] 
         )
     known = family.used | set(family.inert) | set(allow_unknown)
     if unknown := [key for key in hf if key not in known]:
+        own = next((name for name, f in FAMILIES.items() if hf.keys() <= f.used | set(f.inert)), "")
+        if own:
+            raise ConversionError(
+                f"config.json names the architecture {family.architecture}, but its keys are those "
+                f"of the family {own}, whose architecture is {FAMILIES[own].architecture}; is it "
+                "mislabelled?"
+            )
         option = f"allow_unknown={unknown[0]}"
         if len(unknown) > 1:
             option = f"--allow_unknown {' '.join(unknown)}"

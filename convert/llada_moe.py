@@ -20,7 +20,10 @@ def mask_id(hf: dict[str, Any], special: dict[str, int]) -> int:
     if found is None and hf["vocab_size"] == VOCAB:
         return MASK_ID
     if found is None:
-        raise ValueError(f"there is neither mask_token_id nor a tokenizer.json with {MASK}")
+        raise ValueError(
+            f"there is neither mask_token_id nor a tokenizer.json with {MASK}; add the mask's id "
+            "to config.json as mask_token_id"
+        )
     return found
 
 

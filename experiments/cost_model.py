@@ -21,7 +21,7 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from jdllm import cli
-from jdllm.configs import LLADA2_MINI, LLADA_8B, ModelConfig, count_parameters
+from jdllm.configs import LLADA2_FLASH, LLADA_8B, ModelConfig, count_parameters
 from jdllm.head import CHUNK, Special, best
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,18 +31,6 @@ LOGIT_PASSES = 4  # how often float32 logits are written or read on their way to
 # How often a layer writes or reads a number a channel: of the residual stream, of what heads hold
 # (queries, keys, values, their rotation, the mix), and of an MLP's width (gate, up, their product).
 RESIDUAL_PASSES, HEAD_PASSES, MLP_PASSES = 8, 10, 6
-
-MINI_EXPERTS: Any = LLADA2_MINI.moe
-# The published shape as far as it is known; heads, vocabulary and the first layer's width are not
-# read from a published file.
-LLADA2_FLASH = dataclasses.replace(
-    LLADA2_MINI,
-    layers=32,
-    embed=4096,
-    heads=32,
-    mlp=9216,
-    moe=dataclasses.replace(MINI_EXPERTS, expert_mlp=1024, shared_mlp=1024),
-)
 
 
 @dataclasses.dataclass(frozen=True)

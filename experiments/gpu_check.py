@@ -7,6 +7,7 @@ python experiments/gpu_check.py output=experiments/results/gpu_check.json
 import dataclasses
 import datetime
 import json
+import math
 import os
 import subprocess
 import sys
@@ -106,15 +107,18 @@ def kernels() -> list[dict[str, Any]]:
 
 
 def named_shapes() -> dict[str, dict[str, float]]:
-    """Random weights of every named model, made on the device: seconds and gigabytes."""
-    found = {}
+    """Random weights of every named model that the device has room for: seconds and gigabytes."""
+    found, mesh = {}, sharding.parse_mesh("1x1")
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
     for name, config in NAMED.items():
+        if weight_bytes(config, mesh) > limit:
+            continue
         start = time.perf_counter()
-        params = LLM.load(f"random:{name}", sharding.parse_mesh("1x1"))._params
+        params = LLM.load(f"random:{name}", mesh)._params
         jax.block_until_ready(params)
         size = sum(x.nbytes for x in jax.tree.leaves(params)) / 1e9
         found[name] = {"seconds": time.perf_counter() - start, "gigabytes": size}
-        if found[name]["gigabytes"] < 0.99 * weight_bytes(config, sharding.parse_mesh("1x1")) / 1e9:
+        if found[name]["gigabytes"] < 0.99 * weight_bytes(config, mesh) / 1e9:
             raise ValueError(f"random:{name} has {size} GB of weights, fewer than its config says")
     return found
 

@@ -142,9 +142,16 @@ def save_model(folder: Path, config: ModelConfig, params: nnx.State) -> None:
     write_model(folder, config, stream)
 
 
+def refuse_run(folder: Path) -> None:
+    """ValueError for the folder of a training run, whose model lies one folder deeper."""
+    if is_converted(folder / "model"):
+        raise ValueError(f"{folder} is a training run; its model is {folder / 'model'}")
+
+
 def read_config(folder: Path) -> ModelConfig:
     """The ModelConfig of a folder written by this module; ValueError where it is not one."""
     if not is_converted(folder):
+        refuse_run(folder)
         raise ValueError(f"{folder} is not a converted model: it has no config.json of ours")
     path = folder / "config.json"
     try:

@@ -125,7 +125,8 @@ def check_names(config: type, options: Sequence[str], prog: str | None) -> None:
         name = option.removeprefix("--").partition("=")[0].replace("-", "_")
         if not option.startswith("--") or name in (*names, "help"):
             continue
-        near = difflib.get_close_matches(name, names, n=3)
+        near = [known for known in names if known.endswith(f".{name}")]  # its group was left out
+        near = near or difflib.get_close_matches(name, names, n=3)
         hint = f"did you mean {', or '.join(near)}?" if near else f"there are {', '.join(names)}."
         print(f"error: {prog or 'this command'} has no setting {name!r}; {hint}", file=sys.stderr)
         raise SystemExit(2)

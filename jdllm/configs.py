@@ -263,6 +263,21 @@ BUNDLED = ModelConfig(
     stop_ids=(1, 2),
 )
 
+LLADA2_EXPERTS = MoEConfig(
+    experts=256,
+    top_k=8,
+    expert_mlp=512,
+    shared_mlp=512,
+    dense_layers=(0,),
+    score="sigmoid",
+    renormalise=True,
+    scale=2.5,
+    groups=8,
+    top_groups=4,
+    expert_bias="selection",
+    router_stored="bfloat16",
+)
+
 LLADA2_MINI = ModelConfig(
     layers=20,
     embed=2048,
@@ -282,20 +297,18 @@ LLADA2_MINI = ModelConfig(
     qk_norm=True,
     rotary_dim=64,
     block_causal=32,
-    moe=MoEConfig(
-        experts=256,
-        top_k=8,
-        expert_mlp=512,
-        shared_mlp=512,
-        dense_layers=(0,),
-        score="sigmoid",
-        renormalise=True,
-        scale=2.5,
-        groups=8,
-        top_groups=4,
-        expert_bias="selection",
-        router_stored="bfloat16",
-    ),
+    moe=LLADA2_EXPERTS,
+)
+
+# Layers, width, experts and theirs as published; heads, vocabulary and the first layer's width have
+# not been compared with it.
+LLADA2_FLASH = dataclasses.replace(
+    LLADA2_MINI,
+    layers=32,
+    embed=4096,
+    heads=32,
+    mlp=9216,
+    moe=dataclasses.replace(LLADA2_EXPERTS, expert_mlp=1024, shared_mlp=1024),
 )
 
 # As published, but for vocab and norm_eps, which have not been compared with it.
@@ -327,6 +340,7 @@ NAMED: dict[str, ModelConfig] = {
     "llada-1.5": LLADA_8B,
     "llada-moe-7b": LLADA_MOE_7B,
     "llada2-mini": LLADA2_MINI,
+    "llada2-flash": LLADA2_FLASH,
     "dream-7b": DREAM_7B,
     "diffucoder-7b": DREAM_7B,
     "qwen2.5-0.5b": QWEN2_5_HALF_B,

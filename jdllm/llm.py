@@ -155,7 +155,7 @@ class LLM:
         """Token ids of every prompt; strings are framed as user messages where `chat`."""
         texts = [p for p in prompts if isinstance(p, str)]
         if texts and self.tokenizer is None:
-            raise ValueError("this model has no tokenizer: pass token ids instead of text")
+            raise ValueError("this model has no tokenizer.json: pass token ids instead of text")
         encoded = iter(encode_prompts(self.tokenizer, texts, chat) if texts else [])
         rows = [next(encoded) if isinstance(p, str) else list(p) for p in prompts]
         for row in rows:

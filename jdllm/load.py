@@ -51,6 +51,7 @@ def locate(model: str) -> Path | None:
     if model == "bundled":
         return BUNDLED
     if Path(model).is_dir():
+        checkpoint.refuse_run(Path(model))
         return Path(model)
     converted = converted_folder(model)
     if is_converted(converted):

@@ -17,6 +17,7 @@ from jdllm import checkpoint, sharding
 from jdllm.checkpoint import LazyArray
 from jdllm.configs import NAMED, count_parameters, is_converted
 from jdllm.files import atomic_folder
+from jdllm.load import locate
 from jdllm.model import abstract, named
 
 TINY = dataclasses.replace(NAMED["tiny"], embed=32, head_dim=8, mlp=48, vocab=64)
@@ -284,6 +285,14 @@ def test_folders_that_are_not_ours(tmp_path: Path, text: str | None):
     assert not is_converted(tmp_path)
     with pytest.raises(ValueError, match="is not a converted model"):
         checkpoint.read_config(tmp_path)
+
+
+def test_the_folder_of_a_training_run_names_the_model_in_it(tmp_path: Path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(NAMED["tiny"].to_json())
+    for read in (checkpoint.read_config, lambda folder: locate(str(folder))):
+        with pytest.raises(ValueError, match="is a training run; its model is .*model$"):
+            read(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,13 @@ def test_a_typo_names_the_nearest(capsys):
     assert "prog has no setting 'nmae'; did you mean name?" in capsys.readouterr().err
 
 
+def test_a_setting_without_its_group_names_it(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(Config, ["threshold=0.5"], "prog")
+    assert stop.value.code == 2
+    assert "no setting 'threshold'; did you mean inner.threshold?" in capsys.readouterr().err
+
+
 def test_a_rule_between_fields_is_one_sentence(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.parse(Config, ["count=0"], "prog")

@@ -253,12 +253,14 @@ def test_bad_input_is_one_sentence(
 
 
 def test_dream_needs_a_mask_and_its_own_name(tmp_path: Path):
-    for change, words in [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"mask_token_id": ...}, "lacks the key 'mask_token_id'"),
         ({"mask_token_id": NO_ID}, "mask_id=-1, which must be a whole number of 0 or more"),
         ({"model_type": "qwen2"}, "model_type='qwen2'; supported is 'Dream'"),
-    ]:
-        source = write_hf(tmp_path / str(len(words)), hf_config("dream"), random_tensors())
+        ({"architectures": ["LLaDAModelLM"]}, "LLaDAModelLM, but .* of the family dream"),
+    ]
+    for number, (change, words) in enumerate(cases):
+        source = write_hf(tmp_path / str(number), hf_config("dream"), random_tensors())
         config_with(**change)(source)
         with pytest.raises(ConversionError, match=words):
             families.open_source(source)

@@ -95,7 +95,7 @@ def test_an_id_that_cannot_be_downloaded_is_one_sentence(tmp_path, monkeypatch):
 def test_a_model_without_a_tokenizer_takes_ids_only(tmp_path):
     shutil.copytree(GOLDEN, tmp_path / "hf")
     llm = LLM.load(str(tmp_path / "hf"), mesh=MESH)
-    with pytest.raises(ValueError, match="no tokenizer: pass token ids"):
+    with pytest.raises(ValueError, match="no tokenizer.json: pass token ids"):
         llm.generate(["text"])
     completion = llm.generate([[1, 2, 3]])[0]
     assert completion.text is None and len(completion.ids) <= 128
