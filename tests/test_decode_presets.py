@@ -20,6 +20,8 @@ DECODED = [
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_command_line_and_python_read_a_preset_alike(name: str):
     words = ["prompt=x", f"decode.preset={name}"]
+    if PRESETS[name].get("rule") == "verify":
+        words.append("verifier=FOLDER")
     parsed = cli.parse(GenerateConfig, words, "prog").decode
     assert parsed == DecodeConfig.named(name) == DecodeConfig(**PRESETS[name])
     assert parsed == read_settings({"decode.preset": name}, {"decode": DecodeConfig()})["decode"]

@@ -326,3 +326,16 @@ def test_ctrl_c_in_a_real_terminal(tmp_path: Path):
     assert b"Traceback" not in seen and b"call 1, " not in seen
     assert json.loads(path.read_text().split("\n")[0])["calls"] == 3
     assert (tmp_path / "run.html").exists(), "what was asked for is written all the same"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["decode.preset=apd"], "name it, verifier=FOLDER"),
+        (["verifier=FOLDER"], "is asked by decode.rule=verify alone"),
+    ],
+)
+def test_a_verifier_and_its_rule_come_together(words: list[str], message: str, capsys):
+    with pytest.raises(SystemExit):
+        cli.parse(GenerateConfig, ["prompt=x", *words], "prog")
+    assert message in capsys.readouterr().err
