@@ -300,8 +300,8 @@ LLADA2_MINI = ModelConfig(
     moe=LLADA2_EXPERTS,
 )
 
-# Layers, width, experts and theirs as published; heads, vocabulary and the first layer's width have
-# not been compared with it.
+# Layers, width, experts and theirs as published; heads, vocabulary and the first layer's width, and
+# all that is the mini's here, have not been compared with it.
 LLADA2_FLASH = dataclasses.replace(
     LLADA2_MINI,
     layers=32,
