@@ -1,9 +1,6 @@
 """The script for a machine with two GPUs, run whole on two of the virtual CPU devices."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,20 +8,13 @@ import jax.numpy as jnp
 import pytest
 
 from jdllm import cli
-
-ROOT = Path(__file__).parents[1]
+from tests.scripts import loaded
 
 
 @pytest.fixture(scope="module")
 def script() -> Any:
-    path = ROOT / "experiments" / "mesh_check.py"
-    spec = importlib.util.spec_from_file_location("mesh_check", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["mesh_check"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["mesh_check"]
+    with loaded("mesh_check") as module:
+        yield module
 
 
 TINY = ["model=tiny", "prompt_length=8", "gen_length=16", "block_length=8", "repeats=1"]

@@ -1,30 +1,20 @@
 """The cost model: its arithmetic, the measured points, and the page that shows its tables."""
 
 import dataclasses
-import importlib.util
 import json
 import re
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jdllm.configs import count_parameters
-
-ROOT = Path(__file__).parents[1]
+from tests.scripts import ROOT, loaded
 
 
 @pytest.fixture(scope="module")
 def script() -> Any:
-    path = ROOT / "experiments" / "cost_model.py"
-    spec = importlib.util.spec_from_file_location("cost_model", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["cost_model"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["cost_model"]
+    with loaded("cost_model") as module:
+        yield module
 
 
 def numbers(table: str) -> list[float]:
