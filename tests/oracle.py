@@ -141,8 +141,14 @@ class Block:
 class Row:
     """One canvas and the model calls made for it."""
 
-    def __init__(self, model: PlainModel, config: DecodeConfig, prompt: list[int]):
-        facts = model.facts
+    def __init__(
+        self,
+        model: PlainModel,
+        config: DecodeConfig,
+        prompt: list[int],
+        verifier: PlainModel | None = None,
+    ):
+        facts, self.verifier = model.facts, verifier
         assert config.gen_length and config.block_length
         self.length = config.block_length
         if facts.block_causal:
@@ -239,7 +245,11 @@ class Row:
         floor = 1 - n * config.threshold_decay if config.cont_weight else -np.inf
         quota = block.quotas(block.calls, len(open_))
         new = old.copy()
-        for i in select(c, open_, config, quota, floor):
+        if config.rule == "verify":
+            chosen = self.agreed(own, ids, open_, block.first)
+        else:
+            chosen = select(c, open_, config, quota, floor)
+        for i in chosen:
             new[i] = ids[i]
         if config.edit_threshold is not None:
             for i in range(max(self.prompt - block.first, 0), len(old)):
@@ -253,6 +263,28 @@ class Row:
         block.calls += 1
         if config.cont_weight:
             self.smooth(logits, n)
+
+    def agreed(self, own: np.ndarray, ids: np.ndarray, open_: list[int], first: int) -> list[int]:
+        """Drafts up to the first that the mixture with the verifier would not have drawn.
+
+        The verifier reads everything up to the drafts anew in every call.
+        """
+        assert self.verifier is not None
+        drafted = self.tokens[: first + len(ids)].copy()
+        for i in open_:
+            drafted[first + i] = ids[i]
+        columns, seen = np.arange(len(drafted)), np.ones(len(drafted), bool)
+        inputs = self.verifier.table_VD[np.minimum(drafted, self.verifier.facts.vocab - 1)]
+        theirs = self.verifier(inputs, columns, seen, self.verifier.empty(len(drafted)))
+        kept = open_[:1]
+        for i in open_[1:]:
+            weight = self.config.verify_weight
+            mixed = weight * own[i] + (1 - weight) * theirs[first + i - 1]
+            mixed[self.facts.mask_id] = -np.inf
+            if mixed.argmax() != ids[i]:
+                break
+            kept.append(i)
+        return kept
 
     def credited(self, logits: np.ndarray, open_: list[int], block: Block) -> np.ndarray:
         """dInfer's credit, as the dense matrix it is there."""
@@ -350,17 +382,25 @@ class Row:
         return self
 
 
-def oracle(model: PlainModel, config: DecodeConfig, prompt: list[int]) -> tuple[list[int], int]:
+def oracle(
+    model: PlainModel, config: DecodeConfig, prompt: list[int], verifier: PlainModel | None = None
+) -> tuple[list[int], int]:
     """Canvas and NFE of one prompt, by a resolved config."""
-    row = Row(model, config, prompt).run()
+    row = Row(model, config, prompt, verifier).run()
     return row.tokens.tolist(), row.nfe
 
 
-def is_close(model: PlainModel, config: DecodeConfig, prompt: list[int], runs: int = 4) -> bool:
+def is_close(
+    model: PlainModel,
+    config: DecodeConfig,
+    prompt: list[int],
+    verifier: PlainModel | None = None,
+    runs: int = 4,
+) -> bool:
     """Whether a decision on the way changes where logits move by 1e-4, more than float32 is off."""
-    row = Row(model, config, prompt).run()
+    row = Row(model, config, prompt, verifier).run()
     for seed in range(runs):
-        rng, shaken = np.random.default_rng(seed), Row(model, config, prompt)
+        rng, shaken = np.random.default_rng(seed), Row(model, config, prompt, verifier)
         shaken.shake = lambda logits, rng=rng: logits + rng.uniform(-1e-4, 1e-4, logits.shape)
         if shaken.run().story != row.story:
             return True

@@ -37,8 +37,8 @@ class PlainModel:
         """Logits [W, V] of inputs at `columns`; writes their keys, then sees the visible ones."""
         facts, blocks = self.facts, np.arange(len(visible))
         seen = np.broadcast_to(visible, (len(columns), len(visible)))
-        if facts.block_causal:
-            blocks = blocks // facts.block_causal
+        if length := 1 if facts.causal else facts.block_causal:
+            blocks = blocks // length
             seen = seen & (blocks[None] <= blocks[columns][:, None])
         for i, (k, v) in enumerate(keys):
             layer = {

@@ -31,11 +31,12 @@ def check(kind: str, options: dict[str, Any], seed: int, lengths: list[int], end
     llm = tiny(kind, end_bias)
     config = DecodeConfig(**SHORT | options)
     prompts = random_prompts(seed, lengths)
-    rows, nfe, forwards = canvases(llm, config, prompts)
-    model, resolved = plain(llm), llm.resolve(config)
-    expected = [oracle(model, resolved, prompt) for prompt in prompts]
+    judge = tiny("judge", end_bias) if config.rule == "verify" else None
+    rows, nfe, forwards = canvases(llm, config, prompts, judge)
+    model, resolved, second = plain(llm), llm.resolve(config), judge and plain(judge)
+    expected = [oracle(model, resolved, prompt, second) for prompt in prompts]
     if (rows, nfe) != ([tokens for tokens, _ in expected], [n for _, n in expected]):
-        assume(not any(is_close(model, resolved, prompt) for prompt in prompts))
+        assume(not any(is_close(model, resolved, prompt, second) for prompt in prompts))
     assert rows == [tokens for tokens, _ in expected]
     assert nfe == [count for _, count in expected]
     assert max(nfe) <= forwards <= sum(nfe)
@@ -73,6 +74,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("blocks", {"threshold": 0.9, "tokens_per_step": 2, "edit_threshold": 0.4}),
     ("shifted", {"threshold": 0.6}),
     ("shifted", {"threshold": 0.6, "cache": "prefix", "prefix_look": 2, "align": True}),
+    ("plain", {"rule": "verify", "verify_weight": 0.8, "stop": "none"}),
     ("blocks", EXACT),
     ("blocks", EXACT | {"cache": "none"}),
     ("blocks", {"threshold": 0.5, "edit_threshold": 0.4, "stop": "eos_block"}),
@@ -151,6 +153,17 @@ REST = some(
     align=[None, True],
     block_length=[4, 5, 6, 0],
 )
+
+
+@pytest.mark.slow
+@settings(max_examples=SEARCH, **LOOSE)
+@given(
+    some(block_length=[0, 2, 3, 4, 5, 6, 12], verify_weight=[0.3, 0.6, 0.8, 0.95],
+         lookahead=[None, None, 3], align=[None, True]),
+    st.integers(0, 10_000),
+)  # fmt: skip
+def test_verified_drafts_equal_twin_for_any_block_length(options, seed):
+    check("plain", {"rule": "verify"} | options, seed, [1, 6, 13], 1.0)
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "shifted": {"shift_logits": True},
     "blocks": {"block_causal": 4},
+    "judge": {"causal": True},
 }
 
 

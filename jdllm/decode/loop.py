@@ -20,7 +20,7 @@ from jdllm.decode.setup import Setup
 from jdllm.decode.state import COMMIT, FULL, PREFILL, Clock, DecodeState, Request, Trace
 from jdllm.model import Transformer
 from jdllm.stop import Look
-from jdllm.unmask import Decision, Draw, View
+from jdllm.unmask import Carry, Decision, Draw, View
 
 
 @partial(jax.jit, static_argnames=("graph", "setup", "trace", "verifier_graph"))
@@ -112,7 +112,7 @@ class Loop:
             opened=zeros_B,
             dirty=jnp.zeros(B, bool),
             accepted=zeros_B,
-            rule=self.fresh_rule(),
+            rule=self.fresh_rule() | self.read(),
             stop=setup.stop.start(request.tokens),
             clock=Clock(zero, zero, jnp.zeros((), bool), zero - 1),
             cache=self.begun(Cache.zeros(model.config, doubled, T, kind)) if cached else None,
@@ -126,14 +126,17 @@ class Loop:
         shared = self.request.prefixes
         return cache if shared is None else cache.begun(shared.cache, shared.which)
 
-    def fresh_rule(self):
-        """The rule's carry at the start of a block; a verifier has read the prompt."""
+    def fresh_rule(self) -> Carry:
+        """What the rule forgets from block to block, as it is at the start of one."""
         setup, B = self.setup, self.request.tokens.shape[0]
         calls = 2 * setup.step_limit + 2 * setup.maximum_unroll + 2
-        carry = setup.rule.start(B, self.at.view_length, calls)
-        if self.verifier is not None:
-            carry = carry | {"verifier": verifier.read_prompt(self.verifier, self.request)}
-        return carry
+        return setup.rule.start(B, self.at.view_length, calls)
+
+    def read(self) -> Carry:
+        """What lasts from block to block: a verifier's keys, once it has read the prompt."""
+        if self.verifier is None:
+            return {}
+        return {"verifier": verifier.read_prompt(self.verifier, self.request)}
 
     def fresh_trace(self, calls: int, first: jax.Array) -> Trace:
         """Room for a record of `calls` calls, from the one that `first` calls precede."""
@@ -153,7 +156,10 @@ class Loop:
         setup = self.setup
         masks_B = self.masks(state)
         state = dataclasses.replace(
-            state, step=jnp.zeros((), jnp.int32), opened=masks_B, rule=self.fresh_rule()
+            state,
+            step=jnp.zeros((), jnp.int32),
+            opened=masks_B,
+            rule=state.rule | self.fresh_rule(),
         )
         state = runner.open_block(self, state)
         state = jax.lax.while_loop(
