@@ -289,14 +289,13 @@ LLADA2_MINI = ModelConfig(
     moe=LLADA2_EXPERTS,
 )
 
-# Layers, width, experts and theirs as published; heads, vocabulary and the first layer's width, and
-# all that is the mini's here, have not been compared with it.
 LLADA2_FLASH = dataclasses.replace(
     LLADA2_MINI,
     layers=32,
     embed=4096,
     heads=32,
     mlp=9216,
+    max_length=16384,
     moe=dataclasses.replace(LLADA2_EXPERTS, expert_mlp=1024, shared_mlp=1024),
 )
 
@@ -331,7 +330,7 @@ NAMED: dict[str, ModelConfig] = {
     "llada2-mini": LLADA2_MINI,
     "llada2-flash": LLADA2_FLASH,
     "dream-7b": DREAM_7B,
-    "diffucoder-7b": DREAM_7B,
+    "diffucoder-7b": dataclasses.replace(DREAM_7B, stop_ids=(151667, *DREAM_7B.stop_ids)),
     "qwen2.5-0.5b": QWEN2_5_HALF_B,
     "bundled": BUNDLED,
     "tiny": dataclasses.replace(
