@@ -1,6 +1,7 @@
 """Published checkpoints as they are on the hub and as fine-tuning tools write them."""
 
 import dataclasses
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jdllm import bench, cli, eval, generate, load, sft, sharding, sweep, tune
+from jdllm import bench, cli, eval, generate, harness, load, sft, sharding, sweep, tune
 from jdllm.configs import NAMED, count_parameters
 from jdllm.convert import families
 from jdllm.convert.__main__ import ConvertConfig, PlanConfig, describe_model, main
 from jdllm.convert.table import ConversionError, sizes, source_shapes
+from jdllm.journal import Journal
 from jdllm.llm import LLM
 from tests.test_convert import (
     BF16,
@@ -326,6 +328,31 @@ def test_a_download_with_allowed_keys(tmp_path: Path, monkeypatch: pytest.Monkey
     assert load.locate("owner/name", tuple(KEYS)) == source
     mesh = load.choose_mesh("auto", "owner/name", "bfloat16", tuple(KEYS), memory=10**9)
     assert mesh.shape["data"] == jax.device_count()
+
+
+def test_commands_hand_allowed_keys_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    seen: list[Any] = []
+
+    def stop(cls: type, *given: Any, **options: Any) -> None:
+        names = inspect.signature(whole).parameters
+        seen.append((dict(zip(names, given, strict=False)) | options)["allow_unknown"])
+        raise InterruptedError
+
+    whole, work = LLM.load, tmp_path / "finished.jsonl"
+    monkeypatch.setattr(LLM, "load", classmethod(stop))
+    allow: Any = {"model": "owner/name", "allow_unknown": ("flavour",)}
+    runs: dict[str, Callable[[], object]] = {
+        "eval": lambda: eval.evaluate(eval.EvalConfig(**allow)),
+        "generate": lambda: generate.complete(generate.GenerateConfig(prompt="x", **allow)),
+        "bench": lambda: bench.main(bench.BenchConfig(**allow)),
+        "grid": lambda: bench.grid(bench.GridConfig(**allow)),
+        "harness": lambda: harness.JdllmLM(**allow),
+        "sweep": lambda: list(sweep.perform(sweep.SweepConfig(**allow).runs(), Journal(work))),
+    }
+    for name, run in runs.items():
+        with pytest.raises(InterruptedError):
+            run()
+        assert seen.pop() == ("flavour",), name
 
 
 COMMANDS = [eval.EvalConfig, generate.GenerateConfig, bench.BenchConfig, bench.GridConfig]
