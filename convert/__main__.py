@@ -72,6 +72,8 @@ class PlanConfig:
 
     model: str
     """A family, a named shape such as llada-8b, or a converted or Hugging Face folder or id."""
+    allow_unknown: tuple[str, ...] = ()
+    """Keys of a Hugging Face config.json to ignore although their meaning is not known here."""
     mesh: str = "auto"
     """data x model, for example 4x2; it may be larger than this machine."""
     batch: int = 8
@@ -131,8 +133,8 @@ def run_export(words: Sequence[str]) -> None:
     print(f"wrote {config.output}")
 
 
-def describe_model(model: str) -> ModelConfig:
-    """The facts of what `plan` was asked about; of a repository only its config.json is fetched."""
+def describe_model(model: str, allow_unknown: Sequence[str] = ()) -> ModelConfig:
+    """The facts of what `plan` was asked about; of a repository only small files are fetched."""
     of_family = {config.family: config for config in reversed(NAMED.values())}
     family = COMMANDS[model][0] if model in COMMANDS else None
     if config := NAMED.get(model.removeprefix("random:")) or of_family.get(family or ""):
@@ -142,8 +144,10 @@ def describe_model(model: str) -> ModelConfig:
             f"{model} is neither a family ({', '.join(COMMANDS)}) nor a named shape "
             f"({', '.join(NAMED)}) nor a folder"
         )
-    folder = fetch(model, ["config.json", "tokenizer.json"])
-    return checkpoint.read_config(folder) if is_converted(folder) else read_facts(folder)[1]
+    folder = fetch(model, ["*config.json", "tokenizer.json", "added_tokens.json", "special_*.json"])
+    if is_converted(folder):
+        return checkpoint.read_config(folder)
+    return read_facts(folder, allow_unknown=allow_unknown)[1]
 
 
 def memory_here() -> int:
@@ -162,7 +166,7 @@ def run_plan(words: Sequence[str]) -> None:
     """The subcommand plan."""
     config = cli.parse(PlanConfig, with_model(words), f"{PROG} plan")
     enable_compilation_cache()
-    model = describe_model(config.model)
+    model = describe_model(config.model, config.allow_unknown)
     elsewhere = config.memory is not None
     if not elsewhere or config.dtype != "auto":
         model = dataclasses.replace(model, dtype=compute_dtype(config.dtype, model.dtype))

@@ -10,11 +10,16 @@ from jdllm.configs import ModelConfig
 from jdllm.convert import qwen2
 from jdllm.convert.table import Family
 
+PAD = "<|dlm_pad|>"  # what DiffuCoder fills the rest of a canvas with, behind its answer
+
 
 def facts(hf: dict[str, Any], special: dict[str, int]) -> ModelConfig:
-    """Reads Dream's config.json. Text ends as Qwen2's does."""
+    """Reads Dream's config.json. Text ends as Qwen2's does, and at DiffuCoder's padding."""
+    base = qwen2.facts(hf, special)
+    pad = (special[PAD],) if PAD in special else ()
     return dataclasses.replace(
-        qwen2.facts(hf, special),
+        base,
+        stop_ids=(*pad, *base.stop_ids),
         family="dream",
         mask_id=hf["mask_token_id"],
         causal=False,
@@ -32,7 +37,7 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
 
 
 FAMILY = Family(
-    architecture="DreamModel",
+    architectures=("DreamModel",),
     source="Dream-org/Dream-v0-Instruct-7B",
     facts=facts,
     rows=qwen2.rows,

@@ -15,6 +15,24 @@ def mlp_rows(name: str, source: str, letter: str = "F") -> list[Row]:
     ]
 
 
+def merged_rows(name: str, source: str) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+    """Rows of gate and up, and of down, where a file holds all experts of a layer as one tensor.
+
+    dFactory trains on gate, up and down apart; dInfer fuses gate over up as w1, and calls down w2.
+    """
+    gate, up, down = (f"{source}.experts.{part}" for part in PARTS)
+    return (
+        (
+            Row(f"{name}.gate_up", (gate, up), "EMD->EDCM"),
+            Row(f"{name}.gate_up", (f"{source}.w1",), "E(PM)D->EDPM"),
+        ),
+        (
+            Row(f"{name}.down", (down,), "EDM->EMD"),
+            Row(f"{name}.down", (f"{source}.w2",), "EDM->EMD"),
+        ),
+    )
+
+
 def expert_rows(name: str, source: str, bias: str, shared: str, moe: MoEConfig) -> list[Row]:
     """Router, experts and shared expert of the layer `name`, whose feed-forward is at `source`.
 
@@ -34,8 +52,10 @@ def expert_rows(name: str, source: str, bias: str, shared: str, moe: MoEConfig) 
         table.append(Row(f"{name}.experts.bias", (bias,), "E->E", dtype="float32"))
     each = [[f"{source}.experts.{e}.{part}.weight" for part in PARTS] for e in range(moe.experts)]
     pairs = tuple(tensor for gate, up, _ in each for tensor in (gate, up))
-    table.append(Row(f"{name}.experts.gate_up", pairs, "MD->EDCM"))
-    table.append(Row(f"{name}.experts.down", tuple(down for _, _, down in each), "DM->EMD"))
+    downs = tuple(down for _, _, down in each)
+    merged_up, merged_down = merged_rows(f"{name}.experts", source)
+    table.append(Row(f"{name}.experts.gate_up", pairs, "MD->EDCM", instead=merged_up))
+    table.append(Row(f"{name}.experts.down", downs, "DM->EMD", instead=merged_down))
     if moe.shared_mlp:
         table += mlp_rows(f"{name}.shared", shared, "U")
     return table

@@ -1,7 +1,6 @@
 """The table of families, and how a Hugging Face folder is recognised as one of them."""
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,9 @@ from typing import Any
 from jdllm.checkpoint import LazyArray
 from jdllm.configs import ModelConfig
 from jdllm.convert import dream, llada, llada2, llada_moe, qwen2
+from jdllm.convert.published import complete, flat_rope, read_json, special_tokens
 from jdllm.convert.shards import DTYPES, Shards
 from jdllm.convert.table import ANY, ConversionError, Family, check, kept, stream
-from jdllm.tokenizer import added_tokens
 
 FAMILIES: dict[str, Family] = {
     "llada": llada.FAMILY,
@@ -41,9 +40,9 @@ def recognise(hf: dict[str, Any], folder: Path) -> str:
     if not isinstance(names, list) or not names:
         names = ["(none)"]
     for family, entry in FAMILIES.items():
-        if entry.architecture in names:
+        if set(entry.architectures) & set(names):
             return family
-    supported = ", ".join(f"{e.architecture} ({name})" for name, e in FAMILIES.items())
+    supported = ", ".join(f"{', '.join(e.architectures)} ({n})" for n, e in FAMILIES.items())
     raise ConversionError(
         f"{folder} is of architecture {', '.join(map(str, names))}, which is not supported; "
         f"supported are {supported}"
@@ -62,9 +61,9 @@ def check_keys(family: Family, hf: dict[str, Any], allow_unknown: Sequence[str] 
         own = next((name for name, f in FAMILIES.items() if hf.keys() <= f.used | set(f.inert)), "")
         if own:
             raise ConversionError(
-                f"config.json names the architecture {family.architecture}, but its keys are those "
-                f"of the family {own}, whose architecture is {FAMILIES[own].architecture}; is it "
-                "mislabelled?"
+                f"config.json names the architecture {family.architectures[0]}, but its keys are "
+                f"those of the family {own}, whose architecture is "
+                f"{FAMILIES[own].architectures[0]}; is it mislabelled?"
             )
         option = f"allow_unknown={unknown[0]}"
         if len(unknown) > 1:
@@ -82,41 +81,30 @@ def check_keys(family: Family, hf: dict[str, Any], allow_unknown: Sequence[str] 
             )
 
 
-def special_tokens(folder: Path) -> dict[str, int]:
-    """Ids of the tokenizer's added tokens, by text; empty without a tokenizer."""
-    try:
-        return {token["content"]: token["id"] for token in added_tokens(folder)}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ConversionError(f"the tokenizer in {folder} cannot be read: {error}") from None
+def _read_facts(
+    family: Family, hf: dict[str, Any], folder: Path, stops: Sequence[int]
+) -> ModelConfig:
+    """The ModelConfig; ConversionError for a missing key or a value that cannot be.
 
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConversionError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ConversionError(f"{path} must hold a JSON object, not a {type(content).__name__}")
-    return content
-
-
-def _read_facts(family: Family, hf: dict[str, Any], folder: Path) -> ModelConfig:
-    """The ModelConfig; ConversionError for a missing key or a value that cannot be."""
+    Of `stops`, those that the family does not know stand before its own: the last one is what ends
+    a turn.
+    """
     path = folder / "config.json"
+    for key in sorted(family.used & hf.keys()):
+        if isinstance(hf[key], str):
+            raise ConversionError(f"{path} gives {key}={hf[key]!r}, which must not be text")
     try:
         config = family.facts(hf, special_tokens(folder))
+        extra = [i for i in dict.fromkeys(stops) if i not in config.stop_ids]
+        config = dataclasses.replace(config, stop_ids=(*extra, *config.stop_ids))
     except KeyError as error:
         raise ConversionError(f"{path} lacks the key {error}") from None
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise ConversionError(f"{path} describes no model of this family: {error}") from None
-    for name, value in dataclasses.asdict(config).items():
-        if name == "mask_id" and config.causal:
-            continue  # it has none
-        lowest = 0 if name.endswith("_id") else 1
-        numeric = ModelConfig.__annotations__[name] is int
-        if numeric and (type(value) is not int or value < lowest):
+    for name in ("mask_id", "eos_id", "pad_id"):
+        if (value := getattr(config, name)) >= config.vocab:
             raise ConversionError(
-                f"{path} gives {name}={value!r}, which must be a whole number of {lowest} or more"
+                f"{path} gives {name}={value}, which must lie below the vocabulary's {config.vocab}"
             )
     return config
 
@@ -132,13 +120,16 @@ def read_facts(
     path = folder / "config.json"
     if not path.exists():
         raise ConversionError(f"{folder} has no config.json: it is not a Hugging Face model")
-    hf = _read_json(path)
+    hf = read_json(path)
     found = recognise(hf, folder)
     if family not in (None, found):
         raise ConversionError(f"{folder} holds a model of the family {found}, not {family}")
     entry = FAMILIES[found]
-    check_keys(entry, hf, allow_unknown)
-    config = _read_facts(entry, hf, folder)
+    allowed = allow_unknown.split() if isinstance(allow_unknown, str) else allow_unknown
+    hf = flat_rope(hf, allowed)
+    check_keys(entry, hf, allowed)
+    full, stops = complete(hf, folder)
+    config = _read_facts(entry, full, folder, stops)
     dtype = hf.get("dtype") or hf.get("torch_dtype")
     return found, dataclasses.replace(
         config, dtype=dtype if dtype in DTYPES.values() else config.dtype
@@ -160,7 +151,7 @@ def open_source(
     found, config = read_facts(folder, family, allow_unknown)
     entry, shards = FAMILIES[found], Shards(folder)
     check(entry, config, shards)
-    apart = kept(entry, config)
+    apart = kept(entry, config, shards)
     config = dataclasses.replace(config, dtype=shards.resolve_dtype(dtype, apart))
     if config.moe:
         routers = (shards.dtypes[name] for name in apart if name.endswith("gate.weight"))

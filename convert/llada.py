@@ -15,7 +15,7 @@ def facts(hf: dict[str, Any], special: dict[str, int]) -> ModelConfig:
     heads, vocab = hf["n_heads"], hf.get("embedding_size") or hf["vocab_size"]
     pad = hf.get("pad_token_id")
     eot = special.get(EOT, EOT_ID if vocab == EOT_VOCAB else None)
-    stops = (hf["eos_token_id"],) + ((eot,) if eot is not None else ())
+    eos = hf["eos_token_id"]
     return ModelConfig(
         layers=hf["n_layers"],
         embed=hf["d_model"],
@@ -28,9 +28,9 @@ def facts(hf: dict[str, Any], special: dict[str, int]) -> ModelConfig:
         rope_theta=float(hf.get("rope_theta", 10000.0)),
         norm_eps=float(hf.get("rms_norm_eps", 1e-5)),
         mask_id=hf["mask_token_id"],
-        eos_id=hf["eos_token_id"],
-        pad_id=hf["eos_token_id"] if pad is None else pad,
-        stop_ids=stops,
+        eos_id=eos,
+        pad_id=eos if pad is None else pad,
+        stop_ids=(eos,) if eot in (None, eos) else (eos, eot),
     )
 
 
@@ -99,7 +99,7 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
 
 
 FAMILY = Family(
-    architecture="LLaDAModelLM",
+    architectures=("LLaDAModelLM",),
     source="GSAI-ML/LLaDA-8B-Instruct",
     facts=facts,
     rows=rows,

@@ -143,7 +143,7 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
 
 
 FAMILY = Family(
-    architecture="LLaDA2MoeModelLM",
+    architectures=("LLaDA2MoeModelLM",),
     source="inclusionAI/LLaDA2.0-mini",
     facts=facts,
     rows=rows,
@@ -180,7 +180,7 @@ FAMILY = Family(
     inert=BOOKKEEPING
     | {
         "initializer_range": ANY,
-        "model_type": ("llada2_moe",),
+        "model_type": ("llada2_moe", "llada2_moe_veomni"),
         "output_router_logits": ANY,
         # dropout acts in training only, and ours has none
         "embedding_dropout": ANY,
@@ -193,12 +193,13 @@ FAMILY = Family(
         "norm_head": (False,),
         "norm_softmax": (False,),
         "norm_topk_prob": (True,),
-        "rope_scaling": (None,),
         "router_dtype": ("fp32", "float32"),
         "score_function": ("sigmoid",),
         "tie_word_embeddings": (False,),
         "use_bias": (False,),
         "use_qkv_bias": (False,),
+        "use_rmsnorm": (True,),
         "use_sliding_window": (False,),
+        "using_split_qkv_in_self_attention": (False,),
     },
 )

@@ -16,7 +16,8 @@ MASK_ID, VOCAB = 156895, 157184  # of the published tokenizer, where the folder 
 
 def mask_id(hf: dict[str, Any], special: dict[str, int]) -> int:
     """The mask's id: config.json does not hold it (ours does, on export), the tokenizer does."""
-    found = hf.get("mask_token_id", special.get(MASK))
+    found = hf.get("mask_token_id")
+    found = special.get(MASK) if found is None else found
     if found is None and hf["vocab_size"] == VOCAB:
         return MASK_ID
     if found is None:
@@ -29,7 +30,8 @@ def mask_id(hf: dict[str, Any], special: dict[str, int]) -> int:
 
 def stop_ids(hf: dict[str, Any], special: dict[str, int]) -> tuple[int, ...]:
     """Eos, and the chat template's end of turn where the tokenizer has one."""
-    return (hf["eos_token_id"], *([special[TURN_END]] if TURN_END in special else []))
+    eos, end = hf["eos_token_id"], special.get(TURN_END)
+    return (eos,) if end in (None, eos) else (eos, end)
 
 
 def pad_id(hf: dict[str, Any]) -> int:
@@ -149,7 +151,7 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
 
 
 FAMILY = Family(
-    architecture="LLaDAMoEModelLM",
+    architectures=("LLaDAMoEModelLM", "LLaDAMoEModel"),
     source="inclusionAI/LLaDA-MoE-7B-A1B-Instruct",
     facts=facts,
     rows=rows,
@@ -191,7 +193,6 @@ FAMILY = Family(
         "hidden_act": ("silu",),
         "moe_router_score_function": ("softmax",),
         "norm_topk_prob": (None, False),
-        "rope_scaling": (None,),
         "routed_scaling_factor": (1, None),
         "router_num_group": (None,),
         "router_topk_group": (None,),

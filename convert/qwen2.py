@@ -109,7 +109,7 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
 
 
 FAMILY = Family(
-    architecture="Qwen2ForCausalLM",
+    architectures=("Qwen2ForCausalLM",),
     source="Qwen/Qwen2.5-0.5B",
     facts=facts,
     rows=rows,
@@ -133,8 +133,6 @@ FAMILY = Family(
     ),
     inert=BOOKKEEPING
     | {
-        "_attn_implementation_autoset": ANY,
-        "bos_token_id": ANY,
         "initializer_range": ANY,
         "model_type": ("qwen2",),
         # these two act only where use_sliding_window is true
@@ -142,7 +140,6 @@ FAMILY = Family(
         "sliding_window": ANY,
         # facts that this model has built in
         "hidden_act": ("silu",),
-        "rope_scaling": (None,),
         "use_mrope": (False,),
         "use_sliding_window": (False,),
     },

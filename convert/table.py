@@ -8,7 +8,7 @@ is applied, checked and undone by the same few lines, whatever the family.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any
 
@@ -25,8 +25,10 @@ BOOKKEEPING: dict[str, Any] = dict.fromkeys(
     [
         "_name_or_path",
         "architectures",
+        "_attn_implementation_autoset",
         "attention_dropout",
         "auto_map",
+        "bos_token_id",
         "dtype",
         "torch_dtype",
         "transformers_version",
@@ -54,18 +56,25 @@ class Row:
     """What our parameter is kept in, where that is not the config's dtype."""
     stored: str | None = None
     """What its sources are exported in, where that is not ours."""
+    instead: tuple["Row", ...] = ()
+    """Other forms in which files may hold the same parameter. Only reading knows them."""
 
     def __post_init__(self):
         if len(self.sources) > 1 and not _stacking(self.rule):
             raise ValueError(f"{self.name}: the rule {self.rule} says not where to stack sources")
+
+    def held(self, names: Collection[str]) -> "Row":
+        """This row, or the one of `instead` of whose sources `names` has any."""
+        forms = (self, *self.instead)
+        return next((row for row in forms if any(s in names for s in row.sources)), self)
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
     """Everything that conversion knows about one family."""
 
-    architecture: str
-    """The name in the `architectures` key of config.json."""
+    architectures: tuple[str, ...]
+    """Names in the `architectures` key of config.json; the first is written on export."""
     source: str
     """The Hugging Face id that is converted by default."""
     facts: Callable[[dict[str, Any], dict[str, int]], ModelConfig]
@@ -80,7 +89,7 @@ class Family:
 
 
 def sizes(config: ModelConfig) -> dict[str, int]:
-    """The size of every letter that rules may use, but C, which counts sources."""
+    """The size of every letter that rules may use, but C, which counts sources. P is a pair."""
     size = {
         "D": config.embed,
         "H": config.heads,
@@ -88,6 +97,7 @@ def sizes(config: ModelConfig) -> dict[str, int]:
         "K": config.head_dim,
         "F": config.mlp,
         "V": config.vocab,
+        "P": 2,
     }
     if config.moe:
         size |= {"E": config.moe.experts, "M": config.moe.expert_mlp, "U": config.moe.shared_mlp}
@@ -153,9 +163,14 @@ def undo(rule: str, array: np.ndarray, size: dict[str, int]) -> np.ndarray:
     return array.transpose([right.index(x) for x in left]).reshape(source_shape(rule, size))
 
 
+def rows_held(family: Family, config: ModelConfig, shards: Shards) -> list[Row]:
+    """The family's table, each row in the form in which `shards` holds its sources."""
+    return [row.held(shards.shapes) for row in family.rows(config)]
+
+
 def check(family: Family, config: ModelConfig, shards: Shards) -> None:
     """Compares names and shapes with the table before any weight is read; ConversionError."""
-    rows, size = family.rows(config), sizes(config)
+    rows, size = rows_held(family, config, shards), sizes(config)
     expected = source_shapes(rows, size)
     if missing := sorted(set(expected) - set(shards.shapes)):
         raise ConversionError(f"{shards.folder} lacks {_some(missing)}, which the model needs")
@@ -175,9 +190,10 @@ def _some(names: list[str]) -> str:
     return f"{len(names)} tensor(s): {', '.join(names[:3])}{more}"
 
 
-def kept(family: Family, config: ModelConfig) -> set[str]:
+def kept(family: Family, config: ModelConfig, shards: Shards) -> set[str]:
     """Source tensors whose parameters have a dtype of their own."""
-    return {source for row in family.rows(config) if row.dtype for source in row.sources}
+    rows = rows_held(family, config, shards)
+    return {source for row in rows if row.dtype for source in row.sources}
 
 
 def stream(
@@ -186,7 +202,7 @@ def stream(
     """Yields our parameters in the config's dtype as (unit, {name: array}), nothing read yet."""
     size = sizes(config)
     grouped: dict[str, dict[str, LazyArray]] = {}
-    for row in family.rows(config):
+    for row in rows_held(family, config, shards):
         shape, dtype = shape_of(row, size), np.dtype(row.dtype or config.dtype)
         read = partial(_read, row, shards, size, dtype)
         grouped.setdefault(unit_of(row.name), {})[row.name] = LazyArray(shape, dtype, read)

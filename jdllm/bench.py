@@ -24,6 +24,7 @@ from jdllm.environment import environment
 from jdllm.files import atomic_file
 from jdllm.load import enable_compilation_cache
 from jdllm.report import table
+from jdllm.settings import loading
 from jdllm.tasks import TASKS
 
 GENERATED = 50  # questions of a generated task
@@ -52,6 +53,8 @@ class BenchConfig:
 
     model: str = "bundled"
     """bundled, a converted folder, random:<name>, or a Hugging Face folder or id."""
+    allow_unknown: tuple[str, ...] = ()
+    """Keys of a Hugging Face config.json to ignore although their meaning is not known here."""
     dataset: Path | None = None
     """jsonl with question, answer, choices, source (default: a generated task, see source)."""
     source: str | None = None
@@ -224,7 +227,7 @@ def main(config: BenchConfig) -> None:
 
     enable_compilation_cache()
     questions = read_questions(config)
-    llm = LLM.load(config.model, config.mesh, config.dtype, config.seed)
+    llm = LLM.load(**loading(config))
     if llm.tokenizer is None:
         raise ValueError("the questions are text, and this model has no tokenizer; try grid")
     ways = config.settings()
@@ -260,6 +263,8 @@ class GridConfig:
 
     model: str = "bundled"
     """bundled, a converted folder, random:<name>, or a Hugging Face folder or id."""
+    allow_unknown: tuple[str, ...] = ()
+    """Keys of a Hugging Face config.json to ignore although their meaning is not known here."""
     blocks: str = "32"
     """Block lengths, separated by commas."""
     batches: str = "1,8"
@@ -313,7 +318,7 @@ def grid(config: GridConfig) -> None:
     from jdllm.llm import LLM
 
     enable_compilation_cache()
-    llm = LLM.load(config.model, config.mesh, config.dtype, config.seed)
+    llm = LLM.load(**loading(config))
     lengths = numbers_in(config, "prompt_lengths")
     chance = np.random.default_rng(config.seed)
     facts = {"model": config.model, "parameters": count_parameters(llm.config)}

@@ -156,10 +156,8 @@ def read_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     try:
         return ModelConfig.from_json(path.read_text())
-    except KeyError as error:
-        raise ValueError(f"{path}: the converted config lacks the key {error}") from None
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {error}; mend it there or convert the model again") from None
 
 
 def placements(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:

@@ -3,10 +3,13 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal
+
+from jdllm import facts
 
 FORMAT = "jdllm-1"
 NO_ID = -1
+DTYPES = ("float32", "bfloat16", "float16")  # of stored weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,27 +41,16 @@ class MoEConfig:
     """Dtype of the routers in the Hugging Face files (here: float32). Only exporting reads it."""
 
     def __post_init__(self):
+        facts.check(self, {"shared_mlp": 0, "dense_layers": 0}, "moe.")
         counts = {
-            name: getattr(self, name)
-            for name in ("experts", "top_k", "expert_mlp", "groups", "top_groups")
+            name: getattr(self, name) for name in ("experts", "top_k", "groups", "top_groups")
         }
-        for name, value in counts.items():
-            if type(value) is not int or value < 1:
-                raise ValueError(f"moe.{name}={value!r} must be a whole number of 1 or more")
-        if type(self.shared_mlp) is not int or self.shared_mlp < 0:
-            raise ValueError(f"moe.shared_mlp={self.shared_mlp!r} must be a whole number")
         if self.experts % self.groups or self.top_groups > self.groups:
             raise ValueError(
                 f"experts must fall into whole groups, of which at most all are kept, got {counts}"
             )
         if self.top_k > self.top_groups * (self.experts // self.groups):
             raise ValueError(f"top_k must not exceed the experts to choose from, got {counts}")
-
-    @classmethod
-    def from_facts(cls, facts: dict[str, Any]) -> Self:
-        """The inverse of `dataclasses.asdict` through JSON."""
-        known: dict[str, Any] = dict(facts, dense_layers=tuple(facts.get("dense_layers", ())))
-        return cls(**known)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +100,12 @@ class ModelConfig:
     """Mixture-of-experts layers (None: every layer has an MLP of width `mlp`)."""
 
     def __post_init__(self):
+        ids = {"eos_id": 0, "pad_id": 0, "stop_ids": 0, "mask_id": NO_ID if self.causal else 0}
+        facts.check(self, ids)
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
+        if not self.stop_ids:
+            raise ValueError("stop_ids=() must hold an id at least, eos_id as a rule")
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"query heads must be a multiple of key/value heads, got heads={self.heads} and "
@@ -118,8 +116,6 @@ class ModelConfig:
         rotary = self.head_dim if self.rotary_dim is None else self.rotary_dim
         if rotary % 2 or not 0 < rotary <= self.head_dim:
             raise ValueError(f"rotary_dim={rotary} must be even, up to head_dim={self.head_dim}")
-        if self.block_causal is not None and self.block_causal < 1:
-            raise ValueError(f"block_causal={self.block_causal} must be 1 or more")
 
     def moe_layer(self, layer: int) -> MoEConfig | None:
         """The facts of the experts of a layer; None where it has an ordinary MLP."""
@@ -131,20 +127,13 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, text: str) -> "ModelConfig":
-        """The inverse of `to_json`; an unknown or a missing key is a ValueError that names it."""
-        facts = json.loads(text)
-        if facts.pop("format", None) != FORMAT:
+        """The inverse of `to_json`; ValueError, naming a key or a field, where it cannot be."""
+        found = json.loads(text)
+        if not isinstance(found, dict) or found.pop("format", None) != FORMAT:
             raise ValueError(f"not a converted config: the key 'format' must be '{FORMAT}'")
-        names = {f.name for f in dataclasses.fields(cls)}
-        if unknown := sorted(set(facts) - names):
-            raise ValueError(f"unknown keys in the converted config: {', '.join(unknown)}")
-        facts["stop_ids"] = tuple(facts["stop_ids"])
-        try:
-            if facts.get("moe") is not None:
-                facts["moe"] = MoEConfig.from_facts(facts["moe"])
-            return cls(**facts)
-        except TypeError as error:
-            raise ValueError(f"the converted config is incomplete: {error}") from None
+        if found.get("moe") is not None:
+            found["moe"] = facts.read(MoEConfig, found["moe"], "moe of the converted config")
+        return facts.read(cls, found, "the converted config")
 
 
 def is_converted(folder: Path) -> bool:
@@ -300,14 +289,13 @@ LLADA2_MINI = ModelConfig(
     moe=LLADA2_EXPERTS,
 )
 
-# Layers, width, experts and theirs as published; heads, vocabulary and the first layer's width, and
-# all that is the mini's here, have not been compared with it.
 LLADA2_FLASH = dataclasses.replace(
     LLADA2_MINI,
     layers=32,
     embed=4096,
     heads=32,
     mlp=9216,
+    max_length=16384,
     moe=dataclasses.replace(LLADA2_EXPERTS, expert_mlp=1024, shared_mlp=1024),
 )
 
@@ -342,7 +330,7 @@ NAMED: dict[str, ModelConfig] = {
     "llada2-mini": LLADA2_MINI,
     "llada2-flash": LLADA2_FLASH,
     "dream-7b": DREAM_7B,
-    "diffucoder-7b": DREAM_7B,
+    "diffucoder-7b": dataclasses.replace(DREAM_7B, stop_ids=(151667, *DREAM_7B.stop_ids)),
     "qwen2.5-0.5b": QWEN2_5_HALF_B,
     "bundled": BUNDLED,
     "tiny": dataclasses.replace(

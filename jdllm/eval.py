@@ -26,7 +26,7 @@ from jdllm.journal import Journal
 from jdllm.likelihood import LikelihoodConfig
 from jdllm.load import enable_compilation_cache
 from jdllm.report import table
-from jdllm.settings import check_verifier, read_decode
+from jdllm.settings import check_verifier, loading, read_decode
 from jdllm.tasks import preset as presets
 from jdllm.tasks import resolve
 from jdllm.tasks.presets import PRESETS, find
@@ -45,6 +45,8 @@ class EvalConfig:
     """One or more, separated by commas: ours (docs/tasks.md), lm-eval's, those of include_path."""
     model: str = "bundled"
     """bundled, a converted folder, random:<name>, or a Hugging Face folder or id."""
+    allow_unknown: tuple[str, ...] = ()
+    """Keys of a Hugging Face config.json to ignore although their meaning is not known here."""
     limit: int | None = None
     """Documents of each task (default: 100 generated ones, or the whole file)."""
     data: Path | None = None
@@ -275,7 +277,7 @@ def evaluate(
 
     loaded = {name: load(name, config) for name in config.tasks}
     if llm is None:
-        llm = LLM.load(config.model, config.mesh, config.dtype, config.seed, config.verifier)
+        llm = LLM.load(**loading(config))
         introduce(config.model, llm)
     decode = llm.resolve(config.settings, gen_length=longest(loaded))
     shared: Any = {"batch_size": config.batch_size, "journal": journal, "leave": leave}

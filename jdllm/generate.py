@@ -16,7 +16,7 @@ from jdllm import cli, processes, replay, sharding, trace
 from jdllm.decode import DecodeConfig
 from jdllm.load import enable_compilation_cache
 from jdllm.pieces import Lexicon
-from jdllm.settings import check_verifier
+from jdllm.settings import check_verifier, loading
 from jdllm.show import Player
 
 if TYPE_CHECKING:  # imported when it runs, so that --help is quick
@@ -31,6 +31,8 @@ class GenerateConfig:
     """The user's message; needed unless replay is given."""
     model: str = "bundled"
     """bundled, a converted folder, random:<name>, or a Hugging Face folder or id."""
+    allow_unknown: tuple[str, ...] = ()
+    """Keys of a Hugging Face config.json to ignore although their meaning is not known here."""
     decode: DecodeConfig = DecodeConfig()
     chat: bool = True
     """Frame the prompt with the model's chat template; false passes it on as it is."""
@@ -94,7 +96,7 @@ def complete(config: GenerateConfig) -> None:
     from jdllm.llm import LLM
 
     enable_compilation_cache()
-    llm = LLM.load(config.model, config.mesh, config.dtype, config.seed, config.verifier)
+    llm = LLM.load(**loading(config))
     if config.viz == "live" or config.outputs:
         batch = watch(llm, config)
     else:

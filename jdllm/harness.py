@@ -89,6 +89,7 @@ class JdllmLM(LM):
         max_batch_size: int | None = None,
         device: str | None = None,
         verifier: str | None = None,
+        allow_unknown: Sequence[str] = (),
         **settings: Any,
     ):
         """Loads `model` (see LLM.load), or wraps an LLM that is loaded already.
@@ -96,7 +97,8 @@ class JdllmLM(LM):
         Decoding is set by `decode`, or by words such as decode.threshold=0.8 among lm-eval's
         model_args; the estimate of likelihoods by `likelihood`, or likelihood.mc_num=32. What is
         finished goes into `journal` (a folder, or a Journal) and is not done again. `verifier` is
-        the causal model that decode.rule=verify asks; a loaded LLM has its own.
+        the causal model that decode.rule=verify asks; a loaded LLM has its own. `allow_unknown` are
+        keys of a Hugging Face config.json to ignore (as text: separated by spaces).
         `max_batch_size` is lm-eval's and not needed: batches never outgrow `batch_size`. ValueError
         for a word that is no setting, OSError where another run holds the folder.
         """
@@ -113,7 +115,7 @@ class JdllmLM(LM):
             self.llm = model
         else:
             check_verifier(verifier, [self.decode])
-            self.llm = LLM.load(model, mesh, dtype, seed, verifier)
+            self.llm = LLM.load(model, mesh, dtype, seed, verifier, allow_unknown)
         self.tokenizer: Any = self.llm.tokenizer
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer, and the prompts of a task are text")

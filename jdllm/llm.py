@@ -120,17 +120,18 @@ class LLM:
         dtype: str = "auto",
         seed: int = 0,
         verifier: str | None = None,
+        allow_unknown: Sequence[str] = (),
     ) -> Self:
         """Loads whatever `model=` may be: bundled, a folder, random:<name>, a Hugging Face id.
 
         `mesh` is a Mesh or text such as "4x1" (data x model). `dtype` auto keeps the stored one,
         except that a CPU computes in float32. `verifier` is a causal model of the same tokenizer,
-        which rule=verify asks. ValueError or OSError, in one sentence, where there is no such model
-        or it does not fit the mesh.
+        which rule=verify asks; `allow_unknown` keys of a published config.json to ignore.
+        ValueError or OSError, in one sentence, where there is no such model or it does not fit.
         """
-        mesh = choose_mesh(mesh, model, dtype) if isinstance(mesh, str) else mesh
-        parts = load_parts(model, mesh, dtype, seed)
-        folder = locate(model)
+        mesh = choose_mesh(mesh, model, dtype, allow_unknown) if isinstance(mesh, str) else mesh
+        parts = load_parts(model, mesh, dtype, seed, allow_unknown)
+        folder = locate(model, allow_unknown)
         tokenizer, defaults = None, DecodeConfig()
         if folder:
             tokenizer = load_tokenizer(folder)
@@ -139,7 +140,7 @@ class LLM:
             defaults = DecodeConfig(
                 gen_length=facts.get("max_new_tokens"), block_length=facts.get("block_length")
             )
-        second = load_parts(verifier, mesh, dtype, seed) if verifier else None
+        second = load_parts(verifier, mesh, dtype, seed, allow_unknown) if verifier else None
         return cls(*parts, mesh, tokenizer, defaults, second)
 
     def resolve(self, config: DecodeConfig | None = None, gen_length: int = 128) -> DecodeConfig:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -40,8 +41,10 @@ def enable_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def locate(model: str) -> Path | None:
+def locate(model: str, allow_unknown: Sequence[str] = ()) -> Path | None:
     """The local folder with the files of `model`; None for random:<name>.
+
+    `allow_unknown` are keys of a Hugging Face config.json to ignore, here and below.
 
     A Hugging Face id is downloaded; one larger than CONVERT_ABOVE is converted once, into
     JDLLM_HOME/models, and found there from then on.
@@ -57,7 +60,7 @@ def locate(model: str) -> Path | None:
     if is_converted(converted):
         return converted
     folder = fetch(model)
-    source = open_source(folder)
+    source = open_source(folder, allow_unknown=allow_unknown)
     if source.shards.bytes <= CONVERT_ABOVE:
         return folder
     with processes.shared_folder(converted) as partial:
@@ -67,14 +70,15 @@ def locate(model: str) -> Path | None:
     return converted
 
 
-def read_facts(model: str, dtype: str = "auto") -> ModelConfig:
+def read_facts(model: str, dtype: str = "auto", allow_unknown: Sequence[str] = ()) -> ModelConfig:
     """The config of `model`, with the dtype its weights will have; none of them is read.
 
     A Hugging Face id is downloaded. ValueError or OSError, in one sentence, as in `load_parts`.
     """
-    folder = locate(model)
+    folder = locate(model, allow_unknown)
     if folder is not None and not is_converted(folder):
-        return open_source(folder, dtype=compute_dtype(dtype, "") or None).config
+        wanted = compute_dtype(dtype, "") or None
+        return open_source(folder, dtype=wanted, allow_unknown=allow_unknown).config
     if folder is None:
         name = model.removeprefix("random:")
         if name not in NAMED:
@@ -96,7 +100,12 @@ def weight_bytes(config: ModelConfig, mesh: Mesh) -> int:
 
 
 def choose_mesh(
-    text: str, model: str, dtype: str = "auto", copies: int = 1, memory: int | None = None
+    text: str,
+    model: str,
+    dtype: str = "auto",
+    allow_unknown: Sequence[str] = (),
+    copies: int = 1,
+    memory: int | None = None,
 ) -> Mesh:
     """The mesh that `mesh=text` means for `model`: auto is data parallel where the model fits.
 
@@ -108,7 +117,7 @@ def choose_mesh(
     limit = facts.get("bytes_limit") if memory is None else memory
     if text != "auto" or limit is None or jax.device_count() == 1:
         return sharding.parse_mesh(text)
-    config = read_facts(model, dtype)
+    config = read_facts(model, dtype, allow_unknown)
 
     def serves(mesh: Mesh) -> bool:
         try:
@@ -120,14 +129,18 @@ def choose_mesh(
 
 
 def load_parts(
-    model: str, mesh: Mesh, dtype: str = "auto", seed: int = 0
+    model: str,
+    mesh: Mesh,
+    dtype: str = "auto",
+    seed: int = 0,
+    allow_unknown: Sequence[str] = (),
 ) -> tuple[ModelConfig, nnx.GraphDef, nnx.State]:
     """Config, static graph and parameters of `model`, placed on `mesh`.
 
     `dtype` is what the weights become (auto: see `compute_dtype`). ValueError or OSError, in one
     sentence, where there is no such model or it cannot be loaded.
     """
-    folder = locate(model)
+    folder = locate(model, allow_unknown)
     if folder is None:
         config = read_facts(model, dtype)
         return config, *checkpoint.random_model(config, mesh, seed)
@@ -135,5 +148,5 @@ def load_parts(
         stored = checkpoint.read_config(folder).dtype
         return checkpoint.restore_model(folder, mesh, compute_dtype(dtype, stored))
     wanted = compute_dtype(dtype, "")  # empty: as stored
-    source = open_source(folder, dtype=wanted or None)
+    source = open_source(folder, dtype=wanted or None, allow_unknown=allow_unknown)
     return source.config, *checkpoint.place_stream(source.config, mesh, source.units())

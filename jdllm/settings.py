@@ -1,4 +1,4 @@
-"""Decode settings: short names, the model they ask, and the JSON file that decode_file= reads."""
+"""Settings: what loads a model; short names, the model asked and the JSON file of decoding."""
 
 import dataclasses
 import difflib
@@ -9,6 +9,13 @@ from typing import Any
 
 from jdllm.decode import DecodeConfig
 from jdllm.files import atomic_file
+
+LOADING = ("model", "mesh", "dtype", "seed", "verifier", "allow_unknown")
+
+
+def loading(config: Any) -> dict[str, Any]:
+    """What LLM.load takes, of the settings of a command."""
+    return {name: getattr(config, name) for name in LOADING if hasattr(config, name)}
 
 
 def changed(config: Any) -> dict[str, Any]:

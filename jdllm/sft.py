@@ -41,7 +41,7 @@ from jdllm.tokenizer import FILES, copy_tokenizer, load_tokenizer
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
 # Settings that a resumed run may change; on another mesh sums are ordered differently, so its loss
 # curve goes on alike, but not bit for bit.
-FREE = {"output", "save_every", "log_every", "mesh"}
+FREE = {"output", "allow_unknown", "save_every", "log_every", "mesh"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,8 @@ class SFTConfig:
     """Folder for checkpoints, metrics.jsonl and, at the end, model/. An old run here resumes."""
     model: str = "bundled"
     """Start weights: bundled, a converted folder, random:<name>, or a Hugging Face folder or id."""
+    allow_unknown: tuple[str, ...] = ()
+    """Keys of a Hugging Face config.json to ignore although their meaning is not known here."""
     tokenizer: str | None = None
     """Folder of the tokenizer (or "bundled"); default: the model's own."""
     data: Path | None = None
@@ -323,15 +325,17 @@ def prepare(config: SFTConfig) -> Job | None:
             f"output={config.output} is not there for process {jax.process_index()}; name a folder "
             "on a disk that all processes share"
         )
-    mesh = choose_mesh(config.mesh, config.model, "float32", copies=4)
+    mesh = choose_mesh(config.mesh, config.model, "float32", config.allow_unknown, copies=4)
     print(f"{processes.describe()}, {sharding.describe(mesh)}")
     split_rows(config, mesh)
     if config.data is not None:
         check_file(config.data)  # before a large model is loaded
-    source = locate(config.tokenizer or config.model)
+    source = locate(config.tokenizer or config.model, config.allow_unknown)
     if source is None:
         raise ValueError(f"model={config.model} has no tokenizer of its own; add tokenizer=bundled")
-    model, graph, params = load_parts(config.model, mesh, dtype="float32", seed=config.seed)
+    model, graph, params = load_parts(
+        config.model, mesh, "float32", config.seed, config.allow_unknown
+    )
     require_trainable(model)
     rows = processes.first(lambda: load_rows(config, model, source))
     if processes.leads():

@@ -33,6 +33,8 @@ class SweepConfig:
     """bundled, dllmexp, tune, or a YAML or JSON file with models, tasks, settings, grid."""
     model: str = ""
     """Instead of the plan's models: one or more, separated by commas."""
+    allow_unknown: tuple[str, ...] = ()
+    """Keys of a Hugging Face config.json to ignore although their meaning is not known here."""
     task: str = ""
     """Instead of the plan's tasks: one or more, separated by commas."""
     limit: int | None = None
@@ -118,7 +120,9 @@ def perform(runs: Sequence[EvalConfig], journal: Journal) -> Iterator[tuple[Eval
             bar.set_postfix_str(f"loading {model}")
             llm = None
             for run in own:
-                llm = llm or LLM.load(model, run.mesh, run.dtype, run.seed, verifier)
+                llm = llm or LLM.load(
+                    model, run.mesh, run.dtype, run.seed, verifier, run.allow_unknown
+                )
                 bar.set_postfix_str(f"{run.task} {label(run.settings)}")
                 facts, (result,) = evaluate(run, journal, llm, leave=False)
                 decode = DecodeConfig(**facts["config"]["decode"])

@@ -30,6 +30,8 @@ class TuneConfig:
     max_drop: float = 0.5
     """Accuracy that may be lost, in percentage points, against the first setting of the plan."""
     model: str = "bundled"
+    allow_unknown: tuple[str, ...] = ()
+    """Keys of a Hugging Face config.json to ignore although their meaning is not known here."""
     task: str = "sudoku"
     plan: str = "tune"
     """tune, or another plan (see jdllm.sweep), whose settings are tried; the first is the measure.

@@ -12,7 +12,10 @@ ROOT = Path(__file__).parents[1]
 FLOORS: list[list[str]] = [
     ["jdllm.kernels", "jdllm.sharding", "jdllm.files", "jdllm.processes", "jdllm.cli",
      "jdllm.journal"],
-    ["jdllm.configs", "jdllm.cache", "jdllm.weights", "jdllm.head", "jdllm.moe", "jdllm.model"],
+    [
+        "jdllm.facts", "jdllm.configs", "jdllm.cache", "jdllm.weights", "jdllm.head", "jdllm.moe",
+        "jdllm.model",
+    ],
     [
         "jdllm.pareto", "jdllm.unmask", "jdllm.stop", "jdllm.stop_strings", "jdllm.checkpoint",
         "jdllm.fingerprint",

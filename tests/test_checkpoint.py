@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from jdllm import checkpoint, sharding
 from jdllm.checkpoint import LazyArray
-from jdllm.configs import NAMED, count_parameters, is_converted
+from jdllm.configs import NAMED, NO_ID, MoEConfig, count_parameters, is_converted
 from jdllm.files import atomic_folder
 from jdllm.load import locate
 from jdllm.model import abstract, named
@@ -276,6 +276,51 @@ def test_config_with_unknown_or_missing_keys(tmp_path: Path, change: dict, messa
     with pytest.raises(ValueError, match=message) as error:
         checkpoint.restore_model(tmp_path, sharding.parse_mesh("1x1"))
     assert "config.json" in str(error.value)
+
+
+SPARSE = dataclasses.replace(TINY, moe=MoEConfig(experts=8, top_k=2, expert_mlp=4))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"layers": "3"}, "layers='3' must be a whole number of 1 or more"),
+        ({"kv_heads": 0}, "kv_heads=0 must be a whole number of 1 or more"),
+        ({"embed": True}, "embed=True must be a whole number of 1 or more"),
+        ({"head_dim": 8.0}, "head_dim=8.0 must be a whole number of 1 or more"),
+        ({"mask_id": None}, "mask_id=None must be a whole number of 0 or more"),
+        ({"mask_id": NO_ID}, "mask_id=-1 must be a whole number of 0 or more"),
+        ({"stop_ids": 5}, "stop_ids=5 must be a list, each item a whole number of 0 or more"),
+        ({"stop_ids": ["5"]}, "stop_ids=('5',) must be a list, each item a whole number"),
+        ({"stop_ids": []}, "stop_ids=() must hold an id at least"),
+        ({"rope_theta": 0}, "rope_theta=0 must be a number above 0"),
+        ({"norm_eps": "1e-5"}, "norm_eps='1e-5' must be a number above 0"),
+        ({"dtype": "int8"}, "dtype='int8' must be one of float32, bfloat16, float16"),
+        ({"dtype": None}, "dtype=None must be text"),
+        ({"tied_head": "no"}, "tied_head='no' must be true or false"),
+        ({"rotary_dim": "8"}, "rotary_dim='8' must be a whole number of 1 or more, or null"),
+        ({"block_causal": 0}, "block_causal=0 must be a whole number of 1 or more, or null"),
+        ({"moe": 4}, "moe of the converted config must be an object with facts, not 4"),
+        ({"moe": {"experts": 4}}, "moe of the converted config is incomplete: it lacks top_k"),
+        ({"moe": {"flavour": 4}}, "unknown keys in moe of the converted config: flavour"),
+        ({"moe.experts": "8"}, "moe.experts='8' must be a whole number of 1 or more"),
+        ({"moe.dense_layers": 1}, "moe.dense_layers=1 must be a list, each item a whole number"),
+        ({"moe.score": "tanh"}, "moe.score='tanh' must be one of 'softmax', 'sigmoid'"),
+        ({"moe.scale": None}, "moe.scale=None must be a number above 0"),
+    ],
+    ids=str,
+)
+def test_fields_that_cannot_be_are_named(tmp_path: Path, change: dict, message: str):
+    facts = json.loads(SPARSE.to_json())
+    for name, value in change.items():
+        inside = facts["moe"] if name.startswith("moe.") else facts
+        inside[name.removeprefix("moe.")] = value
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(facts))
+    with pytest.raises(ValueError) as error:
+        checkpoint.read_config(tmp_path)
+    assert str(error.value).startswith(f"{path}: {message}")
+    assert str(error.value).endswith("mend it there or convert the model again")
 
 
 @pytest.mark.parametrize("text", [None, "", "[]", "{}", '{"format": "other"}'])

@@ -400,7 +400,7 @@ BAD_SINGLE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "inert key, other value": (config_with(alibi=True), ["alibi=True", "supported is False"]),
     "missing key": (config_with(d_model=...), ["config.json lacks the key 'd_model'"]),
     "null": (config_with(n_layers=None), ["config.json", "layers=None", "whole number"]),
-    "text": (config_with(d_model="16"), ["config.json", "describes no model"]),
+    "text": (config_with(d_model="16"), ["config.json gives d_model='16'", "must not be text"]),
     "no heads": (config_with(n_heads=0), ["config.json", "describes no model"]),
     "ungrouped heads": (config_with(n_kv_heads=3), ["multiple", "heads=4", "kv_heads=3"]),
     "quantised": (config_with(quantization_config={"bits": 4}), ["quantised"]),
