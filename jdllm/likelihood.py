@@ -6,12 +6,13 @@ bound (or one term of an exact chain). Which rows make up one text, and their me
 
 import dataclasses
 from functools import partial
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jdllm.fields import check_fields
 from jdllm.model import Transformer
 
 CHUNK = 32  # columns whose logits are held at a time
@@ -38,10 +39,7 @@ class LikelihoodConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name, kind in get_type_hints(LikelihoodConfig).items():
-            choices = get_args(kind) if get_origin(kind) is Literal else ()
-            if choices and getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)} must be {' or '.join(choices)}")
+        check_fields(self)
         if self.mc_num < 1 or self.mc_batch < 1 or self.cfg_scale < 0 or not 0 < self.eps < 1:
             raise ValueError("mc_num and mc_batch count from 1, cfg_scale from 0, eps is in (0, 1)")
         if self.mc_num % min(self.mc_batch, self.mc_num):

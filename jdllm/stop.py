@@ -95,16 +95,17 @@ class EosStop(Forgetful):
 class EosFill(Forgetful):
     """dInfer's early_stop for Fast-dLLM: after a step everything behind the first eos becomes eos.
 
-    Quirks, kept: the eos may stand in the prompt; tokens and masks behind it are overwritten even
-    where masks are left before it; the row ends with the block; nothing is filled after the full
-    pass that opens a block.
+    Quirks, kept: the eos may stand in the prompt, whose own tokens behind it go as well; tokens and
+    masks behind it are overwritten even where masks are left before it; the row ends with the
+    block; nothing is filled after the full pass that opens a block.
     """
 
     eos_id: int
 
     def judge(self, tokens_BT: jax.Array, look: Look) -> tuple[jax.Array, jax.Array]:
-        ends_BT = tokens_BT == self.eos_id
-        behind_BT = _after(ends_BT) & look.generated_BT & (not (look.opening or look.closing))
+        inside_BT = _before_padding(look)
+        ends_BT = inside_BT & (tokens_BT == self.eos_id)
+        behind_BT = _after(ends_BT) & inside_BT & (not (look.opening or look.closing))
         filled_BT = jnp.where(behind_BT, self.eos_id, tokens_BT)
         open_B = jnp.any(look.block_BT & (filled_BT == look.mask_id), 1)
         return filled_BT, jnp.any(ends_BT, 1) & ~open_B
@@ -161,7 +162,7 @@ class EosAnywhere(Forgetful):
     eos_id: int
 
     def judge(self, tokens_BT: jax.Array, look: Look) -> tuple[jax.Array, jax.Array]:
-        return tokens_BT, jnp.any(tokens_BT == self.eos_id, 1)
+        return tokens_BT, jnp.any(_before_padding(look) & (tokens_BT == self.eos_id), 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,3 +244,9 @@ def _columns(hit_BT: jax.Array) -> jax.Array:
 def _after(hit_BT: jax.Array) -> jax.Array:
     """Columns behind each row's first hit."""
     return _columns(hit_BT) > first(hit_BT)[:, None]
+
+
+def _before_padding(look: Look) -> jax.Array:
+    """Columns of the prompt and behind it; what fills a row up may be eos too."""
+    behind_BT = jnp.flip(look.generated_BT, axis=1)
+    return jnp.flip(jnp.cumsum(behind_BT, axis=1) > 0, axis=1)

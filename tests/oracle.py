@@ -6,6 +6,7 @@ rules and stops of its own. Slow and obvious; what it says is right. It knows wh
 """
 
 import dataclasses
+from fractions import Fraction
 
 import numpy as np
 
@@ -83,13 +84,11 @@ def select(c: np.ndarray, open_: list[int], config: DecodeConfig, quota: int, fl
 
 
 def times(steps: int, eps: float) -> np.ndarray:
-    """Dream's timesteps, as torch.linspace computes them: from both ends, float32."""
-    start, end = np.float32(1), np.float32(eps)
-    step = (end - start) / np.float32(steps)
-    half = (steps + 1) // 2
-    up = [start + np.float32(i) * step for i in range(half)]
-    down = [end - np.float32(steps - i) * step for i in range(half, steps + 1)]
-    return np.array(up + down, np.float32)
+    """Dream's timesteps: torch.linspace, a step from the nearer end, rounded once to float32."""
+    end = Fraction(float(np.float32(eps)))
+    step = Fraction(float((np.float32(eps) - np.float32(1)) / np.float32(steps)))
+    exact = [1 + i * step if 2 * i < steps else end - (steps - i) * step for i in range(steps + 1)]
+    return np.array([np.float32(float(t)) for t in exact])
 
 
 class Quotas:

@@ -5,19 +5,26 @@ from typing import Any
 from jdllm.decode import DecodeConfig
 
 
+def given(params: dict[str, Any], *ignored: str) -> dict[str, Any]:
+    """Parameters that were set, but for those which the algorithm does not read."""
+    return {k: v for k, v in params.items() if v is not None and k not in ignored}
+
+
 def llada_config(params: dict[str, Any]) -> DecodeConfig:
     """LLaDA's generate.py: no cache, a fixed number of steps, no stop."""
-    settings: dict[str, Any] = {k: v for k, v in params.items() if k != "mask_id"}
+    settings = given(params, "mask_id", "eos_id")
+    if settings.get("remasking") == "random":
+        settings.pop("confidence_eos_eot_inf", None)  # it changes what then nobody looks at
     return DecodeConfig(rule="quota", stop="none", parity="llada", **settings)
 
 
 def fast_llada_config(params: dict[str, Any]) -> DecodeConfig:
-    """Fast-dLLM's generate functions, and dInfer's copy of them."""
-    settings = dict(params)
+    """Fast-dLLM's generate functions, and dInfer's copy of them; a factor wins over a threshold."""
+    settings = given(params, "mask_id", "eos_id")
     variant = settings.pop("variant")
-    rule: Any = next((name for name in ("threshold", "factor") if name in settings), "quota")
-    if rule != "quota":
-        settings.pop("steps")
+    rule: Any = next((name for name in ("factor", "threshold") if name in settings), "quota")
+    for unread in {"factor", "threshold", "steps"} - {"steps" if rule == "quota" else rule}:
+        settings.pop(unread, None)
     early = settings.pop("early_stop", False)
     parity = "fast_dllm" if variant == "nvlabs" else "none"
     return DecodeConfig(rule=rule, stop="eos_fill" if early else "none", parity=parity, **settings)
@@ -25,19 +32,21 @@ def fast_llada_config(params: dict[str, Any]) -> DecodeConfig:
 
 def dream_config(params: dict[str, Any]) -> DecodeConfig:
     """Dream's sampler over the whole canvas, and Fast-dLLM's threshold for it."""
-    settings = dict(params)
-    alg: Any = settings.pop("alg")
-    ranks: dict[Any, Any] = {
-        "maskgit_plus": "low_confidence",
-        "confidence_threshold": "low_confidence",
-    }
+    alg: Any = params["alg"]
+    by_threshold, origin = alg == "confidence_threshold", alg == "origin"
+    ignored = ["alg", "block_length", "dual_cache", "eps" if by_threshold else "threshold"]
+    ignored += ["alg_temp"] if by_threshold or origin else []
+    settings = given(params, *ignored)
+    ranks = {"maskgit_plus": "low_confidence", "origin": "low_confidence"}
+    ranks["confidence_threshold"] = "low_confidence"
     rules: dict[str, Any] = {"origin": "origin", "confidence_threshold": "allowance"}
+    rank: Any = ranks.get(alg, alg)
     return DecodeConfig(
         gen_length=settings.pop("max_new_tokens"),
         block_length=0,
         rule=rules.get(alg, "quota"),
-        remasking="low_confidence" if alg == "origin" else ranks.get(alg, alg),
-        schedule="masks" if alg == "confidence_threshold" else "timesteps",
+        remasking=rank,
+        schedule="masks" if by_threshold else "timesteps",
         sampling="categorical",
         cache="none",
         stop="none",
@@ -48,17 +57,16 @@ def dream_config(params: dict[str, Any]) -> DecodeConfig:
 
 def fast_dream_config(params: dict[str, Any]) -> DecodeConfig:
     """Fast-dLLM's block sampler for Dream; any alg but its threshold ranks by entropy."""
-    settings = dict(params)
-    by_threshold = settings.pop("alg") == "confidence_threshold"
-    steps = settings.pop("steps")
+    by_threshold = params["alg"] == "confidence_threshold"
+    unread = ("eps", "alg_temp", "steps") if by_threshold else ("threshold",)
+    settings = given(params, "alg", *unread)
     return DecodeConfig(
         gen_length=settings.pop("max_new_tokens"),
         rule="threshold" if by_threshold else "quota",
         remasking="low_confidence" if by_threshold else "entropy",
-        steps=None if by_threshold else steps,
         schedule="masks" if by_threshold else "timesteps",
         sampling="categorical",
-        cache="dual" if settings.pop("dual_cache") else "prefix",
+        cache="dual" if settings.pop("dual_cache", False) else "prefix",
         stop="none",
         parity="fast_dream",
         **settings,
@@ -68,7 +76,7 @@ def fast_dream_config(params: dict[str, Any]) -> DecodeConfig:
 DINFER_DECODERS: dict[str, dict[str, Any]] = {
     "threshold": {"rule": "threshold", "edge": "slack"},
     "credit": {"rule": "threshold", "edge": "slack", "credit": True},
-    "hierarchy": {"rule": "hierarchy"},
+    "hierarchy": {"rule": "hierarchy", "threshold": 1.0, "low_threshold": 0.4},
 }
 DINFER_NAMES = {
     "boost_gamma": "credit_gamma",
@@ -78,6 +86,19 @@ DINFER_NAMES = {
     "warmup_steps": "warmup",
     "cont_weight_init": "cont_init",
     "cont_weight_growth": "cont_growth",
+}
+SMOOTH_NAMES = ("cont_weight", "cont_weight_init", "cont_weight_growth", "threshold_decay")
+# What a decoder or an engine does not read, though its caller may say it.
+DINFER_UNREAD: dict[str, tuple[str, ...]] = {
+    "all": ("llm", "use_float64", "use_shift", "mask_id", "eos_id", "steps", "cache"),
+    "threshold": ("low_threshold", "credit_alpha", "boost_gamma", "decay_beta"),
+    "credit": ("low_threshold",),
+    "hierarchy": ("credit_alpha", "boost_gamma", "decay_beta"),
+    "no cache": ("cache_update_freq",),
+    "no vicinity": ("prefix_look", "after_look", "warmup_steps"),
+    "no smoothing": SMOOTH_NAMES,
+    "script": ("maximum_unroll", "expected_tpf"),
+    "blocks": ("start_block_align",),
 }
 
 
@@ -89,69 +110,76 @@ def dinfer_config(params: dict[str, Any]) -> DecodeConfig:
         flat |= {"decoder_args": {k: v for k, v in decoder.items() if k != "type"}}
         decoder = decoder["type"]
     engine = flat.pop("engine", {})
-    kind = engine.get("type") or flat.pop("llm", "script")
+    kind = (engine.get("type") or flat.pop("llm", "script")).lower()
     flat |= {k: v for k, v in engine.items() if k != "type"} | flat.pop("decoder_args", {})
-    for name in ("use_float64", "use_shift", "mask_id", "eos_id", "steps"):
-        flat.pop(name, None)
-    if flat.get("threshold", 0) is None:
-        flat["threshold"] = 1.0
+    script, smooth, vicinity = kind == "script", "iter" in kind, "vicinity" in kind
+    blocks = kind.startswith(("bd", "blockdiffusion"))
+    cached_blocks = blocks and "mask" not in kind
+    cache: Any = "block" if cached_blocks else (flat.get("cache") or "none")
+    cache = "none" if blocks and not cached_blocks else cache
+    unread = ["all", decoder]
+    unread += ["no cache"] * (cache not in ("prefix", "dual")) + ["no vicinity"] * (not vicinity)
+    unread += ["no smoothing"] * (not smooth) + ["script"] * script + ["blocks"] * blocks
     fills = flat.pop("early_stop", True)
-    smooth = "iter" in kind.lower()
-    cache = "block" if kind == "bd" else flat.pop("cache", None) or "none"
-    settings: dict[Any, Any] = {DINFER_NAMES.get(k, k): v for k, v in flat.items()}
+    read = given(flat, *(name for part in unread for name in DINFER_UNREAD[part]))
+    settings: dict[Any, Any] = {DINFER_NAMES.get(k, k): v for k, v in read.items()}
     if smooth:
         settings.setdefault("cont_weight", 0.3)
+    # Without early_stop only block diffusion with its cache goes on behind an eos.
+    endless = script or (cached_blocks and not fills)
     return DecodeConfig(
-        **DINFER_DECODERS[decoder],
-        **settings,
+        **DINFER_DECODERS[decoder] | settings,
         cache=cache,
-        stop="none" if kind == "script" else "eos_block",
-        stop_fill=fills and kind != "script",
-        parity="none" if kind == "script" else "dinfer",
+        stop="none" if endless else "eos_block",
+        stop_fill=fills and not script,
+        parity="none" if script else "dinfer",
     )
 
 
 def apd_config(params: dict[str, Any]) -> DecodeConfig:
-    """Adaptive parallel decoding, and the fixed number of tokens that it is compared with."""
-    common: dict[str, Any] = {
+    """Adaptive parallel decoding; without a weight of the mixture a fixed number of tokens."""
+    unread = ("alg", "apd_mixture_weight", "max_lookahead", "max_new_tokens", "tokens_per_step")
+    common: dict[str, Any] = given(params, *unread, "steps", "eps", "alg_temp") | {
         "gen_length": params["max_new_tokens"],
         "block_length": 0,
+        "lookahead": params.get("max_lookahead"),
+        "sampling": "categorical",
         "cache": "none",
         "stop": "eos_any",
         "parity": "apd",
     }
-    if params["alg"] == "leftright":
-        return DecodeConfig(
-            rule="quota",
-            remasking="leftright",
-            tokens_per_step=params["tokens_per_step"],
-            **common,
-        )
+    weight = params.get("apd_mixture_weight")
+    if weight is not None:
+        return DecodeConfig(rule="verify", verify_weight=weight, **common)
     return DecodeConfig(
-        rule="verify",
-        verify_weight=params["apd_mixture_weight"],
-        lookahead=params.get("max_lookahead"),
-        kv_window=params.get("kv_window"),
+        rule="quota",
+        remasking="leftright",
+        tokens_per_step=params.get("tokens_per_step") or 1,
         **common,
     )
 
 
 def official_config(params: dict[str, Any]) -> DecodeConfig:
-    """LLaDA2.0's and 2.1's generate; the latter edits and ignores `steps`."""
-    settings: dict[str, Any] = {k: v for k, v in params.items() if k not in ("eos_id", "mask_id")}
-    early = settings.pop("eos_early_stop")
-    edits = "editing_threshold" in settings
+    """LLaDA2.0's and 2.1's generate; the latter edits and ignores `steps`.
+
+    Both filter only where they draw.
+    """
+    edits = "editing_threshold" in params
+    ignored = ("steps", "minimal_topk") if edits else ("max_post_steps", "num_to_transfer")
+    filters = () if params.get("temperature") else ("top_p", "top_k")
+    settings = given(params, "eos_id", "mask_id", *ignored, *filters)
+    early = settings.pop("eos_early_stop", False)
     if edits:
-        settings = {k: v for k, v in settings.items() if k not in ("steps", "minimal_topk")}
-        settings["tokens_per_step"] = settings.pop("num_to_transfer")
+        settings["tokens_per_step"] = settings.pop("num_to_transfer", 1)
         settings["edit_threshold"] = settings.pop("editing_threshold")
-        settings["edit_passes"] = settings.pop("max_post_steps")
+        settings["edit_passes"] = settings.pop("max_post_steps", 16)
     after: dict[bool, Any] = {
         True: "eos_block" if early else "none",
         False: "eos_return" if early else "eos_block",
     }
     return DecodeConfig(
         schedule="masks" if edits else "columns",
+        sampling="categorical",
         cache="none",
         stop=after[edits],
         parity="llada2",
@@ -167,9 +195,13 @@ def sglang_config(params: dict[str, Any], algorithm: str) -> DecodeConfig:
         "delete_token_id": "delete_id",
         "split_token_id": "split_id",
     }
-    settings: dict[str, Any] = {
-        names.get(k, k): v for k, v in params.items() if k not in ("eos_id", "mask_id")
-    }
+    unread = {
+        "low_confidence": ("edit_threshold", *names),
+        "joint_threshold": ("delete_token_id", "split_token_id"),
+        "joint_threshold_indel": ("penalty_lambda",),
+    }[algorithm.removeprefix("sglang.")]
+    read = given(params, "eos_id", "mask_id", *unread)
+    settings: dict[str, Any] = {names.get(k, k): v for k, v in read.items()}
     if not algorithm.endswith("low_confidence"):
         settings = {"threshold": 0.5, "edit_threshold": 0.0, **settings}
     return DecodeConfig(cache="none", stop="eos_block", parity="sglang", **settings)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # From the ground up. A room may import rooms of lower floors, and those before it on its own.
 FLOORS: list[list[str]] = [
     ["jdllm.kernels", "jdllm.sharding", "jdllm.files", "jdllm.processes", "jdllm.cli",
-     "jdllm.journal"],
+     "jdllm.journal", "jdllm.fields"],
     [
         "jdllm.facts", "jdllm.configs", "jdllm.cache", "jdllm.weights", "jdllm.head", "jdllm.moe",
         "jdllm.model",

@@ -3,11 +3,13 @@
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 
 from jdllm import DecodeConfig
 from jdllm.decode import make_setup
 from jdllm.decode.checks import CONFLICTS, RANGES, READERS
+from jdllm.likelihood import LikelihoodConfig
 from tests.tiny_models import TINY
 
 
@@ -120,6 +122,55 @@ def test_values_out_of_range_are_refused(name: str):
     for value in (low - 1, high + 1) if high < float("inf") else (low - 1,):
         with pytest.raises(ValueError, match=f"{name}={value} is out of range: it must lie in"):
             refuse({name: value})
+
+
+TYPED: list[tuple[str, Any, str]] = [
+    ("prefix_look", "3", "prefix_look='3' must be an integer"),
+    ("gen_length", 8.5, "gen_length=8.5 must be an integer or None"),
+    ("gen_length", True, "gen_length=True must be an integer or None"),
+    ("steps", [4], r"steps=\[4\] must be an integer or None"),
+    ("temperature", None, "temperature=None must be a finite number"),
+    ("temperature", float("inf"), "temperature=inf must be a finite number"),
+    ("temperature", float("nan"), "temperature=nan must be a finite number"),
+    ("threshold", "0.9", "threshold='0.9' must be a finite number or None"),
+    ("credit", 1, "credit=1 must be True or False"),
+    ("align", "yes", "align='yes' must be True or False or None"),
+    ("rule", None, "rule=None must be threshold or"),
+    ("cache", 3, "cache=3 must be none or prefix or dual or block or None"),
+    ("gen_length", 0, "gen_length=0 is out of range"),
+    ("lookahead", 0, "lookahead=0 is out of range"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), TYPED, ids=str)
+def test_values_of_another_type_are_refused_by_name(name: str, value: Any, message: str):
+    with pytest.raises(ValueError, match=message):
+        refuse({name: value})
+
+
+@pytest.mark.parametrize("owner", [DecodeConfig, LikelihoodConfig])
+def test_every_field_is_checked(owner: type):
+    for field in dataclasses.fields(owner):
+        for value in (object(), {"a": 1}, np.zeros(2)):
+            with pytest.raises(ValueError, match=f"^{field.name}=.* must be "):
+                owner(**{field.name: value})
+
+
+def test_numbers_of_numpy_and_whole_numbers_are_numbers():
+    numbers: dict[str, Any] = {"gen_length": np.int64(8), "temperature": np.float32(0.5)}
+    assert DecodeConfig(threshold=1, **numbers) == DecodeConfig(
+        gen_length=8, threshold=1.0, temperature=0.5
+    )
+
+
+def test_steps_beside_a_threshold_are_a_floor_and_said_to_be_one():
+    """A Fast-dLLM script sets both, and reads the threshold only."""
+    script: dict[str, Any] = {"gen_length": 32, "block_length": 8, "threshold": 0.9}
+    with pytest.warns(UserWarning, match=r"take 4 tokens at least.*leave steps out"):
+        DecodeConfig(steps=8, **script).resolve()
+    assert DecodeConfig(steps=32, **script).resolve().steps == 32  # one token: says nothing
+    official = DecodeConfig(steps=2, schedule="columns", parity="llada2", **script)
+    assert official.resolve().steps == 2  # LLaDA2 means it
 
 
 def test_words_that_are_no_option_are_refused():

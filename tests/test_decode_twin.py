@@ -43,6 +43,8 @@ def check(kind: str, options: dict[str, Any], seed: int, lengths: list[int], end
     assert max(nfe) <= (config.max_forwards or 1000)
 
 
+MEANT = pytest.mark.filterwarnings("ignore:steps=")  # a floor beside a threshold
+
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("plain", {"threshold": 0.6}),
     ("plain", {"threshold": 0.5, "edge": "above", "cache": "prefix", "block_length": 5}),
@@ -94,6 +96,7 @@ MORE: list[tuple[str, dict[str, Any]]] = [
 ]  # fmt: skip
 
 
+@MEANT
 @pytest.mark.parametrize(("kind", "options"), CASES, ids=range(len(CASES)))
 @settings(max_examples=4, derandomize=True, **LOOSE)
 @given(**VALUES)
@@ -155,6 +158,7 @@ REST = some(
 )
 
 
+@MEANT
 @pytest.mark.slow
 @settings(max_examples=SEARCH, **LOOSE)
 @given(
@@ -179,6 +183,7 @@ def test_loop_equals_twin_for_any_settings(kind, rule, cache, rest, seed):
     check(kind, options, seed, [1, 6, 13], 1.0)
 
 
+@MEANT
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "options"), CASES + MORE, ids=range(len(CASES + MORE)))
 @settings(max_examples=SEARCH, **LOOSE)

@@ -1,5 +1,7 @@
 """Stop rules, one canvas at a time, by hand."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import pytest
 
@@ -48,6 +50,23 @@ def test_eos_fill_overwrites_and_ends_with_the_block():
     opening = run(stop, [5, 6, 1, 7, MASK, 7], 1, (1, 4), opening=True)
     assert opening == ([5, 6, 1, 7, MASK, 7], True)
     assert run(stop, [1, 6, 5, 7, 7, 7], 1, (1, 4)) == ([1, 1, 1, 1, 1, 1], True)
+
+
+def test_eos_fill_writes_over_the_prompt_as_well():
+    """dInfer's port keeps nothing behind the row's first eos; after an opening pass all stays."""
+    tokens = [5, 1, 6, 7, MASK, MASK]
+    assert run(EosFill(1), tokens, 4, (4, 6)) == ([5, 1, 1, 1, 1, 1], True)
+    assert run(EosFill(1), tokens, 4, (4, 6), opening=True) == (tokens, False)
+
+
+@pytest.mark.parametrize("stop", [EosFill(1), EosAnywhere(1), EosReturn(1), EosBlock(1)], ids=str)
+def test_padding_is_no_end(stop):
+    """A row among longer ones is filled up with eos; that is not its own."""
+    tokens = [5, 6, 7, MASK, 1, 1]
+    generated_BT = jnp.array([[False, True, True, True, False, False]])
+    for closing in (False, True):
+        facts: dict[str, Any] = {"generated_BT": generated_BT, "closing": closing}
+        assert run(stop, tokens, 1, (1, 3), **facts) == (tokens, False)
 
 
 def test_eos_block_looks_when_the_block_is_over():

@@ -1,15 +1,21 @@
 """The two rules that are no compositions: insertion and deletion, and speculation."""
 
+import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from jdllm import DecodeConfig
+from jdllm.decode.setup import make_rule
 from jdllm.unmask.indel import InDel
 from jdllm.unmask.speculate import Speculate
 from jdllm.unmask.view import Verify
 from tests.one_row import MASK, VOCAB, canvas_view, one_hot, view
+from tests.tiny_models import TINY
 
 DELETE, SPLIT = 7, 8
 
@@ -141,7 +147,7 @@ def test_the_weight_mixes_both_models():
 def test_draft_and_target_share_their_noise_unless_told_otherwise():
     """Noise that makes the draft token 6 makes the target 6 too; a greedy target keeps 1."""
     u = jnp.full((1, 3, VOCAB), 0.5).at[:, :, 6].set(1 - 1e-7)
-    noise = {"temperature": 2.0}
+    noise = {"noise": 2.0}
 
     def run(**facts) -> list[int]:
         logits = one_hot([1, 1, 1])
@@ -161,3 +167,93 @@ def test_only_ids_that_both_models_know_are_drawn():
     seen = canvas_view([MASK, MASK], 0, logits, verify=judge)
     decision, _ = Speculate((MASK,), 0.5)(seen, {"verifier": 0})
     assert decision.ids_BN[0].tolist() == [2, 2]
+
+
+def filtered(row: np.ndarray, top_p: float | None, top_k: int | None) -> np.ndarray:
+    """A position's logits with only the likeliest: top_p with the one over the line, then top_k."""
+    order = np.argsort(-row, kind="stable")
+    if top_p is not None:
+        p = np.exp(row - row.max())[order]
+        over = np.cumsum(p / p.sum()) > top_p
+        row[order[1:][over[:-1]]] = -1e30
+    if top_k is not None:
+        row[order[top_k:]] = -1e30
+    return row
+
+
+def plain_speculation(
+    draft: np.ndarray, verifier: np.ndarray, u: np.ndarray, weight: float, copied: bool, facts: Any
+) -> list[int]:
+    """The longest agreed prefix, then masks; apd's own, or with both sides drawn alike."""
+    heat, divides = facts.get("temperature", 0.0), facts["sampling"] == "categorical"
+
+    def drawn(logits: np.ndarray) -> np.ndarray:
+        logits = logits / heat if heat and divides else logits.copy()
+        logits = np.stack([filtered(row, facts.get("top_p"), facts.get("top_k")) for row in logits])
+        scale = 1.0 if heat and divides and not copied else heat
+        return (logits - scale * np.log(-np.log(u)))[:, :MASK].argmax(-1)
+
+    mixed = weight * draft + (1 - weight) * verifier
+    target = mixed[:, :MASK].argmax(-1) if copied else drawn(mixed)
+    tokens = drawn(draft).tolist()
+    agreed = [i == 0 or t == d for i, (t, d) in enumerate(zip(target, tokens, strict=True))]
+    count = agreed.index(False) if False in agreed else len(tokens)
+    return tokens[:count] + [MASK] * (len(tokens) - count)
+
+
+@pytest.mark.parametrize("parity", ["none", "apd"])
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"sampling": "categorical", "temperature": 0.4},
+        {"sampling": "categorical", "temperature": 1.7, "top_p": 0.7},
+        {"sampling": "categorical", "temperature": 0.6, "top_p": 0.9, "top_k": 3},
+        {"sampling": "gumbel", "temperature": 0.7, "top_k": 4},
+        {"sampling": "categorical", "top_p": 0.5},
+    ],
+    ids=str,
+)
+def test_speculation_at_a_temperature_equals_its_twin(parity: Any, facts: dict[str, Any]):
+    """The verifier is mixed with logits as they are, whatever the draft was drawn from."""
+    model = dataclasses.replace(TINY, vocab=VOCAB, mask_id=MASK, eos_id=8, pad_id=8, stop_ids=(8,))
+    config = DecodeConfig(rule="verify", verify_weight=0.6, parity=parity, **facts)
+    rule = make_rule(config.resolve(model=model), model)
+    lengths = set()
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        draft = rng.normal(0, 2, (5, VOCAB))
+        verifier = draft + rng.normal(0, 1, (5, VOCAB))
+        draft[:, MASK] = verifier[:, MASK] = -9.0
+        u = rng.uniform(size=(5, VOCAB))
+        judge = Verify(VOCAB, lambda ids, cache, v=verifier: (jnp.array(v, jnp.float32)[None], 0))
+        drawn = jnp.array(u, jnp.float32)[None]
+        logits = jnp.array(draft, jnp.float32)[None]
+        seen = canvas_view([MASK] * 5, 0, logits, verify=judge, draw=lambda shape, u=drawn: u)
+        ours = rule(seen, {"verifier": 0})[0].ids_BN[0].tolist()
+        expected = plain_speculation(draft, verifier, u, 0.6, parity == "apd", facts)
+        assert ours == expected
+        lengths.add(expected.index(MASK) if MASK in expected else 5)
+    assert len(lengths) > 2
+
+
+def test_a_temperature_of_apd_divides_the_logits_and_scales_the_noise():
+    """Of its leftright too; everywhere else, dividing, it leaves the noise alone."""
+    rng = np.random.default_rng(0)
+    logits, u = rng.normal(0, 2, (6, VOCAB)), rng.uniform(size=(6, VOCAB))
+    model = dataclasses.replace(TINY, vocab=VOCAB, mask_id=MASK)
+    seen = canvas_view(
+        [MASK] * 6, 0, jnp.array(logits, jnp.float32)[None], quota=6,
+        draw=lambda shape: jnp.array(u, jnp.float32)[None],
+    )  # fmt: skip
+    options: dict[str, Any] = {"rule": "quota", "remasking": "leftright", "tokens_per_step": 6}
+    cases: list[tuple[Any, float]] = [("apd", 0.3), ("none", 1.0)]
+    found = []
+    for parity, scale in cases:
+        config = DecodeConfig(
+            sampling="categorical", temperature=0.3, parity=parity, cache="none", **options
+        ).resolve(model=model)
+        tokens = make_rule(config, model)(seen, {})[0].ids_BN[0].tolist()
+        noisy = logits / 0.3 - scale * np.log(-np.log(u))
+        assert tokens == noisy[:, :MASK].argmax(-1).tolist()
+        found.append(tokens)
+    assert found[0] != found[1]

@@ -1,5 +1,6 @@
 """Candidates, confidences, schedules, credit and editing, against plain versions of them."""
 
+import hashlib
 from typing import Any
 
 import jax
@@ -31,7 +32,9 @@ from jdllm.unmask import (
     Warp,
     split_quota,
 )
+from jdllm.unmask.schedule import linspace
 from tests.one_row import MASK, VOCAB, canvas_view, one_hot, view
+from tests.oracle import times
 from tests.plain_model import softmax
 
 FEW = {"max_examples": 40, "deadline": None, "derandomize": True}
@@ -255,9 +258,27 @@ def test_dreams_truncation_over_256_masks(steps: int, head: list[int], tail: lis
 
 @pytest.mark.parametrize(("steps", "eps"), [(1, 1e-3), (2, 1e-3), (7, 0.5), (12, 1e-3)])
 def test_dreams_shares_follow_its_times(steps: int, eps: float):
-    times = np.linspace(1, eps, steps + 1)
-    expected = np.append(1 - times[1:-1] / times[:-2], 1.0)
+    t = np.linspace(1, eps, steps + 1)
+    expected = np.append(1 - t[1:-1] / t[:-2], 1.0)
     np.testing.assert_allclose(Timesteps(steps, eps).shares(), expected, rtol=1e-5)
+
+
+def test_dreams_times_are_those_of_torch_to_the_last_bit():
+    """The digest of torch.linspace(1, 1e-3, steps + 1), version 2.13 on a CPU, for all schedules.
+
+    Bits count: the share of a step is truncated.
+    """
+    seen = hashlib.sha256()
+    for steps in range(1, 4097):
+        seen.update(linspace(1e-3, steps).tobytes())
+    expected = "54ba5c72d1cd07ee78b78a521d243975f30232a3eafbe1fa3deec4723267b9fc"
+    assert seen.hexdigest() == expected
+
+
+@settings(**FEW)
+@given(st.integers(1, 4096), st.sampled_from([1e-3, 1e-5, 0.05, 0.5]))
+def test_dreams_times_equal_their_twin(steps: int, eps: float):
+    np.testing.assert_array_equal(linspace(eps, steps), times(steps, eps))
 
 
 def test_dreams_mean_couples_rows():

@@ -20,6 +20,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "edit_penalty": (0, INFINITY), "credit_alpha": (0, INFINITY), "credit_beta": (0, 1),
     "credit_gamma": (0, INFINITY), "cont_init": (0, 1), "cont_growth": (0, 1),
     "threshold_decay": (0, 1), "delete_id": (0, INFINITY), "split_id": (0, INFINITY),
+    "seed": (-(2**63), 2**63 - 1),
 }  # fmt: skip
 
 BY_THRESHOLD = ("threshold", "hierarchy", "allowance")

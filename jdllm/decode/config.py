@@ -1,11 +1,13 @@
 """DecodeConfig: what a user may set about decoding."""
 
 import dataclasses
-from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
+import warnings
+from typing import Any, ClassVar, Literal, Self
 
 from jdllm.configs import ModelConfig
 from jdllm.decode.checks import BY_THRESHOLD, CONFLICTS, RANGES, READERS
 from jdllm.decode.presets import PRESETS, Settings, preset_settings
+from jdllm.fields import check_fields
 
 Parity = Literal[
     "none", "llada", "fast_dllm", "dinfer", "dream", "fast_dream", "llada2", "sglang", "apd"
@@ -64,6 +66,7 @@ class DecodeConfig:
     """quota, origin: how `steps` spread over a block's masks, its columns, or Dream's times."""
     steps: int | None = None
     """quota, origin, allowance: steps in all, spread evenly over blocks (default: one token each).
+    More than there are columns are made only where `parity` copies a reference that makes them.
     threshold: a floor on the tokens of a step (LLaDA2.0)."""
     tokens_per_step: int | None = None
     """quota: so many tokens in every step, instead of `steps`. threshold: at least so many
@@ -148,11 +151,7 @@ class DecodeConfig:
     """parity=dinfer: and at most so many."""
 
     def __post_init__(self):
-        for name, kind in get_type_hints(DecodeConfig).items():
-            literal = next((k for k in (kind, *get_args(kind)) if get_origin(k) is Literal), None)
-            value = getattr(self, name)
-            if literal and value is not None and value not in get_args(literal):
-                raise ValueError(f"{name}={value} must be {' or '.join(get_args(literal))}")
+        check_fields(self)
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
@@ -192,17 +191,7 @@ class DecodeConfig:
         gen = self.gen_length or gen_length
         block = min(block_length, gen) if self.block_length is None else self.block_length or gen
         align = causal if self.align is None else self.align
-        blocks = -(-gen // block)
-        steps, threshold = self.steps, self.threshold
-        if self.rule in ("quota", "origin", "allowance") and not self.tokens_per_step:
-            steps = steps or gen
-        if steps:
-            steps = min(steps, gen // self.minimal_topk)
-            if steps % blocks and self.schedule != "columns":
-                raise ValueError(
-                    f"steps={steps} must be a multiple of the {blocks} blocks of "
-                    f"gen_length={gen} and block_length={block}"
-                )
+        steps, threshold = self._steps(gen, block), self.threshold
         if threshold is None and self.rule in BY_THRESHOLD:
             threshold = 0.95 if causal else 0.9
         edge = self.edge
@@ -225,3 +214,32 @@ class DecodeConfig:
             top_k_first=top_k_first,
             cache=cache,
         )
+
+    def _steps(self, gen: int, block: int) -> int | None:
+        """The steps of `gen` columns in blocks of `block`, where a schedule spreads some.
+
+        More steps than columns could only idle. They are made where a reference makes them.
+        """
+        steps, blocks = self.steps, -(-gen // block)
+        if self.rule in ("quota", "origin", "allowance") and not self.tokens_per_step:
+            steps = steps or (gen if self.schedule == "columns" else blocks * block)
+        if not steps:
+            return None
+        if self.schedule == "columns":  # those of each block; LLaDA2's limit is the whole canvas
+            return max(min(steps, gen // self.minimal_topk), 1)
+        if steps % blocks:
+            raise ValueError(
+                f"steps={steps} must be a multiple of the {blocks} blocks of "
+                f"gen_length={gen} and block_length={block}"
+            )
+        if self.parity == "none" or self.minimal_topk > 1:
+            steps = blocks * min(steps // blocks, max(block // self.minimal_topk, 1))
+        least = -(-block * blocks // steps)
+        if self.rule == "threshold" and least > 1:
+            warnings.warn(
+                f"steps={steps} makes every step of rule=threshold take {least} tokens at least, "
+                "however unsure; Fast-dLLM reads no steps where it has a threshold: leave steps "
+                f"out, or set tokens_per_step={least} if that is meant",
+                stacklevel=3,
+            )
+        return steps

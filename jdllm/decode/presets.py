@@ -128,7 +128,10 @@ PRESETS: dict[str, Settings] = {
         "cache": "none",
     },
     # apd: its harness; the weight and the windows have no published default
-    "apd": {"rule": "verify", "block_length": 0, "temperature": 0.2, "top_p": 0.95},
+    "apd": {
+        "rule": "verify", "block_length": 0, "sampling": "categorical", "temperature": 0.2,
+        "top_p": 0.95,
+    },
     # apd: what it is compared with, one token a step from left to right
     "leftright": {**_LLADA, "block_length": 0, "remasking": "leftright"},
 }  # fmt: skip

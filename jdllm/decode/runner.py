@@ -76,9 +76,9 @@ def _choose(loop: Calls, state: DecodeState, full: jax.Array) -> DecodeState:
 def _iterate_coupled(loop: Calls, state: DecodeState) -> DecodeState:
     """dInfer's iteration: a full pass where one is due, and at once a step.
 
-    Its vicinity runner counts every call, the others count iterations; the cache's age is not
-    looked at while it is empty, which costs a second full pass where warm-up ends behind block 0,
-    and block 0 is never renewed.
+    Its vicinity and smoothing runners count every call, the others count iterations. Of vicinity:
+    the cache's age is not looked at while it is empty, which costs a second full pass where warm-up
+    ends behind block 0, and block 0 is never renewed.
     """
     plan, clock = loop.setup.plan, state.clock
     waiting = clock.unlooked > 0
@@ -100,7 +100,8 @@ def _iterate_coupled(loop: Calls, state: DecodeState) -> DecodeState:
         warm = jnp.zeros((), bool)
         due = jnp.zeros((), bool)
         if every and plan.refreshes:
-            due = (clock.iteration % every == 0) & (state.step > 1)
+            age = state.forwards if loop.setup.smooth else clock.iteration
+            due = (age % every == 0) & (state.step > 1)
     clock = dataclasses.replace(clock, unlooked=clock.unlooked - 1, iteration=clock.iteration + 1)
     state = dataclasses.replace(state, clock=clock)
     if plan.vicinity or every:

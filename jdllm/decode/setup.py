@@ -36,7 +36,9 @@ class Quirks:
     late_finish: bool = False
     """One more call sees the final tokens (SGLang)."""
     greedy_target: bool = False
-    """The verifier's side forgets the temperature (apd)."""
+    """The verifier's side forgets temperature and filters (apd)."""
+    heats_twice: bool = False
+    """A temperature that divides the logits scales the noise on them as well (apd)."""
 
 
 QUIRKS: dict[str, Quirks] = {
@@ -48,7 +50,7 @@ QUIRKS: dict[str, Quirks] = {
     "fast_dream": Quirks(first_column=True, average=True),
     "llada2": Quirks(predicts_mask=True),
     "sglang": Quirks(late_finish=True),
-    "apd": Quirks(greedy_target=True),
+    "apd": Quirks(greedy_target=True, heats_twice=True),
 }
 
 
@@ -158,14 +160,13 @@ def make_rule(config: DecodeConfig, model: ModelConfig) -> unmask.Rule:
         "entropy": unmask.NegativeEntropy(),
     }
     divides = config.sampling == "categorical"
+    noise = 1.0 if divides and not greedy and not quirks.heats_twice else config.temperature
     warp = None
     if config.top_p is not None or config.top_k is not None or (divides and not greedy):
         heat = config.temperature if divides else 0.0
         warp = unmask.Warp(heat, config.top_p, config.top_k, bool(config.top_k_first), excluded)
     if config.rule == "verify":
-        return Speculate(
-            excluded, config.verify_weight, config.temperature, quirks.greedy_target, warp
-        )
+        return Speculate(excluded, config.verify_weight, noise, quirks.greedy_target, warp)
     edit = None
     if config.edit_threshold is not None or quirks.late_finish:
         edit = unmask.Edit(
@@ -180,9 +181,7 @@ def make_rule(config: DecodeConfig, model: ModelConfig) -> unmask.Rule:
                      config.delete_id, config.split_id)  # fmt: skip
     confidence = confidences["random" if config.rule == "origin" else config.remasking]
     return unmask.Unmasker(
-        candidate=unmask.Argmax(excluded)
-        if greedy
-        else unmask.Gumbel(excluded, 1.0 if divides else config.temperature),
+        candidate=unmask.Argmax(excluded) if greedy else unmask.Gumbel(excluded, noise),
         confidence=unmask.Tempered(confidence, config.alg_temp) if config.alg_temp else confidence,
         selection=selections[config.rule],
         forbidden=(model.eos_id,) if config.logits_eos_inf else (),

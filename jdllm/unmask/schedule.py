@@ -86,9 +86,9 @@ class CarryOver:
 class Timesteps:
     """Dream's: from time t to s, int(masks * (1 - s/t)) go; the last step takes the rest.
 
-    Times run from 1 to `eps` in float32, computed as torch.linspace does, because the truncation
-    is sensitive to the last bit. With `mean` every row uses the batch's average count, as the
-    reference does; rows that began with no mask only fill the batch up and are not in it.
+    Times run from 1 to `eps`, to the last bit those of torch.linspace, because the truncation is
+    sensitive to it. With `mean` every row uses the batch's average count, as the reference does;
+    rows that began with no mask only fill the batch up and are not in it.
     """
 
     steps: int
@@ -106,13 +106,20 @@ class Timesteps:
 
     def shares(self) -> np.ndarray:
         """1 - s/t of every step [steps], float32, the last one 1."""
-        n = self.steps + 1
-        start, end = np.float32(1), np.float32(self.eps)
-        step = (end - start) / np.float32(n - 1)
-        i = np.arange(n)
-        up = start + i.astype(np.float32) * step
-        down = end - (n - 1 - i).astype(np.float32) * step
-        times = np.where(i < n // 2, up, down).astype(np.float32)
+        times = linspace(self.eps, self.steps)
         shares = np.float32(1) - times[1:] / times[:-1]
         shares[-1] = 1
         return shares
+
+
+def linspace(end: float, steps: int) -> np.ndarray:
+    """Times from 1 to `end` in so many steps, float32 [steps + 1], as torch.linspace has them.
+
+    It counts a float32 step from whichever end is nearer, in fused multiply-adds: products and sums
+    are exact in float64, and rounded once.
+    """
+    last = np.float32(end)
+    step = np.float64((last - np.float32(1)) / np.float32(steps))
+    i = np.arange(steps + 1)
+    times = np.where(i < (steps + 1) // 2, 1 + i * step, np.float64(last) - (steps - i) * step)
+    return times.astype(np.float32)

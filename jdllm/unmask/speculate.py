@@ -16,14 +16,15 @@ class Speculate:
     """Keeps the draft's longest prefix that the mixture of both models would have drawn too.
 
     The draft is the diffusion model's; the target is drawn from weight * diffusion + (1 - weight) *
-    verifier logits, over the ids that both know, with the same noise. The first masked position is
-    always kept, and counts as agreed. At temperature > 0 the reference forgets the noise of the
-    target (`greedy_target`).
+    verifier logits, as they are before the draft's warp, over the ids that both know. It is drawn
+    like the draft: the same warp, the same noise. The first masked position is always kept, and
+    counts as agreed. The reference forgets the warp and the noise of the target (`greedy_target`).
     """
 
     excluded: tuple[int, ...]
     weight: float
-    temperature: float = 0.0
+    noise: float = 0.0
+    """Scale of the Gumbel noise; 0 is greedy."""
     greedy_target: bool = False
     warp: Warp | None = None
 
@@ -40,25 +41,28 @@ class Speculate:
 
     def __call__(self, view: View, carry: Carry) -> tuple[Decision, Carry]:
         assert view.verify is not None  # make_setup and the loop see to it
-        logits = view.logits_BNV.astype(jnp.float32)[..., : view.verify.vocab]
-        logits = self.warp(logits) if self.warp else logits
+        known = min(view.logits_BNV.shape[-1], view.verify.vocab)
+        logits = view.logits_BNV.astype(jnp.float32)[..., :known]
         noise = 0.0
-        if self.temperature:
-            noise = self.temperature * gumbel(view.draw(logits.shape[1:]))
-        draft_BN = self._best(logits + noise)
+        if self.noise:
+            noise = self.noise * gumbel(view.draw(view.logits_BNV.shape[1:])[..., :known])
+        warped = self._warped(logits)
+        draft_BN = self._best(warped + noise)
         known_BN = jnp.where(view.masked_BN, draft_BN, view.ids_BN)
         verifier, cache = view.verify.logits(known_BN, carry["verifier"])
-        shared = logits.shape[-1]
-        mixed = self.weight * logits + (1 - self.weight) * verifier[..., :shared]
+        mixed = self.weight * logits + (1 - self.weight) * verifier[..., :known]
         if not self.greedy_target:
-            mixed = mixed + noise
+            mixed = self._warped(mixed) + noise
         forced_BN = jnp.cumsum(view.masked_BN, axis=-1) == 1
         differs_BN = view.masked_BN & ~forced_BN & (self._best(mixed) != draft_BN)
         chosen_BN = view.masked_BN & (jnp.cumsum(differs_BN, axis=-1) == 0)
         new_BN = jnp.where(chosen_BN, draft_BN, view.ids_BN)
         confidence = Probability()
-        value_BN = confidence.value(confidence(logits, draft_BN, view.draw))
+        value_BN = confidence.value(confidence(warped, draft_BN, view.draw))
         return Decision(new_BN, draft_BN, value_BN), carry | {"verifier": cache}
+
+    def _warped(self, logits: jax.Array) -> jax.Array:
+        return self.warp(logits) if self.warp else logits
 
     def _best(self, logits: jax.Array) -> jax.Array:
         return jnp.argmax(without(logits, self.excluded), axis=-1).astype(jnp.int32)
