@@ -18,16 +18,17 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jdllm import checkpoint, cli, files, sharding
-from jdllm.checkpoint import LazyArray
-from jdllm.configs import NAMED, ModelConfig, count_parameters, is_converted
 from jdllm.convert.export import export
 from jdllm.convert.families import FAMILIES, Source, open_source, read_facts
 from jdllm.convert.fetch import converted_folder, fetch
 from jdllm.decode import DecodeConfig
+from jdllm.decode.memory import Planner
 from jdllm.load import compute_dtype, enable_compilation_cache
-from jdllm.machine import read_memory
-from jdllm.memory_plan import Planner
+from jdllm.model.config import NAMED, ModelConfig, count_parameters, is_converted
+from jdllm.runtime import cli, files, sharding
+from jdllm.runtime.machine import read_memory
+from jdllm.store import checkpoint
+from jdllm.store.checkpoint import LazyArray
 from jdllm.tokenizer import copy_tokenizer
 
 PROG = "python -m jdllm.convert"

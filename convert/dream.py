@@ -6,9 +6,9 @@ Logits keep Qwen2's place: row t predicts token t + 1. The forward pass leaves t
 import dataclasses
 from typing import Any
 
-from jdllm.configs import ModelConfig
 from jdllm.convert import qwen2
 from jdllm.convert.table import Family
+from jdllm.model.config import ModelConfig
 
 PAD = "<|dlm_pad|>"  # what DiffuCoder fills the rest of a canvas with, behind its answer
 

@@ -1,7 +1,7 @@
 """Rows of mixture-of-experts layers, which LLaDA-MoE and LLaDA2 name almost alike."""
 
-from jdllm.configs import MoEConfig
 from jdllm.convert.table import Row
+from jdllm.model.config import MoEConfig
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
 

@@ -10,11 +10,12 @@ import orbax.checkpoint as ocp
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from jdllm import checkpoint, files
-from jdllm.configs import ModelConfig, count_parameters
 from jdllm.convert.families import FAMILIES
 from jdllm.convert.shards import INDEX, SINGLE
 from jdllm.convert.table import ConversionError, restore_sources
+from jdllm.model.config import ModelConfig, count_parameters
+from jdllm.runtime import files
+from jdllm.store import checkpoint
 from jdllm.tokenizer import copy_tokenizer
 
 

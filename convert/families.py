@@ -5,12 +5,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jdllm.checkpoint import LazyArray
-from jdllm.configs import ModelConfig
 from jdllm.convert import dream, llada, llada2, llada_moe, qwen2
 from jdllm.convert.published import complete, flat_rope, read_json, special_tokens
 from jdllm.convert.shards import DTYPES, Shards
 from jdllm.convert.table import ANY, ConversionError, Family, check, kept, stream
+from jdllm.model.config import ModelConfig
+from jdllm.store.checkpoint import LazyArray
 
 FAMILIES: dict[str, Family] = {
     "llada": llada.FAMILY,

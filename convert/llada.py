@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from jdllm.configs import ModelConfig
 from jdllm.convert.table import ANY, BOOKKEEPING, Family, Row
+from jdllm.model.config import ModelConfig
 
 BLOCK = "model.transformer.blocks.{i}."
 EOT = "<|eot_id|>"

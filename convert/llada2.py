@@ -5,10 +5,10 @@ config.json does not name the block length that the models were trained with; it
 
 from typing import Any
 
-from jdllm.configs import ModelConfig, MoEConfig
 from jdllm.convert.experts import expert_rows, mlp_rows
 from jdllm.convert.llada_moe import mask_id, pad_id, stop_ids
 from jdllm.convert.table import ANY, BOOKKEEPING, Family, Row
+from jdllm.model.config import ModelConfig, MoEConfig
 
 BLOCK_LENGTH = 32
 

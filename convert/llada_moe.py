@@ -6,9 +6,9 @@ uses: dense layers, a shared expert, a bias on the experts' scores, partial rota
 
 from typing import Any
 
-from jdllm.configs import ModelConfig, MoEConfig
 from jdllm.convert.experts import expert_rows, mlp_rows
 from jdllm.convert.table import ANY, BOOKKEEPING, Family, Row
+from jdllm.model.config import ModelConfig, MoEConfig
 
 MASK, TURN_END = "<|mask|>", "<|role_end|>"
 MASK_ID, VOCAB = 156895, 157184  # of the published tokenizer, where the folder has none

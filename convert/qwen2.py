@@ -5,8 +5,8 @@ Its tensors and keys are also Dream's, which was trained on from Qwen2.5.
 
 from typing import Any
 
-from jdllm.configs import NO_ID, ModelConfig
 from jdllm.convert.table import ANY, BOOKKEEPING, Family, Row
+from jdllm.model.config import NO_ID, ModelConfig
 
 LAYER = "model.layers.{i}."
 END = "<|im_end|>"

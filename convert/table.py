@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from jdllm.checkpoint import Index, LazyArray, unit_of
-from jdllm.configs import ModelConfig
 from jdllm.convert.shards import Shards
+from jdllm.model.config import ModelConfig
+from jdllm.store.checkpoint import Index, LazyArray, unit_of
 
 ANY = object()  # a key whose value cannot matter
 # What any config.json may say, and no forward pass reads. (Dropout acts in training only, and ours

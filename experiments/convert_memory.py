@@ -24,12 +24,13 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from jdllm import checkpoint, cli, sharding
-from jdllm.configs import LLADA_8B, ModelConfig
 from jdllm.convert import llada
 from jdllm.convert.__main__ import convert
 from jdllm.convert.families import Source, open_source
 from jdllm.convert.table import restore_sources
+from jdllm.model.config import LLADA_8B, ModelConfig
+from jdllm.runtime import cli, sharding
+from jdllm.store import checkpoint
 
 LIMIT = 1.15  # largest growth while converting, in shards
 RESTORE_LIMIT = 1.2  # and while restoring, in models

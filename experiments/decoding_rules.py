@@ -14,9 +14,10 @@ from typing import Any
 
 import jax
 
-from jdllm import LLM, DecodeConfig, cli
-from jdllm.files import atomic_file
+from jdllm import LLM, DecodeConfig
 from jdllm.load import enable_compilation_cache
+from jdllm.runtime import cli
+from jdllm.runtime.files import atomic_file
 from jdllm.tasks import TASKS
 
 FOLDER = Path(__file__).resolve().parent / "results"

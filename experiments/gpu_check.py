@@ -22,13 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdllm import DecodeConfig, cli, sharding
+from jdllm import DecodeConfig
 from jdllm.batches import bucket
-from jdllm.configs import NAMED
+from jdllm.decode.memory import Planner
 from jdllm.kernels.attention import IMPLEMENTATIONS, attention, reference
 from jdllm.llm import LLM
 from jdllm.load import weight_bytes
-from jdllm.memory_plan import Planner
+from jdllm.model.config import NAMED
+from jdllm.runtime import cli, sharding
 from jdllm.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,7 +55,7 @@ def goldens() -> str:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore"]
     environment = dict(os.environ, JAX_PLATFORMS="cuda", XLA_PYTHON_CLIENT_PREALLOCATE="false")
     run = subprocess.run(
-        [*command, "tests/test_goldens.py"],
+        [*command, "tests/model/test_goldens.py"],
         cwd=ROOT,
         env=environment,
         capture_output=True,

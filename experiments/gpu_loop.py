@@ -25,14 +25,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jdllm import DecodeConfig, cli, sharding
+from jdllm import DecodeConfig
 from jdllm.decode import DecodeState, Request, Setup, make_setup
-from jdllm.decode.geometry import put
 from jdllm.decode.inputs import forward
+from jdllm.decode.layout import put
 from jdllm.decode.loop import Loop
-from jdllm.decode.state import FULL, STEP
+from jdllm.decode.rows import FULL, STEP
 from jdllm.llm import LLM
 from jdllm.load import enable_compilation_cache
+from jdllm.runtime import cli, sharding
 
 RESULTS = Path(__file__).resolve().parent / "results" / "gpu.jsonl"
 

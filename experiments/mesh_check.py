@@ -30,11 +30,13 @@ import numpy as np  # noqa: E402
 from jax.sharding import NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
-from jdllm import DecodeConfig, checkpoint, cli, sharding  # noqa: E402
-from jdllm.configs import NAMED, ModelConfig  # noqa: E402
+from jdllm import DecodeConfig  # noqa: E402
 from jdllm.decode import Request, decode, make_setup  # noqa: E402
 from jdllm.load import compute_dtype, weight_bytes  # noqa: E402
-from jdllm.model import abstract, assemble, named  # noqa: E402
+from jdllm.model.config import NAMED, ModelConfig  # noqa: E402
+from jdllm.model.transformer import abstract, assemble, named  # noqa: E402
+from jdllm.runtime import cli, sharding  # noqa: E402
+from jdllm.store import checkpoint  # noqa: E402
 
 # mesh, rows: the first of each pair is the other's measure
 CASES = (("1x1", 1), ("1x1", 8), ("1x2", 1), ("1x2", 8), ("2x1", 2), ("2x1", 16))

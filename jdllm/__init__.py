@@ -4,9 +4,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jdllm.configs import ModelConfig
     from jdllm.decode import DecodeConfig
     from jdllm.llm import LLM, Completion
+    from jdllm.model.config import ModelConfig
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "Completion", "DecodeConfig", "ModelConfig"]
@@ -15,7 +15,7 @@ _HOMES = {
     "LLM": "jdllm.llm",
     "Completion": "jdllm.llm",
     "DecodeConfig": "jdllm.decode",
-    "ModelConfig": "jdllm.configs",
+    "ModelConfig": "jdllm.model.config",
 }
 
 

@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from jdllm import cli, sharding
-from jdllm.configs import count_parameters
 from jdllm.decode import DecodeConfig
-from jdllm.environment import environment
-from jdllm.files import atomic_file
+from jdllm.evaluation.report import table
+from jdllm.evaluation.settings import loading
 from jdllm.load import enable_compilation_cache
-from jdllm.report import table
-from jdllm.settings import loading
+from jdllm.model.config import count_parameters
+from jdllm.runtime import cli, sharding
+from jdllm.runtime.environment import environment
+from jdllm.runtime.files import atomic_file
 from jdllm.tasks import TASKS
 
 GENERATED = 50  # questions of a generated task
@@ -187,7 +187,7 @@ def measure(
     llm: Any, questions: Sequence[Question], decode: DecodeConfig, batch_size: int, name: str
 ) -> dict[str, Any]:
     """BlockInfer's figures of one way of decoding, and ours."""
-    from jdllm.speed import Cost, Speed
+    from jdllm.evaluation.speed import Cost, Speed
 
     found = {}
     prompts = [question.prompt for question in questions]

@@ -22,8 +22,8 @@ from typing import Any, Literal, NamedTuple
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from jdllm import cli, machine
-from jdllm.machine import Folder, HuggingFace, Packages, cuda_series, release
+from jdllm.runtime import cli, machine
+from jdllm.runtime.machine import Folder, HuggingFace, Packages, cuda_series, release
 
 NEED_MEMORY = 1_000_000_000  # bytes: JAX, a compilation and the bundled model take 0.53 GB
 NEED_DISK = 100_000_000  # bytes: room for compiled programs, 0.3 MB each

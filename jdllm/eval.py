@@ -17,19 +17,19 @@ from typing import Any, ClassVar
 
 import jax
 
-from jdllm import cli, processes, sharding
-from jdllm.configs import ModelConfig, count_parameters
 from jdllm.decode import DecodeConfig
-from jdllm.environment import environment
-from jdllm.files import alone, atomic_file
-from jdllm.journal import Journal
-from jdllm.likelihood import LikelihoodConfig
+from jdllm.evaluation.report import table
+from jdllm.evaluation.settings import check_verifier, loading, read_decode
 from jdllm.load import enable_compilation_cache
-from jdllm.report import table
-from jdllm.settings import check_verifier, loading, read_decode
-from jdllm.tasks import preset as presets
-from jdllm.tasks import resolve
-from jdllm.tasks.presets import PRESETS, find
+from jdllm.model.config import ModelConfig, count_parameters
+from jdllm.runtime import cli, processes, sharding
+from jdllm.runtime.environment import environment
+from jdllm.runtime.files import alone, atomic_file
+from jdllm.runtime.journal import Journal
+from jdllm.score.likelihood import LikelihoodConfig
+from jdllm.tasks import published as presets
+from jdllm.tasks.lm_eval import resolve
+from jdllm.tasks.published_rows import PRESETS, find
 
 SHOWN = ("solved", "exact_match")  # the table's metrics; results.json has all
 FINISHED = "finished.jsonl"  # in the output folder: every sample, as it was finished
@@ -152,7 +152,7 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class TaskResult:
-    """One task's scores, samples in document order, and cost (a jdllm.speed.Speed)."""
+    """One task's scores, samples in document order, and cost (a jdllm.evaluation.speed.Speed)."""
 
     name: str
     metric: str
@@ -177,8 +177,8 @@ class TaskResult:
 
 def run(name: str, loaded: dict[str, Any], lm: Any, limit: int | None = None) -> TaskResult:
     """Evaluates what resolve() loaded for one name with a fresh JdllmLM."""
-    from jdllm.grading import grade, plain
-    from jdllm.scoring import certainty
+    from jdllm.evaluation.grading import grade, plain
+    from jdllm.score.scoring import certainty
 
     score = grade(lm, name, loaded, limit=limit)
     records = {(record.task, record.doc_id, record.sample): record for record in lm.records}
@@ -272,7 +272,7 @@ def evaluate(
     What the journal holds is not generated again. `llm` is the model, where it is loaded already.
     `leave` says whether finished progress bars stay.
     """
-    from jdllm.harness import JdllmLM
+    from jdllm.evaluation.harness import JdllmLM
     from jdllm.llm import LLM
 
     loaded = {name: load(name, config) for name in config.tasks}

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import jdllm
-from jdllm import cli, processes, replay, sharding, trace
 from jdllm.decode import DecodeConfig
+from jdllm.evaluation.settings import check_verifier, loading
 from jdllm.load import enable_compilation_cache
-from jdllm.pieces import Lexicon
-from jdllm.settings import check_verifier, loading
-from jdllm.show import Player
+from jdllm.runtime import cli, processes, sharding
+from jdllm.viz import replay, trace
+from jdllm.viz.pieces import Lexicon
+from jdllm.viz.show import Player
 
 if TYPE_CHECKING:  # imported when it runs, so that --help is quick
     from jdllm.llm import LLM, Batch

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import IO
 
-from jdllm import cli
+from jdllm.runtime import cli
 
 PROG = "python -m jdllm.launch"
 GRACE_SECONDS = 10  # between asking a process to end and ending it
@@ -45,7 +45,7 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def environment(config: LaunchConfig, port: int, process: int) -> dict[str, str]:
-    """What tells a process its place; see `jdllm.processes`."""
+    """What tells a process its place; see `jdllm.runtime.processes`."""
     place = {
         "JDLLM_COORDINATOR": f"localhost:{port}",
         "JDLLM_NUM_PROCESSES": str(config.processes),

@@ -18,10 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jdllm import processes, sharding, trace
 from jdllm.batches import bucket, common_prefixes, deal, heights, plan_batches, row_seeds
-from jdllm.cache import Cache
-from jdllm.configs import ModelConfig
 from jdllm.decode import (
     DecodeConfig,
     Prefixes,
@@ -33,13 +30,17 @@ from jdllm.decode import (
     make_setup,
     read_prefix,
 )
-from jdllm.fingerprint import fingerprint
-from jdllm.likelihood import LikelihoodConfig
 from jdllm.load import choose_mesh, load_parts, locate
-from jdllm.scoring import Device, Ids, Likelihood, score
-from jdllm.stop import EosStop
-from jdllm.stop_strings import StopStrings
+from jdllm.model.cache import Cache
+from jdllm.model.config import ModelConfig
+from jdllm.runtime import processes, sharding
+from jdllm.score.likelihood import LikelihoodConfig
+from jdllm.score.scoring import Device, Ids, Likelihood, score
+from jdllm.stop.rule import EosStop
+from jdllm.stop.strings import StopStrings
+from jdllm.store.fingerprint import fingerprint
 from jdllm.tokenizer import encode_prompts, load_tokenizer
+from jdllm.viz import trace
 
 Prompt = str | Sequence[int]
 
@@ -347,7 +348,7 @@ class LLM:
         batch_size: int = 32,
         finished: Callable[[int, Likelihood], None] = lambda index, found: None,
     ) -> list[Likelihood]:
-        """log p(target | prefix) of pairs of token ids, in order; see jdllm.scoring.score."""
+        """log p(target | prefix) of pairs of token ids, in order; see jdllm.score.scoring.score."""
         device = Device(self._graph, self._params, self.config, self.mesh)
         config = config or LikelihoodConfig()
         return score(pairs, config, device, batch_size=batch_size, finished=finished)

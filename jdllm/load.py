@@ -9,11 +9,12 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from jdllm import checkpoint, processes, sharding
-from jdllm.configs import NAMED, ModelConfig, is_converted
 from jdllm.convert.families import open_source
 from jdllm.convert.fetch import converted_folder, fetch, home
-from jdllm.model import abstract, named
+from jdllm.model.config import NAMED, ModelConfig, is_converted
+from jdllm.model.transformer import abstract, named
+from jdllm.runtime import processes, sharding
+from jdllm.store import checkpoint
 from jdllm.tokenizer import copy_tokenizer
 
 BUNDLED = Path(__file__).parent / "bundled"

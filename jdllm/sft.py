@@ -22,9 +22,13 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from tqdm import tqdm
 
-from jdllm import checkpoint, cli, files, processes, sharding, train
-from jdllm.configs import ModelConfig, count_parameters, require_trainable
-from jdllm.data import (
+from jdllm.load import choose_mesh, compute_dtype, load_parts, locate
+from jdllm.model.config import ModelConfig, count_parameters, require_trainable
+from jdllm.runtime import cli, files, processes, sharding
+from jdllm.store import checkpoint
+from jdllm.tokenizer import FILES, copy_tokenizer, load_tokenizer
+from jdllm.train import step as train
+from jdllm.training.data import (
     Rows,
     batch_index,
     cached_rows,
@@ -35,8 +39,6 @@ from jdllm.data import (
     generated_pairs,
     parse_mixture,
 )
-from jdllm.load import choose_mesh, compute_dtype, load_parts, locate
-from jdllm.tokenizer import FILES, copy_tokenizer, load_tokenizer
 
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
 # Settings that a resumed run may change; on another mesh sums are ordered differently, so its loss

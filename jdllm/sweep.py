@@ -13,16 +13,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from jdllm import cli, sharding
 from jdllm.decode import DecodeConfig
-from jdllm.environment import environment
 from jdllm.eval import FINISHED, EvalConfig, TaskResult, evaluate, load
-from jdllm.files import alone, atomic_file
-from jdllm.journal import Journal
+from jdllm.evaluation.plans import Plan, read_plan
+from jdllm.evaluation.report import Row, require_plots, write_report
+from jdllm.evaluation.settings import check_verifier, label
 from jdllm.load import enable_compilation_cache
-from jdllm.report import Row, require_plots, write_report
-from jdllm.settings import check_verifier, label
-from jdllm.sweep_plans import Plan, read_plan
+from jdllm.runtime import cli, sharding
+from jdllm.runtime.environment import environment
+from jdllm.runtime.files import alone, atomic_file
+from jdllm.runtime.journal import Journal
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from jdllm import cli
 from jdllm.eval import FINISHED, EvalConfig
-from jdllm.files import alone, atomic_file
-from jdllm.journal import Journal
+from jdllm.evaluation.report import Row, table
+from jdllm.evaluation.settings import label, write_decode
 from jdllm.load import enable_compilation_cache
-from jdllm.report import Row, table
-from jdllm.settings import label, write_decode
+from jdllm.runtime import cli
+from jdllm.runtime.files import alone, atomic_file
+from jdllm.runtime.journal import Journal
 from jdllm.sweep import SweepConfig, perform
 
 VALIDATION_SEED = 7_000_003  # generated validation documents: none that seed=0, 1, ... draw

@@ -16,7 +16,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer
 
-from jdllm.tasks import countdown, sudoku
+from jdllm.tasks.puzzles import countdown, sudoku
 
 OUTPUT = Path(__file__).resolve().parents[2] / "jdllm" / "bundled"
 VOCAB_SIZE = 1024  # an upper limit: training stops once every text is merged as far as it goes

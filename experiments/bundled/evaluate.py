@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from jdllm import cli
+from jdllm.runtime import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "experiments" / "results" / "bundled.json"

@@ -1,4 +1,4 @@
-"""Write jdllm/tasks/held_out.txt: the hashes of d1's test items, which are never trained on.
+"""Write jdllm/tasks/puzzles/held_out.txt: the hashes of d1's test items, which are never trained on.
 
     python experiments/bundled/make_held_out.py data=FOLDER
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from jdllm.tasks import countdown, held_out, sudoku
+from jdllm.tasks.puzzles import countdown, held_out, sudoku
 
 OUTPUT = Path(held_out.__file__).with_name("held_out.txt")
 

@@ -1,11 +1,11 @@
 """Decoding: what a user may set, what that means for a model, and the one loop that does it."""
 
-from jdllm.decode.blocks import compile_blocks
 from jdllm.decode.config import DecodeConfig
 from jdllm.decode.loop import decode
 from jdllm.decode.prefixes import read_prefix
+from jdllm.decode.rows import DecodeState, Prefixes, Request, Trace
 from jdllm.decode.setup import Setup, make_rule, make_setup
-from jdllm.decode.state import DecodeState, Prefixes, Request, Trace
+from jdllm.decode.watch import compile_blocks
 
 __all__ = [
     "DecodeConfig",

@@ -4,10 +4,10 @@ import dataclasses
 import warnings
 from typing import Any, ClassVar, Literal, Self
 
-from jdllm.configs import ModelConfig
 from jdllm.decode.checks import BY_THRESHOLD, CONFLICTS, RANGES, READERS
 from jdllm.decode.presets import PRESETS, Settings, preset_settings
-from jdllm.fields import check_fields
+from jdllm.model.config import ModelConfig
+from jdllm.runtime.fields import check_fields
 
 Parity = Literal[
     "none", "llada", "fast_dllm", "dinfer", "dream", "fast_dream", "llada2", "sglang", "apd"

@@ -5,11 +5,11 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-from jdllm.cache import Cache
-from jdllm.decode.geometry import Geometry, put, rows
+from jdllm.decode.layout import Geometry, put, rows
+from jdllm.decode.rows import DecodeState, Request
 from jdllm.decode.setup import Setup
-from jdllm.decode.state import DecodeState, Request
-from jdllm.model import Transformer
+from jdllm.model.cache import Cache
+from jdllm.model.transformer import Transformer
 
 
 class Models(Protocol):

@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jdllm.cache import Cache
 from jdllm.decode import runner, verifier
-from jdllm.decode.geometry import Geometry, put, rows, span
 from jdllm.decode.inputs import forward, guided, smoothed
+from jdllm.decode.layout import Geometry, put, rows, span
+from jdllm.decode.rows import COMMIT, FULL, PREFILL, Clock, DecodeState, Request, Trace
 from jdllm.decode.setup import Setup
-from jdllm.decode.state import COMMIT, FULL, PREFILL, Clock, DecodeState, Request, Trace
-from jdllm.model import Transformer
-from jdllm.stop import Look
+from jdllm.model.cache import Cache
+from jdllm.model.transformer import Transformer
+from jdllm.stop.rule import Look
 from jdllm.unmask import Carry, Decision, Draw, View
 
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jdllm.cache import Cache
 from jdllm.decode.loop import merged
+from jdllm.model.cache import Cache
 
 
 @partial(jax.jit, static_argnames=("graph", "block_length"))

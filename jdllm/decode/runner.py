@@ -6,8 +6,8 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
+from jdllm.decode.rows import FULL, STEP, DecodeState, Request
 from jdllm.decode.setup import Setup
-from jdllm.decode.state import FULL, STEP, DecodeState, Request
 
 
 class Calls(Protocol):

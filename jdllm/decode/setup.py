@@ -3,11 +3,11 @@
 import dataclasses
 from typing import Any
 
-from jdllm import stop as stops
 from jdllm import unmask
-from jdllm.cache import Plan
-from jdllm.configs import ModelConfig
 from jdllm.decode.config import DecodeConfig
+from jdllm.model.cache import Plan
+from jdllm.model.config import ModelConfig
+from jdllm.stop import rule as stops
 from jdllm.unmask.indel import InDel
 from jdllm.unmask.speculate import Speculate
 

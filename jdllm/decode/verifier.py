@@ -5,9 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jdllm.cache import Cache
-from jdllm.decode.state import Request
-from jdllm.model import Transformer
+from jdllm.decode.rows import Request
+from jdllm.model.cache import Cache
+from jdllm.model.transformer import Transformer
 from jdllm.unmask.view import Verify
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from jdllm.tasks import countdown, sudoku
+from jdllm.tasks.puzzles import countdown, sudoku
 
 Doc = dict
 

@@ -10,7 +10,7 @@ from typing import ClassVar, Protocol
 import jax
 import jax.numpy as jnp
 
-from jdllm.head import Best
+from jdllm.model.head import Best
 from jdllm.unmask.view import Draw, gumbel, without
 
 

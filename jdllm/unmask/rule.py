@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from jdllm.head import Special
+from jdllm.model.head import Special
 from jdllm.unmask.candidate import Argmax, Candidate, Warp
 from jdllm.unmask.confidence import Confidence
 from jdllm.unmask.credit import Credit

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jdllm.head import Best
+from jdllm.model.head import Best
 
 Draw = Callable[[tuple[int, ...]], jax.Array]
 """Uniform draws in [0, 1) for every row: draw((N,)) is [B, N], draw((N, V)) is [B, N, V]."""

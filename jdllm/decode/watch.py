@@ -1,0 +1,88 @@
+"""A request block by block, for those who watch it: the same loop, left after every block.
+
+What nobody watches is one program (`loop.decode`) and pays nothing for this.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from jdllm.decode.loop import Loop, close_trace, make_loop
+from jdllm.decode.rows import DecodeState, Request
+from jdllm.decode.setup import Setup
+from jdllm.model.cache import Cache
+from jdllm.runtime import processes, sharding
+
+Blocks = Callable[[nnx.State, Request, nnx.State | None], Iterator[DecodeState]]
+
+
+def compile_blocks(
+    graph: nnx.GraphDef,
+    params: nnx.State,
+    request: Request,
+    setup: Setup,
+    mesh: Mesh,
+    verifier_graph: nnx.GraphDef | None = None,
+    verifier_params: nnx.State | None = None,
+) -> Blocks:
+    """A function of weights, request and the verifier's weights, as `decode`, that yields states.
+
+    The first is the one before any block, then comes one for each block; all calls of `decode` are
+    made, in its order. A state's trace holds the calls since the state before, so that recording
+    takes the room of one block. Read a state before asking for the next, which takes its buffers.
+    """
+
+    def loop(params: nnx.State, request: Request, verifier_params: nnx.State | None) -> Loop:
+        return make_loop(graph, params, request, setup, verifier_graph, verifier_params)
+
+    def begin(*inputs) -> DecodeState:
+        return close_trace(loop(*inputs).start(setup.block_calls))
+
+    def advance(state: DecodeState, *inputs) -> DecodeState:
+        fresh = loop(*inputs).fresh_trace(setup.block_calls, state.forwards)
+        return close_trace(loop(*inputs).run_block(dataclasses.replace(state, trace=fresh)))
+
+    given = params, request, verifier_params
+    shapes = jax.eval_shape(begin, *given)
+    places = lay_out(shapes, mesh)
+    first = jax.jit(begin, out_shardings=places).lower(*given).compile()
+    again = jax.jit(advance, out_shardings=places, donate_argnums=0)
+    placed = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
+    )
+    following = again.lower(placed, *given).compile()
+
+    def run(*inputs) -> Iterator[DecodeState]:
+        yield (state := first(*inputs))
+        done = processes.gather(state.done)
+        for _ in range(setup.blocks):
+            if np.all(done):
+                return
+            state = following(state, *inputs)
+            done = processes.gather(state.done)
+            yield state
+
+    return run
+
+
+def lay_out(state: DecodeState, mesh: Mesh) -> DecodeState:
+    """Where the arrays of a state lie: rows along the mesh's data axis, cached heads as weights."""
+
+    def by_row(x: jax.ShapeDtypeStruct) -> NamedSharding:
+        return sharding.by_row(mesh) if x.ndim else sharding.replicated(mesh)
+
+    def place(x: Cache | jax.ShapeDtypeStruct):
+        if not isinstance(x, Cache):
+            return by_row(x)
+        axes = ("batch", None, "kv_heads", None)
+        return jax.tree.map(
+            lambda k: NamedSharding(mesh, sharding.spec("cache", k.shape, axes, mesh)), x
+        )
+
+    trace = jax.tree.map(lambda _: sharding.replicated(mesh), state.trace)
+    placed = jax.tree.map(place, state, is_leaf=lambda x: isinstance(x, Cache))
+    return dataclasses.replace(placed, trace=trace)

@@ -1,0 +1,1 @@
+"""Evaluation: tasks on models, their verdicts and costs, sweeps and reports."""

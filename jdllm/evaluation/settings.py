@@ -1,0 +1,83 @@
+"""Settings: what loads a model; short names, the model asked and the JSON file of decoding."""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from jdllm.decode import DecodeConfig
+from jdllm.runtime.files import atomic_file
+
+LOADING = ("model", "mesh", "dtype", "seed", "verifier", "allow_unknown")
+
+
+def loading(config: Any) -> dict[str, Any]:
+    """What LLM.load takes, of the settings of a command."""
+    return {name: getattr(config, name) for name in LOADING if hasattr(config, name)}
+
+
+def changed(config: Any) -> dict[str, Any]:
+    """The settings of a dataclass that are not the defaults."""
+    default = dataclasses.asdict(type(config)())
+    return {name: v for name, v in dataclasses.asdict(config).items() if v != default[name]}
+
+
+def label(config: DecodeConfig) -> str:
+    """A short name for settings, as one would type them: the rule, cache, block, what is changed.
+
+    gen_length is left out, which settings that are compared have in common.
+    """
+    number = {"threshold": "threshold", "factor": "factor", "quota": "steps"}.get(config.rule)
+    shown = {"rule": config.rule} if config.rule != "threshold" else {}
+    shown |= {number: getattr(config, number)} if number else {}
+    shown |= {"cache": config.cache, "block_length": config.block_length}
+    shown = {name: value for name, value in shown.items() if value is not None}
+    more = {name: v for name, v in changed(config).items() if name not in {*shown, "gen_length"}}
+    return " ".join(f"{name}={value}" for name, value in (shown | more).items())
+
+
+def decode_config(facts: Any, origin: str) -> DecodeConfig:
+    """DecodeConfig from JSON-like facts; ValueError, with the nearest names, for unknown ones."""
+    names = [field.name for field in dataclasses.fields(DecodeConfig)]
+    if not isinstance(facts, dict):
+        raise ValueError(f"{origin} must be an object of decode settings, such as threshold: 0.9")
+    for name in facts:
+        if name not in names:
+            near = difflib.get_close_matches(name, names) or names
+            raise ValueError(f"{origin}: {name} is no decode setting; try {', '.join(near)}")
+    return DecodeConfig(**facts)
+
+
+def check_verifier(verifier: str | None, settings: Iterable[DecodeConfig]) -> None:
+    """ValueError unless a verifier and a setting that asks it come together."""
+    asks = any(one.rule == "verify" for one in settings)
+    if asks and not verifier:
+        raise ValueError("rule=verify asks a causal model: name it, verifier=FOLDER")
+    if verifier and not asks:
+        raise ValueError(
+            f"verifier={verifier} is asked by decode.rule=verify alone (decode.preset=apd has it); "
+            "leave it out, or set the rule"
+        )
+
+
+def read_decode(path: Path, over: DecodeConfig | None = None) -> DecodeConfig:
+    """Settings from a file, changed by those of `over` that are not the defaults.
+
+    ValueError where the file is missing, is no JSON, or has unknown names.
+    """
+    try:
+        facts = json.loads(path.read_text())
+    except OSError:
+        raise ValueError(f"decode_file={path} cannot be read") from None
+    except ValueError as error:
+        raise ValueError(f"decode_file={path} is not JSON: {error}") from None
+    base = decode_config(facts, f"decode_file={path}")
+    return dataclasses.replace(base, **changed(over or DecodeConfig()))
+
+
+def write_decode(path: Path, config: DecodeConfig) -> None:
+    """Writes every setting, so that later defaults change nothing."""
+    with atomic_file(path) as file:
+        file.write(json.dumps(dataclasses.asdict(config), indent=2).encode() + b"\n")

@@ -1,0 +1,1 @@
+"""The model: its facts, its weights and one forward pass."""

@@ -1,0 +1,322 @@
+"""The forward pass: one transformer, whose facts are in ModelConfig.
+
+Shape letters, in suffixes and einsums: B batch, T canvas, S keys, L layers, D embed, H query
+heads, G key/value heads, K head dim, F mlp, V vocab, N block. Experts: see moe.py.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jdllm.kernels.attention import as_mask, attention
+from jdllm.model.cache import Cache, write
+from jdllm.model.config import ModelConfig
+from jdllm.model.head import NOTHING, Best, Special, best
+from jdllm.model.moe import Experts, swiglu
+from jdllm.model.weights import bias, weight
+from jdllm.runtime import sharding
+
+
+def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm: float32 statistics, cast back, then the scale (LLaDA's order)."""
+    x = x_BTD.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    return x.astype(x_BTD.dtype) * scale_D.astype(x_BTD.dtype)
+
+
+def rotate(
+    x_BTHK: jax.Array, positions_BT: jax.Array, theta: float, width: int | None = None
+) -> jax.Array:
+    """Rotary embedding over the halves of the head dim, computed in float32.
+
+    With `width` only that many leading channels turn; the others stay.
+    """
+    if width is not None and width < x_BTHK.shape[-1]:
+        turned = rotate(x_BTHK[..., :width], positions_BT, theta)
+        return jnp.concatenate([turned, x_BTHK[..., width:]], axis=-1)
+    half = x_BTHK.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    a, b = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHK.dtype)
+
+
+def visible_keys(
+    config: ModelConfig, positions_BT: jax.Array, visible: jax.Array, columns: int | None
+) -> jax.Array:
+    """Which keys each query sees: as given where that is the same for all, else bool [B, T, S].
+
+    `visible` is bool [B, S], or int32 [B] where rows see their first so many keys. Keys stand at
+    `positions_BT` themselves, or in a cache of `columns`, whose column s is position s. Blocks are
+    counted from position 0, so that the prompt falls into blocks as well; a causal model's
+    blocks have one column.
+    """
+    block = 1 if config.causal else config.block_causal
+    if block is None:
+        return visible
+    keys_BS = positions_BT if columns is None else jnp.arange(columns)[None]
+    visible_BS = as_mask(visible, keys_BS.shape[1])
+    blocks_BT, blocks_BS = positions_BT // block, keys_BS // block
+    return visible_BS[:, None, :] & (blocks_BS[:, None, :] <= blocks_BT[:, :, None])
+
+
+def serving(x_BSGK: jax.Array, first: jax.Array | int, heads: int, group: int) -> jax.Array:
+    """The key/value heads that serve `heads` query heads from number `first` on.
+
+    They are all of them, unless a device has its own query heads but everybody's key/value heads.
+    """
+    if heads == x_BSGK.shape[2] * group:
+        return x_BSGK
+    if group % heads == 0:
+        return jax.lax.dynamic_slice_in_dim(x_BSGK, first // group, 1, axis=2)
+    return x_BSGK[:, :, (first + jnp.arange(heads)) // group]
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention. Multi-head models hold q, k, v as one weight, others q and kv."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        D, H, G, K = config.embed, config.heads, config.kv_heads, config.head_dim
+        kind = config.dtype
+        if H == G:
+            self.qkv = weight(rngs, (D, 3, H, K), ("embed", "stack", "heads", "head_dim"), kind, D)
+        else:
+            self.q = weight(rngs, (D, H, K), ("embed", "heads", "head_dim"), kind, D)
+            self.kv = weight(
+                rngs, (D, 2, G, K), ("embed", "stack", "kv_heads", "head_dim"), kind, D
+            )
+        self.out = weight(rngs, (H, K, D), ("heads", "head_dim", "embed"), kind, H * K)
+        if config.qkv_bias and H == G:
+            self.qkv_bias = bias((3, H, K), ("stack", "heads", "head_dim"), kind)
+        elif config.qkv_bias:
+            self.q_bias = bias((H, K), ("heads", "head_dim"), kind)
+            self.kv_bias = bias((2, G, K), ("stack", "kv_heads", "head_dim"), kind)
+        if config.qk_norm:
+            self.q_norm = weight(rngs, (K,), ("head_dim",), kind, 0)
+            self.k_norm = weight(rngs, (K,), ("head_dim",), kind, 0)
+        self.fused = H == G
+        self.group = H // G
+        self.biased = config.qkv_bias
+        self.theta = config.rope_theta
+        self.rotary_dim = config.rotary_dim
+        self.norm_eps = config.norm_eps if config.qk_norm else None
+
+    def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, T, H, K], keys and values [B, T, G, K]."""
+        kind = x_BTD.dtype
+        if self.fused:
+            qkv = jnp.einsum("BTD,DCHK->CBTHK", x_BTD, self.qkv[...].astype(kind))
+            if self.biased:
+                qkv += self.qkv_bias[...].astype(kind)[:, None, None]
+            return qkv[0], qkv[1], qkv[2]
+        q = jnp.einsum("BTD,DHK->BTHK", x_BTD, self.q[...].astype(kind))
+        kv = jnp.einsum("BTD,DCGK->CBTGK", x_BTD, self.kv[...].astype(kind))
+        if self.biased:
+            q += self.q_bias[...].astype(kind)
+            kv += self.kv_bias[...].astype(kind)[:, None, None]
+        return q, kv[0], kv[1]
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        visible: jax.Array,
+        past: tuple[jax.Array, jax.Array] | None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """The attention branch, and this layer's keys and values after the write."""
+        q, k, v = self.project(x_BTD)
+        if self.norm_eps is not None:
+            q = rms_norm(q, self.q_norm[...], self.norm_eps)
+            k = rms_norm(k, self.k_norm[...], self.norm_eps)
+        q = rotate(q, positions_BT, self.theta, self.rotary_dim)
+        k = rotate(k, positions_BT, self.theta, self.rotary_dim)
+        if past is not None:
+            k, v = write(past[0], k, positions_BT), write(past[1], v, positions_BT)
+        out = self.out[...].astype(q.dtype)
+        mixed = self.attend(q, k.astype(q.dtype), v.astype(q.dtype), visible)
+        return jnp.einsum("BTHK,HKD->BTD", mixed, out), (k, v)
+
+    def attend(
+        self, q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, visible: jax.Array
+    ) -> jax.Array:
+        """Attention, every device with its own rows and query heads."""
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+            first = sharding.shard_index("heads") * q.shape[2]
+            k, v = (serving(x, first, q.shape[2], self.group) for x in (k, v))
+            return attention(q, k, v, visible)
+
+        queries, keys = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
+        mask = ("batch", *[None] * (visible.ndim - 1))
+        inputs = (queries, keys, keys, mask)
+        run = sharding.per_shard(attend, self.out[...], inputs, queries)
+        return run(q_BTHK, k_BSGK, v_BSGK, visible)
+
+
+class MLP(nnx.Module):
+    """SwiGLU feed-forward; gate and up are one weight."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, width: int | None = None):
+        D, F = config.embed, width or config.mlp
+        self.gate_up = weight(rngs, (D, 2, F), ("embed", "stack", "mlp"), config.dtype, D)
+        self.down = weight(rngs, (F, D), ("mlp", "embed"), config.dtype, F)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        return swiglu(x_BTD, self.gate_up[...], self.down[...])
+
+
+class Layer(nnx.Module):
+    """Pre-norm residual layer, with an MLP or with experts."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, number: int):
+        self.attention_norm = weight(rngs, (config.embed,), ("embed",), config.dtype, 0)
+        self.attention = Attention(config, rngs)
+        self.mlp_norm = weight(rngs, (config.embed,), ("embed",), config.dtype, 0)
+        moe = config.moe_layer(number)
+        if moe is None:
+            self.mlp = MLP(config, rngs)
+        else:
+            self.experts = Experts(config.embed, moe, config.dtype, rngs)
+            if moe.shared_mlp:
+                self.shared = MLP(config, rngs, moe.shared_mlp)
+        self.sparse, self.has_shared = moe is not None, moe is not None and moe.shared_mlp > 0
+        self.eps = config.norm_eps
+
+    def feed_forward(self, x_BTD: jax.Array) -> jax.Array:
+        """The MLP branch of normed inputs; the shared expert is added as it is."""
+        if not self.sparse:
+            return self.mlp(x_BTD)
+        shared = (self.shared.gate_up, self.shared.down) if self.has_shared else ()
+        return self.experts(x_BTD, shared)
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        visible: jax.Array,
+        past: tuple[jax.Array, jax.Array] | None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        with jax.named_scope("attention"):
+            h = rms_norm(x_BTD, self.attention_norm[...], self.eps)
+            mixed, present = self.attention(h, positions_BT, visible, past)
+        x_BTD = x_BTD + mixed
+        with jax.named_scope("mlp"):
+            h = rms_norm(x_BTD, self.mlp_norm[...], self.eps)
+            return x_BTD + self.feed_forward(h), present
+
+
+class Transformer(nnx.Module):
+    """A thin container of parameters: split it once into a static graph and a pytree."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        D, V = config.embed, config.vocab
+        self.config = config
+        self.embedding = weight(rngs, (V, D), ("vocab", "embed"), config.dtype, D)
+        self.layers = nnx.List([Layer(config, rngs, i) for i in range(config.layers)])
+        self.norm = weight(rngs, (D,), ("embed",), config.dtype, 0)
+        if not config.tied_head:
+            self.head = weight(rngs, (D, V), ("embed", "vocab"), config.dtype, D)
+
+    def embed(self, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Input embeddings [B, T, D] in the compute dtype.
+
+        Gathered as stored and cast then, so that in training the gradient of a row that many
+        tokens share (the mask's) is summed in the weights' dtype.
+
+        Where the vocabulary lies in slices on a mesh, a device finds what is in its own, and zeros
+        for the rest; the sum over devices is the lookup.
+        """
+
+        def look_up(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+            rows_BT = tokens_BT - sharding.shard_index("vocab") * table_VD.shape[0]
+            found_BTD = table_VD[rows_BT].astype(dtype)
+            here_BT = (rows_BT >= 0) & (rows_BT < table_VD.shape[0])
+            return sharding.sum_shards(jnp.where(here_BT[..., None], found_BTD, 0), "vocab")
+
+        table_VD, inputs = self.embedding[...], (("vocab", "embed"), ("batch", None))
+        run = sharding.per_shard(look_up, table_VD, inputs, ("batch", None, "embed"))
+        with jax.named_scope("embed"):
+            return run(table_VD, tokens_BT)
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        visible: jax.Array,
+        cache: Cache | None = None,
+        remat: bool = False,
+    ) -> tuple[jax.Array, Cache]:
+        """Final-normed hidden states [B, T, D] of embedded tokens, and the keys and values.
+
+        Without a cache the T columns attend to each other (S = T). With one, they are first written
+        to its columns `positions_BT` (those beyond S are dropped), then attend to all S columns.
+        `visible` is bool [B, S], or int32 [B] where rows see their first so many columns, which
+        faster kernels serve; a hidden key gets no weight. Attention is bidirectional, or sees no
+        later block or column where the config says so (`visible_keys`). `remat` computes each layer
+        again in the backward pass instead of keeping its activations.
+        """
+        run = jax.checkpoint(Layer.__call__) if remat else Layer.__call__
+        columns = None if cache is None else cache.length
+        seen = visible_keys(self.config, positions_BT, visible, columns)
+        presents = []
+        for i, layer in enumerate(self.layers):
+            past = None if cache is None else (cache.keys[i], cache.values[i])
+            with jax.named_scope(f"layer{i}"):
+                x_BTD, present = run(layer, x_BTD, positions_BT, seen, past)
+            presents.append(present)
+        keys, values = zip(*presents, strict=True)
+        return rms_norm(x_BTD, self.norm[...], self.config.norm_eps), Cache(keys, values)
+
+    def logits(self, hidden_BND: jax.Array) -> jax.Array:
+        """Float32 logits [B, N, V] of final-normed hidden states, never shifted."""
+        head, letters = (self.embedding, "VD") if self.config.tied_head else (self.head, "DV")
+        weights = head[...].astype(hidden_BND.dtype)
+        with jax.named_scope("head"):
+            return jnp.einsum(
+                f"BND,{letters}->BNV", hidden_BND, weights, preferred_element_type=jnp.float32
+            )
+
+    def best(
+        self, hidden_BND: jax.Array, special: Special = NOTHING, chunk: int | None = None
+    ) -> Best:
+        """What greedy rules read of the logits, without making all of them: see `jdllm.model.head`."""
+        tied = self.config.tied_head
+        with jax.named_scope("head"):
+            weights = self.embedding[...] if tied else self.head[...]
+            return best(hidden_BND, weights, special, tied, chunk)
+
+
+def abstract(config: ModelConfig) -> Transformer:
+    """The model with shapes and dtypes in place of arrays: nothing is allocated."""
+    return nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0)))
+
+
+def named(params: nnx.State) -> dict[str, nnx.Param]:
+    """Parameters by dotted name, for example "layers.0.attention.qkv", in a stable order."""
+    return {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(params)}
+
+
+def assemble(config: ModelConfig, arrays: dict[str, jax.Array]) -> tuple[nnx.GraphDef, nnx.State]:
+    """Static graph and parameters of a model whose arrays are given by dotted name.
+
+    Raises ValueError for a name or a shape that is not the model's.
+    """
+    graph, params = nnx.split(abstract(config))
+    expected = named(params)
+    if set(expected) != set(arrays):
+        raise ValueError(f"parameters do not match: {sorted(set(expected) ^ set(arrays))}")
+    for name, leaf in expected.items():
+        if leaf.shape != arrays[name].shape:
+            raise ValueError(f"{name} must have shape {leaf.shape}, got {arrays[name].shape}")
+        leaf.set_value(arrays[name])
+    return graph, params
+
+
+def forward(
+    model: Transformer, tokens_BT: jax.Array, visible_BT: jax.Array, dtype: jnp.dtype
+) -> jax.Array:
+    """Float32 logits [B, T, V] of whole canvases, without a cache. What training and tests call."""
+    columns_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    hidden_BTD, _ = model(model.embed(tokens_BT, dtype), columns_BT, visible_BT)
+    return model.logits(hidden_BTD)

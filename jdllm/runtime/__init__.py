@@ -1,0 +1,1 @@
+"""The ground: command line, files, processes, meshes and the machine; no model, no decoding."""

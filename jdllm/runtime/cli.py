@@ -1,0 +1,231 @@
+"""The one command-line grammar: a frozen dataclass is the interface, `key=value` words set it.
+
+Every entry point is `def main(config)`, run as `main(parse(EvalConfig))`. A dataclass with a class
+attribute `presets` (name -> settings) also has the word `preset=NAME`: its settings stand for those
+that are not given. A field `preset`, if it has one, keeps the name.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import re
+import sys
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import tyro
+
+WORD = re.compile(r"[A-Za-z_][\w.-]*=")
+CONF = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
+TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+Presets = Mapping[str, Mapping[str, Any]]
+"""Settings by name; what a dataclass may have as its class attribute `presets`."""
+REGISTRY = tyro.constructors.ConstructorRegistry()
+
+
+@REGISTRY.primitive_rule
+def _truth(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
+    """Booleans in any of the usual spellings; tyro itself takes only True and False."""
+    if info.type is not bool:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{true,false}",
+        instance_from_str=lambda words: _read_truth(words[0]),
+        is_instance=lambda value: isinstance(value, bool),
+        str_from_instance=lambda value: [str(value).lower()],
+    )
+
+
+def _read_truth(word: str) -> bool:
+    if word.lower() not in TRUTH:
+        raise ValueError(f"expected true or false, got {word}")
+    return TRUTH[word.lower()]
+
+
+def nested(config: type, prefix: str = "") -> Iterator[tuple[str, type]]:
+    """A dataclass and those in its fields, each with the prefix of its settings' dotted names."""
+    yield prefix, config
+    hints = typing.get_type_hints(config)
+    for field in dataclasses.fields(config):
+        kind = hints[field.name]
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            yield from nested(kind, f"{prefix}{field.name}.")
+
+
+def field_names(config: type) -> list[str]:
+    """Every setting of a dataclass by its dotted name, nested dataclasses included."""
+    fields = [p + field.name for p, kind in nested(config) for field in dataclasses.fields(kind)]
+    return fields + list(preset_tables(config))
+
+
+def preset_tables(config: type) -> dict[str, Presets]:
+    """The presets of a dataclass and of those nested in it, by the setting that names one."""
+    tables = (
+        (f"{prefix}preset", getattr(kind, "presets", None)) for prefix, kind in nested(config)
+    )
+    return {setting: table for setting, table in tables if table}
+
+
+def _name(option: str) -> str:
+    """The setting that an option sets; "" for other words."""
+    return option[2:].partition("=")[0].replace("-", "_") if option.startswith("--") else ""
+
+
+def expand_presets(config: type, options: Sequence[str], prog: str | None) -> list[str]:
+    """Turns `--x.preset=NAME` into that preset's settings, but for those that are given as well.
+
+    Exits with status 2 and the nearest names where there is no such preset.
+    """
+    tables = preset_tables(config)
+    fields = [p + field.name for p, kind in nested(config) for field in dataclasses.fields(kind)]
+    given = {_name(option) for option in options}
+    chosen: dict[str, str] = {}
+    kept = []
+    words = iter(options)
+    for word in words:
+        if (setting := _name(word)) in tables:
+            chosen[setting] = word.partition("=")[2] if "=" in word else next(words, "")
+        else:
+            kept.append(word)
+    for setting, name in sorted(chosen.items(), key=lambda item: -item[0].count(".")):
+        if name not in tables[setting]:
+            near = [each for each in tables[setting] if name and each.startswith(name)]
+            near = near or difflib.get_close_matches(name, tables[setting], n=3, cutoff=0.5)
+            hint = f"did you mean {', or '.join(near)}?" if near else _listed(tables[setting])
+            who = prog or "this command"
+            print(f"error: {who} knows no {setting}={name}; {hint}", file=sys.stderr)
+            raise SystemExit(2)
+        prefix = setting.removesuffix("preset")
+        table = {prefix + key: value for key, value in tables[setting][name].items()}
+        kept += [f"--{key}={value}" for key, value in table.items() if key not in given]
+        kept += [f"--{setting}={name}"] if setting in fields else []
+        given |= set(table)  # decode.preset=NAME counts more than preset=NAME
+    return kept
+
+
+def _listed(names: Iterable[str]) -> str:
+    return f"there are {', '.join(names)}"
+
+
+def describe(config: type) -> str | None:
+    """The text above the settings in `--help`; None leaves it to tyro."""
+    lists = [
+        f"{setting}=NAME: {_listed(table)}." for setting, table in preset_tables(config).items()
+    ]
+    return "\n\n".join([inspect.getdoc(config) or "", *lists]) if lists else None
+
+
+def check_names(config: type, options: Sequence[str], prog: str | None) -> None:
+    """Exits with status 2 and the nearest names where an option is none of the settings."""
+    names = field_names(config)
+    for option in options:
+        name = option.removeprefix("--").partition("=")[0].replace("-", "_")
+        if not option.startswith("--") or name in (*names, "help"):
+            continue
+        near = [known for known in names if known.endswith(f".{name}")]  # its group was left out
+        near = near or difflib.get_close_matches(name, names, n=3)
+        hint = f"did you mean {', or '.join(near)}?" if near else f"there are {', '.join(names)}."
+        print(f"error: {prog or 'this command'} has no setting {name!r}; {hint}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def to_options(words: Sequence[str]) -> list[str]:
+    """Turns `key=value` words into `--key=value`, split at the first `=`.
+
+    Words that already start with `-`, the value that follows a bare `--key`, and words without `=`
+    (subcommands) pass through.
+    """
+    options: list[str] = []
+    value_expected = False
+    for word in words:
+        rewrite = not value_expected and WORD.match(word)
+        options.append(f"--{word}" if rewrite else word)
+        value_expected = word.startswith("--") and "=" not in word
+    return options
+
+
+def parse[T](
+    config: type[T],
+    words: Sequence[str] | None = None,
+    prog: str | None = None,
+    default: T | None = None,
+) -> T:
+    """Parses `words` (default: the process's arguments) into an instance of the dataclass `config`.
+
+    `default` supplies other defaults than the class. Exits with status 2 and the nearest names
+    where a word is misspelt, and with status 0 after `--help`, which lists every field with its
+    default.
+    """
+    options = expand_presets(config, to_options(sys.argv[1:] if words is None else words), prog)
+    check_names(config, options, prog)
+    shared: Any = {
+        "args": options,
+        "prog": prog,
+        "description": describe(config),
+        "config": CONF,
+        "registry": REGISTRY,
+        "use_underscores": True,  # as the settings are written everywhere else
+    }
+    try:
+        if default is None:
+            return tyro.cli(config, **shared)
+        return tyro.cli(config, default=default, **shared)
+    except ValueError as error:  # a rule between fields, raised by the dataclass itself
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def run[T](main: Callable[[T], Any], config: type[T], prog: str) -> None:
+    """An entry point: parses the process's arguments and runs `main`.
+
+    What the user asked for and cannot be done (ValueError, OSError) becomes one sentence and exit
+    status 1; `python -X dev` shows where it came from.
+    """
+    settings = parse(config, prog=prog)
+    try:
+        with one_sentence():
+            main(settings)
+    except BaseException as error:
+        from jdllm.runtime import processes  # here, so that --help does not wait for JAX
+
+        processes.fail(error)
+        raise
+
+
+@contextlib.contextmanager
+def one_sentence() -> Iterator[None]:
+    """Turns ValueError and OSError into "error: ..." and exit status 1."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if sys.flags.dev_mode:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def dispatch(
+    commands: dict[str, Callable[[Sequence[str]], Any]],
+    words: Sequence[str] | None = None,
+    prog: str = "",
+) -> Any:
+    """Runs the subcommand that the leading word names, with the remaining words.
+
+    `--help` lists the subcommands; a missing or unknown one exits with status 2 and the nearest
+    names.
+    """
+    words = sys.argv[1:] if words is None else words
+    usage = f"usage: {prog} {{{','.join(commands)}}} [key=value ...]"
+    name = words[0] if words else ""
+    if name in ("-h", "--help"):
+        print(f"{usage}\n\n{prog} COMMAND --help lists the settings of a command.")
+        raise SystemExit(0)
+    if name not in commands:
+        near = difflib.get_close_matches(name, commands)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        print(f"{usage}\nerror: unknown command {name!r}{hint}", file=sys.stderr)
+        raise SystemExit(2)
+    return commands[name](words[1:])

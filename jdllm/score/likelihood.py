@@ -1,0 +1,258 @@
+"""Log-likelihood under masked diffusion: mask some columns, score what was there, weigh, average.
+
+Everything is by row: a row is one canvas with one set of masks, and its loss is one sample of a
+bound (or one term of an exact chain). Which rows make up one text, and their mean, is the caller's.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jdllm.model.transformer import Transformer
+from jdllm.runtime.fields import check_fields
+
+CHUNK = 32  # columns whose logits are held at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class LikelihoodConfig:
+    """How to estimate log p(target | prefix)."""
+
+    estimator: Literal["auto", "counts", "bernoulli", "chain", "chain_backward"] = "auto"
+    """counts: LLaDA's, exact mask counts. bernoulli: Dream's. chain: exact, a row a token."""
+    region: Literal["target", "prefix", "union"] = "target"
+    """What is masked and scored (Dream's ftb, btf, union; the last is a mean over the columns)."""
+    mc_num: int = 128
+    """counts, bernoulli: samples of a text, a multiple of `mc_batch`."""
+    mc_batch: int = 32
+    """Samples whose mask ratios are spread evenly from one random start."""
+    cfg_scale: float = 0.0
+    """Classifier-free guidance against the part that is given masked out; 0 is off."""
+    is_check_greedy: bool = False
+    """Decode the target one token at a time as well, to say whether it is the greedy one."""
+    eps: float = 1e-3
+    """bernoulli: the least mask ratio."""
+    seed: int = 0
+
+    def __post_init__(self):
+        check_fields(self)
+        if self.mc_num < 1 or self.mc_batch < 1 or self.cfg_scale < 0 or not 0 < self.eps < 1:
+            raise ValueError("mc_num and mc_batch count from 1, cfg_scale from 0, eps is in (0, 1)")
+        if self.mc_num % min(self.mc_batch, self.mc_num):
+            raise ValueError(
+                f"mc_num={self.mc_num} must be a multiple of mc_batch={self.mc_batch}, or less"
+            )
+        if self.estimator == "counts" and self.region == "union":
+            raise ValueError("region=union belongs to estimator=bernoulli")
+
+    @property
+    def strata(self) -> int:
+        """Samples of one round."""
+        return min(self.mc_batch, self.mc_num)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Canvas:
+    """Clean rows: prefix, target, whatever stands behind it, padding."""
+
+    tokens: jax.Array
+    """int32 [B, T]."""
+    length: jax.Array
+    """int32 [B]: columns before the padding."""
+    start: jax.Array
+    """int32 [B]: first column that may be masked and is scored."""
+    end: jax.Array
+    """int32 [B]: the column behind the last such one."""
+
+    def inside(self) -> jax.Array:
+        """Columns that may be masked [B, T]."""
+        columns_T = jnp.arange(self.tokens.shape[1])
+        return (columns_T >= self.start[:, None]) & (columns_T < self.end[:, None])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Masks:
+    """What a row hides, and the weight of its loss."""
+
+    hidden: jax.Array
+    """bool [B, T]: columns shown as masks."""
+    scored: jax.Array
+    """bool [B, T]: those of them whose token counts."""
+    ratio: jax.Array
+    """float32 [B]: probability that a column is hidden; the loss is divided by it."""
+
+
+def _uniform(keys_B: jax.Array, start_B: jax.Array, width: int) -> jax.Array:
+    """A draw a column [B, T] that depends on the column's distance from `start` alone."""
+    draws_BT = jax.vmap(lambda key: jax.random.uniform(key, (width,)))(keys_B)
+    columns_BT = (jnp.arange(width) - start_B[:, None]) % width
+    return jnp.take_along_axis(draws_BT, columns_BT, axis=1)
+
+
+def spread(first_B: jax.Array, sample_B: jax.Array, strata: int, length_B: jax.Array) -> jax.Array:
+    """LLaDA's mask counts [B]: round(first + sample * length / strata), wrapped into 1..length.
+
+    Rounded half to even, in integers: the products have no rounding error of their own.
+    """
+    whole_B, rest_B = jnp.divmod(sample_B * length_B, strata)
+    low_B = first_B + whole_B
+    up_B = (2 * rest_B > strata) | ((2 * rest_B == strata) & (low_B % 2 == 1))
+    return (low_B + up_B - 1) % length_B + 1
+
+
+@partial(jax.jit, static_argnames=("config",))
+def draw(
+    canvas: Canvas, rounds_B: jax.Array, sample_B: jax.Array, config: LikelihoodConfig
+) -> Masks:
+    """Masks of each row: of sample number `sample_B` of the round whose key is `rounds_B`.
+
+    counts (LLaDA's eval): a start k in 1..l a round, sample j hides exactly the count that
+    `spread` gives, at random columns. bernoulli (Dream's): sample j hides each column with
+    probability (1 - eps) t + eps, t = (u + j/strata) mod 1, the canvas's first and last column
+    never. chain: sample j hides its j-th column and all behind it (chain_backward: before it) and
+    scores that column alone.
+    """
+    B, T = canvas.tokens.shape
+    inside_BT, length_B = canvas.inside(), canvas.end - canvas.start
+    if config.estimator in ("chain", "chain_backward"):
+        offset_BT = jnp.arange(T) - canvas.start[:, None]
+        at_B1 = sample_B[:, None]
+        later_BT = offset_BT >= at_B1 if config.estimator == "chain" else offset_BT <= at_B1
+        return Masks(inside_BT & later_BT, inside_BT & (offset_BT == at_B1), jnp.ones(B))
+    first_B = jax.vmap(jax.random.uniform)(rounds_B)
+    keys_B = jax.vmap(lambda key, j: jax.random.fold_in(key, j + 1))(rounds_B, sample_B)
+    chance_BT = _uniform(keys_B, canvas.start, T)
+    if config.estimator == "counts":
+        k_B = 1 + jnp.minimum((first_B * length_B).astype(jnp.int32), length_B - 1)
+        count_B = spread(k_B, sample_B, config.strata, length_B)
+        order_BT = jnp.argsort(jnp.where(inside_BT, chance_BT, 2.0), axis=1)
+        rank_BT = jnp.argsort(order_BT, axis=1)
+        hidden_BT = inside_BT & (rank_BT < count_B[:, None])
+        ratio_B = count_B / length_B
+    else:
+        time_B = (first_B + sample_B / config.strata) % 1
+        ratio_B = (1 - config.eps) * time_B + config.eps
+        columns_T = jnp.arange(T)
+        free_BT = (columns_T > 0) & (columns_T < canvas.length[:, None] - 1)
+        hidden_BT = inside_BT & free_BT & (chance_BT < ratio_B[:, None])
+    return Masks(hidden_BT, hidden_BT, ratio_B.astype(jnp.float32))
+
+
+@partial(jax.jit, static_argnames=("graph", "width", "scale"))
+def losses(
+    graph: nnx.GraphDef,
+    params: nnx.State,
+    canvas: Canvas,
+    masks: Masks,
+    width: int,
+    scale: float = 0.0,
+) -> tuple[jax.Array, jax.Array]:
+    """Loss of each row [B], and cross entropy by column from `start` on [B, width], 0 if unscored.
+
+    The loss is the sum of the scored columns' cross entropy over the row's ratio, in float32.
+    `width` covers the scored columns. With `scale` guidance is applied as in decoding, everything
+    outside of start..end masked out in the unconditional half. Logits are shifted where the
+    model's config says so: row t predicts column t + 1, and row 0 column 0 as well.
+    """
+    model = nnx.merge(graph, params)
+    columns_BW = canvas.start[:, None] + jnp.arange(width)
+    at_BW = jnp.minimum(columns_BW, canvas.tokens.shape[1] - 1)
+    shown_BT = jnp.where(masks.hidden, model.config.mask_id, canvas.tokens)
+    hidden = _hidden(model, canvas, shown_BT, at_BW, scale)
+    wanted_BW = jnp.take_along_axis(canvas.tokens, at_BW, axis=1)
+
+    def chunk(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+        hidden_BCRD, wanted_BC = part
+        logits_BCV = _logits(model, hidden_BCRD, scale)
+        chosen_BC = jnp.take_along_axis(logits_BCV, wanted_BC[..., None], axis=2)[..., 0]
+        return jax.nn.logsumexp(logits_BCV, axis=2) - chosen_BC
+
+    entropy_BW = _in_chunks(chunk, (hidden, wanted_BW), width)
+    scored_BW = jnp.take_along_axis(masks.scored, at_BW, axis=1) & (columns_BW == at_BW)
+    entropy_BW = jnp.where(scored_BW, entropy_BW, 0.0)
+    return jnp.sum(entropy_BW, axis=1) / masks.ratio, entropy_BW
+
+
+@partial(jax.jit, static_argnames=("graph", "width", "scale"))
+def is_greedy(
+    graph: nnx.GraphDef, params: nnx.State, canvas: Canvas, width: int, scale: float = 0.0
+) -> jax.Array:
+    """Whether the target is what the model decodes, most confident token first [B].
+
+    LLaDA's check: everything from start to end masked, then one token a call, the one of highest
+    probability (the leftmost of equals). A row is given up at its first wrong token.
+    """
+    model = nnx.merge(graph, params)
+    mask_id = model.config.mask_id
+    columns_BW = canvas.start[:, None] + jnp.arange(width)
+    at_BW = jnp.minimum(columns_BW, canvas.tokens.shape[1] - 1)
+    wanted_BW = jnp.take_along_axis(canvas.tokens, at_BW, axis=1)
+
+    def best(part: tuple[jax.Array]) -> jax.Array:
+        logits_BCV = _logits(model, part[0], scale)
+        top_BC = jnp.max(logits_BCV, axis=2)
+        doubt_BC = jax.nn.logsumexp(logits_BCV, axis=2) - top_BC
+        return jnp.stack([jnp.argmax(logits_BCV, axis=2).astype(jnp.float32), doubt_BC], axis=-1)
+
+    def step(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        open_BW, right_B = state
+        hidden_BT = jnp.zeros(canvas.tokens.shape, bool)
+        hidden_BT = jax.vmap(lambda row, at, on: row.at[at].max(on))(hidden_BT, at_BW, open_BW)
+        shown_BT = jnp.where(hidden_BT, mask_id, canvas.tokens)
+        found_BW2 = _in_chunks(best, (_hidden(model, canvas, shown_BT, at_BW, scale),), width)
+        doubt_BW = jnp.where(open_BW, found_BW2[..., 1], jnp.inf)
+        pick_BW = jnp.arange(width) == jnp.argmin(doubt_BW, axis=1)[:, None]
+        good_B = jnp.any(pick_BW & (found_BW2[..., 0] == wanted_BW), axis=1)
+        right_B &= good_B | ~jnp.any(open_BW, axis=1)
+        return open_BW & ~pick_BW & right_B[:, None], right_B
+
+    start = (columns_BW < canvas.end[:, None], jnp.ones(canvas.tokens.shape[0], bool))
+    return jax.lax.while_loop(lambda state: jnp.any(state[0]), step, start)[1]
+
+
+def _hidden(
+    model: Transformer, canvas: Canvas, shown_BT: jax.Array, at_BW: jax.Array, scale: float
+) -> jax.Array:
+    """Hidden states [B, W, R, D] that predict columns `at_BW`; R is 2 under guidance, else 1."""
+    B, T = shown_BT.shape
+    columns_T = jnp.arange(T)
+    variants = [shown_BT]
+    if scale:
+        variants.append(jnp.where(canvas.inside(), shown_BT, model.config.mask_id))
+    R = len(variants)
+    tokens = jnp.stack(variants, axis=1).reshape(B * R, T)
+    visible_B = jnp.repeat(canvas.length, R, axis=0)
+    x = model.embed(tokens, model.embedding[...].dtype)
+    states, _ = model(x, jnp.broadcast_to(columns_T, tokens.shape), visible_B)
+    from_BW = jnp.maximum(at_BW - 1, 0) if model.config.shift_logits else at_BW
+    rows = jnp.take_along_axis(states, jnp.repeat(from_BW, R, axis=0)[..., None], axis=1)
+    return rows.reshape(B, R, *rows.shape[1:]).swapaxes(1, 2)
+
+
+def _logits(model: Transformer, hidden_BCRD: jax.Array, scale: float) -> jax.Array:
+    """Logits [B, C, V], guided where there are two states a column."""
+    B, C, R, D = hidden_BCRD.shape
+    logits = model.logits(hidden_BCRD.reshape(B, C * R, D)).reshape(B, C, R, -1)
+    if R == 1:
+        return logits[:, :, 0]
+    given, free = logits[:, :, 0], logits[:, :, 1]
+    return free + (scale + 1) * (given - free)
+
+
+def _in_chunks(function, arrays: tuple[jax.Array, ...], width: int) -> jax.Array:
+    """Applies `function` to CHUNK columns (axis 1) at a time: logits are large."""
+    size = min(CHUNK, width)
+    count = -(-width // size)
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, 0), (0, count * size - width)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(x.shape[0], count, size, *x.shape[2:]).swapaxes(0, 1)
+
+    parts = jax.lax.map(function, tuple(split(x) for x in arrays)).swapaxes(0, 1)
+    return parts.reshape(parts.shape[0], count * size, *parts.shape[3:])[:, :width]

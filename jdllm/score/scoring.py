@@ -1,0 +1,288 @@
+"""Scores of texts: pairs of ids become rows of jdllm.score.likelihood, rows become batches, losses means.
+
+score([(prefix, target), ...], LikelihoodConfig(mc_num=128), Device(graph, params, config, mesh))
+"""
+
+import dataclasses
+import math
+import statistics
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from jdllm.batches import bucket
+from jdllm.model.config import NO_ID, ModelConfig
+from jdllm.runtime import sharding
+from jdllm.score.likelihood import Canvas, LikelihoodConfig, draw, is_greedy, losses
+
+Ids = Sequence[int]
+CHAINS = ("chain", "chain_backward")
+
+
+@dataclasses.dataclass(frozen=True)
+class Likelihood:
+    """The score of one target."""
+
+    value: float
+    """Log-probability in nats: a lower bound's estimate, or with a chain exact."""
+    stderr: float | None
+    """Its standard error over the random masks; 0 where it is exact, None after one sample.
+
+    From the spread of the rounds; where there is one round, from that of its samples, which are
+    drawn evenly: then it is an upper bound.
+    """
+    is_greedy: bool
+    """Whether decoding gives this target; False where that was not asked for."""
+
+    def __add__(self, other: "Likelihood") -> "Likelihood":
+        """The score of both, drawn independently."""
+        known = self.stderr is not None and other.stderr is not None
+        stderr = math.hypot(self.stderr or 0.0, other.stderr or 0.0) if known else None
+        return Likelihood(self.value + other.value, stderr, self.is_greedy and other.is_greedy)
+
+
+def certainty(scores: Sequence[Likelihood]) -> dict[str, float | None]:
+    """How many scores there are, and the mean and largest standard error; {} of none."""
+    if not scores:
+        return {}
+    known = [score.stderr for score in scores if score.stderr is not None]
+    mean = statistics.fmean(known) if known else None
+    return {"n": len(scores), "stderr_mean": mean, "stderr_max": max(known, default=None)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """A model where it lives."""
+
+    graph: nnx.GraphDef
+    params: nnx.State
+    config: ModelConfig
+    mesh: Mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One term of a pair's score: what is scored of which canvas."""
+
+    tokens: list[int]
+    start: int
+    end: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One sample of a part."""
+
+    pair: int
+    part: int
+    seed: int
+    round: int
+    sample: int
+
+
+def resolve(config: LikelihoodConfig, model: ModelConfig) -> LikelihoodConfig:
+    """`config` with the estimator that the model's own harness uses; ValueError if there is none.
+
+    counts for LLaDA's kind, bernoulli for models with shifted logits (Dream). A model that attends
+    block by block is scored block by block, each after its clean past: that needs counts or chain,
+    and region=target.
+    """
+    if model.causal or model.mask_id == NO_ID:
+        raise ValueError("a causal model has no masks to score; its likelihood is a plain forward")
+    if config.estimator == "auto":
+        kind = "bernoulli" if model.shift_logits else "counts"
+        config = dataclasses.replace(config, estimator=kind)
+    whole = config.estimator in ("counts", "chain") and config.region == "target"
+    if model.block_causal is not None and not (whole and not config.cfg_scale):
+        raise ValueError(
+            f"the model attends block by block (block_causal={model.block_causal}): score it with "
+            "estimator=counts or chain, region=target and cfg_scale=0"
+        )
+    return config
+
+
+def parts(prefix: Ids, target: Ids, config: LikelihoodConfig, model: ModelConfig) -> list[Part]:
+    """The canvases whose scores add up to the pair's.
+
+    One, except that a block-causal model gets one for each block that the target touches, cut
+    behind that block's part of it. As in Dream's harness an eos ends the target of its estimator,
+    and of a chain over shifted logits, which scores it too. A prefix that does not fit loses its
+    left end; ValueError where there is no target or it does not fit.
+    """
+    target = list(target)
+    if not target:
+        raise ValueError("an empty target has no likelihood: give at least one token")
+    if config.estimator == "bernoulli" or model.shift_logits:
+        target.append(model.eos_id)
+    room = model.max_length - len(target)
+    if room < 0:
+        raise ValueError(
+            f"a target of {len(target)} tokens exceeds the model's {model.max_length} columns"
+        )
+    prefix = list(prefix)[max(len(prefix) - room, 0) :]
+    tokens, first, end = [*prefix, *target], len(prefix), len(prefix) + len(target)
+    if config.region == "prefix":
+        first, end = 0, first
+    elif config.region == "union":
+        first = 0
+    if first == end:
+        raise ValueError("region=prefix needs a prefix")
+    block = model.block_causal
+    if block is None:
+        return [Part(tokens, first, end)]
+    cuts = [first, *range((first // block + 1) * block, end, block), end]
+    return [Part(tokens[:b], a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+
+
+def samples(part: Part, config: LikelihoodConfig) -> list[tuple[int, int]]:
+    """Rounds and samples of a part: a chain has one a token; one masked token is exact at once."""
+    length = part.end - part.start
+    if config.estimator in CHAINS:
+        return [(0, i) for i in range(length)]
+    if config.estimator == "counts" and length == 1:
+        return [(0, 0)]
+    return [divmod(i, config.strata) for i in range(config.mc_num)]
+
+
+def seed_of(prefix: Ids, target: Ids) -> int:
+    """A number from a pair's ids, so that it draws the same alone and in company."""
+    return zlib.crc32(np.array([*prefix, -1, *target], np.int32).tobytes())
+
+
+def combine(found: dict[tuple[int, int], float], config: LikelihoodConfig) -> tuple[float, float]:
+    """Minus the mean loss of a part, and the variance of that mean (NaN where it is unknown).
+
+    `found` is the loss by round and sample.
+    """
+    values = list(found.values())
+    if config.estimator in CHAINS:
+        return -math.fsum(values), 0.0
+    rounds: dict[int, list[float]] = defaultdict(list)
+    for (number, _), loss in found.items():
+        rounds[number].append(loss)
+    means = [statistics.fmean(losses) for losses in rounds.values()]
+    spread = means if len(means) > 1 else values
+    variance = statistics.variance(spread) / len(spread) if len(spread) > 1 else math.nan
+    return -statistics.fmean(values), variance
+
+
+def score(
+    pairs: Sequence[tuple[Ids, Ids]],
+    config: LikelihoodConfig,
+    device: Device,
+    *,
+    batch_size: int = 32,
+    finished: Callable[[int, Likelihood], None] = lambda index, found: None,
+) -> list[Likelihood]:
+    """log p(target | prefix) of every pair, in order.
+
+    A pair's value is the same in any company. `finished` hears of each pair once it is complete.
+    ValueError where the model or a pair cannot be scored.
+    """
+    config = resolve(config, device.config)
+    split = [parts(prefix, target, config, device.config) for prefix, target in pairs]
+    rows = [
+        Row(i, p, seed_of(*pairs[i]), number, sample)
+        for i, pieces in enumerate(split)
+        for p, part in enumerate(pieces)
+        for number, sample in samples(part, config)
+    ]
+    missing = Counter(row.pair for row in rows)
+    found: list[list[dict]] = [[{} for _ in pieces] for pieces in split]
+    results: dict[int, Likelihood] = {}
+    for chosen, values in _run(rows, split, config, device, batch_size):
+        for row, loss in zip(chosen, values, strict=True):
+            found[row.pair][row.part][row.round, row.sample] = loss
+            missing[row.pair] -= 1
+            if missing[row.pair]:
+                continue
+            i = row.pair
+            greedy = config.is_check_greedy and _greedy(*pairs[i], config, device)
+            results[i] = _likelihood(found[i], split[i], config, greedy)
+            finished(i, results[i])
+    return [results[i] for i in range(len(pairs))]
+
+
+def _likelihood(
+    found: list[dict], pieces: list[Part], config: LikelihoodConfig, greedy: bool
+) -> Likelihood:
+    """The sum of a pair's parts; region=union is a mean over the canvas, as in Dream's harness."""
+    terms = [combine(losses, config) for losses in found]
+    if config.estimator == "counts":  # one masked token has nothing random about it
+        exact = [part.end - part.start == 1 for part in pieces]
+        terms = [(v, 0.0 if one else var) for (v, var), one in zip(terms, exact, strict=True)]
+    scale = 1 / len(pieces[0].tokens) if config.region == "union" else 1.0
+    variance = math.fsum(variance for _, variance in terms)
+    stderr = None if math.isnan(variance) else scale * math.sqrt(variance)
+    return Likelihood(scale * math.fsum(value for value, _ in terms), stderr, greedy)
+
+
+def _run(
+    rows: list[Row],
+    split: list[list[Part]],
+    config: LikelihoodConfig,
+    device: Device,
+    batch_size: int,
+) -> Iterator[tuple[list[Row], list[float]]]:
+    """Losses of the rows, batch by batch: rows of like canvas and width share a program."""
+    rooms: dict[tuple[int, int], list[Row]] = defaultdict(list)
+    for row in rows:
+        part = split[row.pair][row.part]
+        rooms[_room(part, device.config)].append(row)
+    replicas = device.mesh.shape["data"]
+    height = max(batch_size // replicas, 1) * replicas
+    base = jax.random.key(config.seed)
+    for (room, width), members in sorted(rooms.items()):
+        full = min(height, -(-len(members) // replicas) * replicas)  # one program a room
+        for first in range(0, len(members), full):
+            chosen = members[first : first + full]
+            filled = [*chosen, *[chosen[-1]] * (full - len(chosen))]
+            canvas = _canvas([split[r.pair][r.part] for r in filled], room, device)
+            numbers = np.array([(r.seed, r.round, r.part, r.sample) for r in filled], np.uint32)
+            keys = _fold(base, numbers[:, :3])
+            sample_B = jax.device_put(numbers[:, 3].astype(np.int32), sharding.by_row(device.mesh))
+            masks = draw(canvas, keys, sample_B, config)
+            loss_B, _ = losses(device.graph, device.params, canvas, masks, width, config.cfg_scale)
+            yield chosen, np.asarray(loss_B, np.float64)[: len(chosen)].tolist()
+
+
+def _room(part: Part, model: ModelConfig) -> tuple[int, int]:
+    """Canvas and width that a part's rows are filled up to."""
+    room = min(bucket(len(part.tokens)), model.max_length)
+    return room, min(bucket(part.end - part.start), room)
+
+
+@jax.jit
+def _fold(base: jax.Array, numbers_B3: jax.Array) -> jax.Array:
+    """Keys [B] from a base key and some numbers each."""
+    return jax.vmap(lambda n: jax.lax.fori_loop(
+        0, n.shape[0], lambda i, key: jax.random.fold_in(key, n[i]), base
+    ))(numbers_B3)  # fmt: skip
+
+
+def _canvas(pieces: Sequence[Part], room: int, device: Device) -> Canvas:
+    """Canvases of `room` columns on the mesh."""
+    tokens = np.full((len(pieces), room), device.config.pad_id, np.int32)
+    for i, part in enumerate(pieces):
+        tokens[i, : len(part.tokens)] = part.tokens
+    facts = [[len(part.tokens), part.start, part.end] for part in pieces]
+    columns = np.array(facts, np.int32).T
+    return Canvas(*jax.device_put((tokens, *columns), sharding.by_row(device.mesh)))
+
+
+def _greedy(prefix: Ids, target: Ids, config: LikelihoodConfig, device: Device) -> bool:
+    """LLaDA's greedy check of a pair, on the model as it decodes: the target as one block."""
+    plain = dataclasses.replace(config, estimator="counts", region="target")
+    replicas = device.mesh.shape["data"]
+    for part in parts(prefix, target, plain, device.config):
+        canvas = _canvas([part] * replicas, _room(part, device.config)[0], device)
+        width = _room(part, device.config)[1]
+        right = is_greedy(device.graph, device.params, canvas, width, config.cfg_scale)
+        if not bool(right[0]):
+            return False
+    return True

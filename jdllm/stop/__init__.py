@@ -1,0 +1,1 @@
+"""Stop rules: when a row has its answer."""

@@ -1,0 +1,1 @@
+"""Weights on disk: checkpoints, and what identifies them."""

@@ -1,0 +1,282 @@
+"""Weights on disk: a folder with config.json and one Orbax checkpoint a layer.
+
+Weights that come from elsewhere are written piece by piece, so a conversion never holds one whole
+weight. A restore reads each device's slices alone, into memory that a CPU device keeps as it is.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from jdllm.model.config import ModelConfig, is_converted
+from jdllm.model.transformer import abstract, assemble, named
+from jdllm.model.weights import initial
+from jdllm.runtime import processes, sharding
+
+PIECE_BYTES = 4 << 20  # how much of a weight is read, encoded and written at a time
+ALIGNMENT = (
+    64  # bytes: JAX takes over host memory that starts at a multiple of this, and copies other
+)
+READERS = 4  # weights of a unit that are read at the same time
+
+Index = tuple[slice, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyArray:
+    """An array that is read in pieces when it is written or placed, never as a whole."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[Index], np.ndarray]
+    """One slice an axis -> that piece, as a fresh contiguous array of `dtype`."""
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def __deepcopy__(self, memo: Any) -> "LazyArray":
+        return self  # Orbax copies host arrays before it writes them; this one cannot change
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self.read((slice(None),) * len(self.shape)).astype(dtype or self.dtype, copy=False)
+
+
+class LazyHandler(ocp.type_handlers.NumpyHandler):
+    """Writes LazyArrays as Orbax writes numpy arrays, but one piece after the other.
+
+    Handed whole arrays, Orbax copies them and encodes all their chunks at once: several times
+    their size. Should a later Orbax not call the methods below, they are written that way.
+    """
+
+    async def _background_serialize(
+        self, values: Sequence[Any], infos: Sequence[Any], args: Sequence[Any] | None = None
+    ) -> None:
+        args = args or [ocp.SaveArgs()] * len(values)
+        for value, info, arg in zip(values, infos, args, strict=True):  # none left after an error
+            await super()._background_serialize([value], [info], [arg])
+
+    async def _open_and_write(self, value: LazyArray, tspec: dict, ts_context: Any) -> None:
+        store = await tensorstore.open(
+            tensorstore.Spec(tspec), create=True, open=True, context=ts_context
+        )
+        chunk: Any = store.chunk_layout.write_chunk.shape
+        for index in pieces(value.shape, chunk, PIECE_BYTES // value.dtype.itemsize):
+            await store[index].write(value.read(index))
+
+
+def pieces(shape: Sequence[int], chunk: Sequence[int], limit: int) -> Iterator[Index]:
+    """Indices that tile `shape` in whole chunks, of `limit` elements at most or one chunk each."""
+    steps = list(chunk)
+    for axis, size in reversed(list(enumerate(shape))):
+        rest = math.prod(steps) // steps[axis]
+        whole = limit // (rest * chunk[axis]) * chunk[axis]
+        steps[axis] = min(size, max(chunk[axis], whole))
+    for start in itertools.product(*map(range, [0] * len(shape), shape, steps)):
+        yield tuple(slice(a, min(a + s, n)) for a, s, n in zip(start, steps, shape, strict=True))
+
+
+def unit_of(name: str) -> str:
+    """The checkpoint that holds a parameter: its layer ("layers.3"), else the parameter itself."""
+    parts = name.split(".")
+    return ".".join(parts[:2]) if parts[0] == "layers" else parts[0]
+
+
+def units(config: ModelConfig) -> dict[str, dict[str, nnx.Param]]:
+    """Abstract parameters by dotted name, grouped by unit, in the order of the model."""
+    grouped: dict[str, dict[str, nnx.Param]] = {}
+    for name, leaf in named(nnx.state(abstract(config))).items():
+        grouped.setdefault(unit_of(name), {})[name] = leaf
+    return grouped
+
+
+def write_model(
+    folder: Path,
+    config: ModelConfig,
+    stream: Iterable[tuple[str, dict[str, LazyArray] | dict[str, jax.Array]]],
+) -> None:
+    """Writes config.json and the units of `stream`, one at a time, into an existing folder.
+
+    Of several processes all call this; each writes what its devices hold.
+    """
+    handlers = ocp.type_handlers.create_type_handler_registry(
+        (LazyArray, LazyHandler()),
+        (jax.Array, ocp.type_handlers.get_type_handler(jax.Array)),
+    )
+    writer = ocp.PyTreeCheckpointHandler(type_handler_registry=handlers)
+    with ocp.Checkpointer(writer) as checkpointer:
+        for unit, arrays in stream:
+            save_args = {name: ocp.SaveArgs(chunk_byte_size=PIECE_BYTES) for name in arrays}
+            args = ocp.args.PyTreeSave(arrays, save_args=save_args)
+            try:
+                checkpointer.save(folder.absolute() / "weights" / unit, args=args)
+            except (OSError, ValueError) as error:  # tensorstore has one type for every failure
+                if "No space left" not in str(error):
+                    raise
+                raise OSError(
+                    f"the disk of {folder.parent} filled up while {unit} was written: make room "
+                    "and start again"
+                ) from error
+    if processes.leads():
+        (folder / "config.json").write_text(config.to_json())
+
+
+def save_model(folder: Path, config: ModelConfig, params: nnx.State) -> None:
+    """Writes a model that is in memory (on any mesh) into an existing folder."""
+    leaves = named(params)
+    grouped = units(config)
+    stream = ((unit, {n: leaves[n][...] for n in names}) for unit, names in grouped.items())
+    write_model(folder, config, stream)
+
+
+def refuse_run(folder: Path) -> None:
+    """ValueError for the folder of a training run, whose model lies one folder deeper."""
+    if is_converted(folder / "model"):
+        raise ValueError(f"{folder} is a training run; its model is {folder / 'model'}")
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The ModelConfig of a folder written by this module; ValueError where it is not one."""
+    if not is_converted(folder):
+        refuse_run(folder)
+        raise ValueError(f"{folder} is not a converted model: it has no config.json of ours")
+    path = folder / "config.json"
+    try:
+        return ModelConfig.from_json(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; mend it there or convert the model again") from None
+
+
+def placements(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
+    """The sharding of every parameter, by dotted name, on `mesh`."""
+    leaves = named(nnx.state(abstract(config)))
+    return {
+        name: NamedSharding(mesh, sharding.spec(name, leaf.shape, leaf.get_metadata("axes"), mesh))
+        for name, leaf in leaves.items()
+    }
+
+
+def _check_shapes(
+    checkpointer: ocp.StandardCheckpointer, path: Path, wanted: dict[str, jax.ShapeDtypeStruct]
+) -> None:
+    """ValueError, naming a weight, where a unit is missing or is not what config.json says."""
+    if not path.is_dir():
+        raise ValueError(f"{path} is missing, which config.json asks for; convert the model again")
+    stored = checkpointer.metadata(path).item_metadata or {}
+    for name, leaf in wanted.items():
+        shape = stored[name].shape if name in stored else None
+        if shape != leaf.shape:
+            raise ValueError(
+                f"{path} holds {name} with shape {shape}, but config.json asks for {leaf.shape}; "
+                "convert the model again"
+            )
+
+
+def _open(path: Path, name: str) -> Any:
+    """The stored array `name` of the unit at `path`, not read yet."""
+    kvstore = {
+        "driver": "ocdbt",
+        "base": {"driver": "file", "path": f"{path}/"},
+        "path": f"{name}/",
+    }
+    return tensorstore.open({"driver": "auto", "kvstore": kvstore}, open=True, read=True).result()
+
+
+def _read(store: Any, dtype: np.dtype, index: Index) -> np.ndarray:
+    """One slice of a stored array as `dtype`, without a second copy of it on the way."""
+    view = tensorstore.cast(store[index], dtype) if store.dtype != dtype else store[index]
+    memory = np.empty(view.size * dtype.itemsize + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    array = memory[start : start + view.size * dtype.itemsize].view(dtype).reshape(view.shape)
+    tensorstore.array(array, copy=False).write(view).result()
+    return array
+
+
+def _restore(path: Path, name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    read: Any = functools.partial(_read, _open(path, name), np.dtype(leaf.dtype))
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
+
+
+def restore_model(
+    folder: Path, mesh: Mesh, dtype: str | None = None
+) -> tuple[ModelConfig, nnx.GraphDef, nnx.State]:
+    """Reads a converted model straight into its sharding on `mesh`, as `dtype` (default: stored).
+
+    Every device reads only its own slices. ValueError, naming the folder, where it is not a
+    converted model or its weights do not fit.
+    """
+    config = read_config(folder)
+    config = dataclasses.replace(config, dtype=dtype or config.dtype)
+    targets = placements(config, mesh)
+    arrays: dict[str, jax.Array] = {}
+    with ocp.StandardCheckpointer() as checkpointer, ThreadPoolExecutor(READERS) as pool:
+        for unit, leaves in units(config).items():
+            wanted = {
+                name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=targets[name])
+                for name, leaf in leaves.items()
+            }
+            path = folder.absolute() / "weights" / unit
+            _check_shapes(checkpointer, path, wanted)
+            restored = pool.map(functools.partial(_restore, path), wanted, wanted.values())
+            arrays |= zip(wanted, restored, strict=True)
+    return config, *assemble(config, arrays)
+
+
+def place_stream(
+    config: ModelConfig, mesh: Mesh, stream: Iterable[tuple[str, dict[str, LazyArray]]]
+) -> tuple[nnx.GraphDef, nnx.State]:
+    """Puts streamed weights onto `mesh`; for each device only its own slices are read.
+
+    The stream's arrays have the config's dtype.
+    """
+    targets = placements(config, mesh)
+    arrays: dict[str, jax.Array] = {}
+    for _, unit in stream:
+        for name, lazy in unit.items():
+            if name not in targets:
+                raise ValueError(f"{name} is no parameter of the model")
+            read: Any = lazy.read  # called with one slice an axis, for each device
+            arrays[name] = jax.make_array_from_callback(lazy.shape, targets[name], read)
+    return assemble(config, arrays)
+
+
+def random_maker(
+    config: ModelConfig, mesh: Mesh
+) -> Callable[[jax.Array], tuple[nnx.GraphDef, nnx.State]]:
+    """The function that makes static graph and weights of a key, directly in their sharding.
+
+    It compiles one small program a shape, not one of the whole model: seconds instead of a minute.
+    """
+    targets = placements(config, mesh)
+    leaves = named(nnx.state(abstract(config)))
+
+    @functools.cache
+    def maker(shape: tuple[int, ...], dtype: Any, fan_in: int | None, place: NamedSharding) -> Any:
+        return jax.jit(lambda key: initial(key, shape, dtype, fan_in), out_shardings=place)
+
+    def make(key: jax.Array) -> tuple[nnx.GraphDef, nnx.State]:
+        arrays = {}
+        for number, (name, leaf) in enumerate(leaves.items()):
+            draw = maker(leaf.shape, leaf.dtype, leaf.get_metadata("fan_in"), targets[name])
+            arrays[name] = draw(jax.random.fold_in(key, number))
+        return assemble(config, arrays)
+
+    return make
+
+
+def random_model(config: ModelConfig, mesh: Mesh, seed: int = 0) -> tuple[nnx.GraphDef, nnx.State]:
+    """Random weights made directly on the devices, in the target sharding."""
+    return random_maker(config, mesh)(jax.random.key(seed))

@@ -1,0 +1,1 @@
+"""Verdicts: answers read out of completions, and programs that are run."""

@@ -1,0 +1,1 @@
+"""One training step: what is masked, the loss, the update."""

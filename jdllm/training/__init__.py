@@ -1,0 +1,1 @@
+"""Training runs: data, and how it becomes rows."""

@@ -1,0 +1,1 @@
+"""Runs to look at: records, the terminal, and a page that replays them."""

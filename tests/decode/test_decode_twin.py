@@ -1,0 +1,192 @@
+"""The decode loop against its plain twin: canvases and NFE, row by row, in mixed batches.
+
+A row of CASES is one compiled program; hypothesis searches prompts, their lengths and how likely
+ends are. The marker slow runs MORE of them, and searches the settings too.
+"""
+
+import dataclasses
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, assume, given, reject, settings
+from hypothesis import strategies as st
+
+from jdllm import DecodeConfig
+from jdllm.decode import make_setup
+from tests.support.oracle import is_close, oracle
+from tests.support.tiny_models import canvases, plain, random_prompts, tiny
+
+LOOSE: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+SEARCH = 100  # examples, new ones in every run, or those of --hypothesis-seed=N
+VALUES = {
+    "seed": st.integers(0, 10_000),
+    "lengths": st.permutations([1, 6, 13]),
+    "end_bias": st.sampled_from([0.5, 1.5, 3.0]),
+}
+SHORT: dict[str, Any] = {"gen_length": 12, "block_length": 4}
+EXACT: dict[str, Any] = {"threshold": 0.6, "stop": "none"}
+
+
+def check(kind: str, options: dict[str, Any], seed: int, lengths: list[int], end_bias: float):
+    llm = tiny(kind, end_bias)
+    config = DecodeConfig(**SHORT | options)
+    prompts = random_prompts(seed, lengths)
+    judge = tiny("judge", end_bias) if config.rule == "verify" else None
+    rows, nfe, forwards = canvases(llm, config, prompts, judge)
+    model, resolved, second = plain(llm), llm.resolve(config), judge and plain(judge)
+    expected = [oracle(model, resolved, prompt, second) for prompt in prompts]
+    if (rows, nfe) != ([tokens for tokens, _ in expected], [n for _, n in expected]):
+        assume(not any(is_close(model, resolved, prompt, second) for prompt in prompts))
+    assert rows == [tokens for tokens, _ in expected]
+    assert nfe == [count for _, count in expected]
+    assert max(nfe) <= forwards <= sum(nfe)
+    assert max(nfe) <= (config.max_forwards or 1000)
+
+
+MEANT = pytest.mark.filterwarnings("ignore:steps=")  # a floor beside a threshold
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("plain", {"threshold": 0.6}),
+    ("plain", {"threshold": 0.5, "edge": "above", "cache": "prefix", "block_length": 5}),
+    ("plain", {"threshold": 0.7, "edge": "slack", "credit": True, "cache": "none"}),
+    ("plain", {"rule": "quota", "steps": 6, "refresh_every": 2}),
+    ("plain", {"rule": "quota", "steps": 4, "schedule": "columns", "remasking": "topk_margin",
+               "cache": "prefix", "prefix_look": 3, "block_length": 6}),
+    ("plain", {"rule": "quota", "steps": 9, "schedule": "timesteps", "remasking": "entropy",
+               "warmup": 3, "prefix_look": 2, "after_look": 2, "block_length": 5}),
+    ("plain", {"rule": "quota", "tokens_per_step": 2, "remasking": "leftright", "lookahead": 3,
+               "cache": "none", "block_length": 0}),
+    ("plain", {"rule": "factor", "factor": 1.2, "cache": "prefix", "refresh_every": 3}),
+    ("plain", {"rule": "hierarchy", "threshold": 0.8, "low_threshold": 0.3, "block_length": 6}),
+    ("plain", {"rule": "entropy_bound", "remasking": "entropy", "entropy_bound": 1.5,
+               "cache": "none"}),
+    ("plain", {"threshold": 0.4, "edit_threshold": 0.3, "edit_penalty": 0.5, "cache": "none"}),
+    ("plain", {"threshold": 0.6, "cache": "block", "edit_threshold": 0.4, "stable_steps": 2}),
+    ("plain", {"rule": "quota", "steps": 12, "stable_steps": 1, "block_length": 6}),
+    ("plain", {"threshold": 0.7, "max_forwards": 5, "cache": "block", "stop": "none"}),
+    ("plain", {"threshold": 0.6, "cfg_scale": 1.0, "cache": "block"}),
+    ("plain", {"rule": "hierarchy", "threshold": 0.6, "cont_weight": 0.3, "cont_growth": 0.1,
+               "threshold_decay": 0.1, "cache": "prefix", "stable_steps": 1}),
+    ("plain", {"threshold": 0.6, "align": True, "block_length": 5}),
+    ("plain", {"rule": "allowance", "threshold": 0.8, "steps": 12, "block_length": 4,
+               "align": True}),
+    ("plain", {"threshold": 0.6, "stop": "eos_block", "stop_fill": True}),
+    ("plain", {"logits_eos_inf": True, "threshold": 1.0, "remasking": "entropy"}),
+    ("plain", {"threshold": 0.6, "steps": 3, "stop": "none"}),
+    ("blocks", {"threshold": 0.9, "tokens_per_step": 2, "edit_threshold": 0.4}),
+    ("shifted", {"threshold": 0.6}),
+    ("shifted", {"threshold": 0.6, "cache": "prefix", "prefix_look": 2, "align": True}),
+    ("plain", {"rule": "verify", "verify_weight": 0.8, "stop": "none"}),
+    ("blocks", EXACT),
+    ("blocks", EXACT | {"cache": "none"}),
+    ("blocks", {"threshold": 0.5, "edit_threshold": 0.4, "stop": "eos_block"}),
+]  # fmt: skip
+MORE: list[tuple[str, dict[str, Any]]] = [
+    ("plain", {"threshold": 0.8, "edge": "above", "credit": True, "credit_alpha": 2.0,
+               "block_length": 6}),
+    ("plain", {"threshold": 0.4, "edit_threshold": 0.2, "edit_passes": 2}),
+    ("plain", {"threshold": 0.6, "cache": "block", "block_length": 5}),
+    ("plain", {"threshold": 0.7, "max_forwards": 5, "cache": "prefix"}),
+    ("plain", {"threshold": 0.6, "cont_weight": 0.3, "block_length": 6}),
+    ("plain", {"rule": "quota", "steps": 6, "confidence_eos_eot_inf": True}),
+    ("shifted", {"threshold": 0.6, "cache": "block"}),
+    ("shifted", {"rule": "quota", "steps": 6, "schedule": "timesteps", "remasking": "entropy",
+                 "cache": "none", "block_length": 6}),
+    ("blocks", {"rule": "quota", "steps": 12, "schedule": "columns"}),
+]  # fmt: skip
+
+
+@MEANT
+@pytest.mark.parametrize(("kind", "options"), CASES, ids=range(len(CASES)))
+@settings(max_examples=4, derandomize=True, **LOOSE)
+@given(**VALUES)
+def test_loop_equals_twin(kind: str, options: dict[str, Any], **values):
+    check(kind, options, **values)
+
+
+def test_a_block_cache_is_exact_for_a_block_causal_model():
+    """The tokens of cache=none, for a prefill and one commit for every block but the last more."""
+    llm, prompts = tiny("blocks"), random_prompts(7, [1, 6, 13])
+    config = DecodeConfig(**SHORT | EXACT)
+    rows, nfe, _ = canvases(llm, config, prompts)
+    full, steps, _ = canvases(llm, dataclasses.replace(config, cache="none"), prompts)
+    assert rows == full
+    blocks = [-(-(len(p) + 12) // 4) - len(p) // 4 for p in prompts]
+    extra = [(len(p) >= 4) + n - 1 for p, n in zip(prompts, blocks, strict=True)]
+    assert nfe == [a + b for a, b in zip(steps, extra, strict=True)]
+
+
+def some(**options: list[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries({name: st.sampled_from(them) for name, them in options.items()})
+
+
+LINES = [0.3, 0.6, 0.9, 1.0]
+RULES = st.one_of(
+    some(threshold=LINES, edge=["at_least", "above", "slack"], steps=[None, 6],
+         remasking=["low_confidence", "topk_margin"]),
+    some(threshold=LINES, tokens_per_step=[2, 3], edit_threshold=[None, 0.5]),
+    some(threshold=[0.5, 1.5], remasking=["entropy"], edge=["at_least", "above"]),
+    some(threshold=LINES, edge=["above", "slack"], credit=[True], credit_alpha=[0.7, 2.0]),
+    some(threshold=LINES, edit_threshold=[0.2, 0.5, 0.9], edit_passes=[0, 1, 16],
+         edit_penalty=[0.0, 0.5]),
+    some(threshold=LINES, cont_weight=[0.1, 0.3], cont_growth=[0.02, 0.1],
+         threshold_decay=[0.02, 0.2]),
+    some(rule=["quota"], steps=[6, 12], schedule=["masks", "columns", "timesteps"],
+         remasking=["low_confidence", "leftright", "topk_margin", "entropy"],
+         confidence_eos_eot_inf=[False, False, True]),
+    some(rule=["quota"], tokens_per_step=[1, 2, 5], remasking=["leftright", "entropy"],
+         lookahead=[None, 3]),
+    some(rule=["factor"], factor=[0.5, 1.0, 2.0]),
+    some(rule=["hierarchy"], threshold=LINES, low_threshold=[0.1, 0.4], cont_weight=[0.0, 0.3]),
+    some(rule=["entropy_bound"], remasking=["entropy"], entropy_bound=[0.2, 1.0, 4.0]),
+    some(rule=["allowance"], threshold=LINES, steps=[6, 12]),
+)  # fmt: skip
+CACHES = st.one_of(
+    some(cache=["none", "prefix", "dual", "block"]),
+    some(cache=["prefix", "dual"], refresh_every=[1, 2, 3], prefix_look=[0, 2], warmup=[0, 3]),
+    some(cache=["dual"], prefix_look=[0, 3], after_look=[2, 9], warmup=[0, 3]),
+)
+REST = some(
+    stop=["eos", "eos_block", "none"],
+    stop_fill=[False, False, True],
+    stable_steps=[None, None, 1, 2],
+    max_forwards=[None, None, 4],
+    cfg_scale=[0.0, 0.0, 1.0],
+    logits_eos_inf=[False, False, True],
+    align=[None, True],
+    block_length=[4, 5, 6, 0],
+)
+
+
+@MEANT
+@pytest.mark.slow
+@settings(max_examples=SEARCH, **LOOSE)
+@given(
+    some(block_length=[0, 2, 3, 4, 5, 6, 12], verify_weight=[0.3, 0.6, 0.8, 0.95],
+         lookahead=[None, None, 3], align=[None, True]),
+    st.integers(0, 10_000),
+)  # fmt: skip
+def test_verified_drafts_equal_twin_for_any_block_length(options, seed):
+    check("plain", {"rule": "verify"} | options, seed, [1, 6, 13], 1.0)
+
+
+@pytest.mark.slow
+@settings(max_examples=SEARCH, **LOOSE)
+@given(st.sampled_from(["plain", "shifted", "blocks"]), RULES, CACHES, REST, st.integers(0, 10_000))
+def test_loop_equals_twin_for_any_settings(kind, rule, cache, rest, seed):
+    options = rest | cache | rule
+    try:
+        config = DecodeConfig(**SHORT | options)
+        make_setup(tiny(kind).resolve(config), tiny(kind).config)
+    except ValueError:
+        reject()
+    check(kind, options, seed, [1, 6, 13], 1.0)
+
+
+@MEANT
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "options"), CASES + MORE, ids=range(len(CASES + MORE)))
+@settings(max_examples=SEARCH, **LOOSE)
+@given(**VALUES)
+def test_loop_equals_twin_at_length(kind: str, options: dict[str, Any], **values):
+    check(kind, options, **values)

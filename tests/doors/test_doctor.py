@@ -1,0 +1,178 @@
+"""The doctor: broken facts are named with a fix, and a real run really generates."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jdllm import doctor
+from jdllm.doctor import Finding, Machine, Probe
+from jdllm.runtime import machine
+from jdllm.runtime.machine import Folder, HuggingFace, Packages
+
+ROOT = Path(__file__).parents[2]
+GOOD = Packages(
+    python=(3, 12),
+    versions={"jdllm": "0.1.0", "jax": "0.12.0.1", "jaxlib": "0.12.0.1", "numpy": "2.2"},
+    requirements={"jax": ("jaxlib<=0.12.0.1,>=0.11.2", "requests; extra == 'tpu'")},
+)
+CUDA = {"jax-cuda13-plugin": "0.12.0.1", "jax-cuda13-pjrt": "0.12.0.1"}
+CPU = Probe(backend="cpu", devices=("cpu",), text="1", solved=True, tokens=2, seconds=1.0)
+GPU = dataclasses.replace(CPU, backend="gpu", devices=("H200",), device_memory=105 * 10**9)
+FOLDER = Folder(Path("/home/me/jdllm"), "", 10**12)
+
+
+def packages(**versions: str | None) -> Packages:
+    """GOOD with other versions; None takes one away."""
+    given = {name.replace("_", "-"): version for name, version in versions.items()}
+    merged = {n: v for n, v in {**GOOD.versions, **given}.items() if v is not None}
+    return dataclasses.replace(GOOD, versions=merged)
+
+
+def gpu(driver: str | None, platforms: str = "", probe: Probe = GPU, **versions: str) -> Machine:
+    return Machine(driver, platforms, packages(**versions), probe)
+
+
+def with_cuda(driver: str | None, platforms: str = "", probe: Probe = GPU) -> Machine:
+    return gpu(driver, platforms, probe, **CUDA)
+
+
+BROKEN = Folder(Path("/readonly"), "Permission denied", 10**12)
+FULL = Folder(Path("/full"), "", 1000)
+CASES: list[tuple[Any, Any, str, str]] = [
+    (doctor.check_python, GOOD, "ok", "3.12"),
+    (doctor.check_python, dataclasses.replace(GOOD, python=(3, 11)), "WRONG", "3.11 is too old"),
+    (doctor.check_versions, GOOD, "ok", "jaxlib 0.12.0.1"),
+    (doctor.check_versions, packages(jdllm=None), "note", "runs uninstalled"),
+    (doctor.check_versions, packages(jaxlib="0.12.1"), "WRONG", "installed is 0.12.1"),
+    (doctor.check_versions, packages(jaxlib="0.10.0"), "WRONG", "jaxlib<=0.12.0.1,>=0.11.2"),
+    (doctor.check_versions, packages(jaxlib=None), "WRONG", "jaxlib, which is not installed"),
+    (doctor.check_plugin, GOOD, "ok", "only GPUs need one"),
+    (doctor.check_plugin, packages(**CUDA), "ok", "jax-cuda13-plugin 0.12.0.1"),
+    (
+        doctor.check_plugin,
+        packages(**CUDA | {"jax-cuda13-pjrt": "0.12.0"}),
+        "WRONG",
+        "do not fit jaxlib 0.12.0.1",
+    ),
+    (
+        doctor.check_plugin,
+        packages(**CUDA | {"jax-cuda12-plugin": "0.12.0.1"}),
+        "note",
+        "plugins of two CUDA versions",
+    ),
+    (doctor.check_triton, GOOD, "ok", "not installed"),
+    (doctor.check_triton, packages(jax_triton="0.3.1", triton="3.6.0"), "ok", "0.3.1"),
+    (doctor.check_triton, packages(jax_triton="0.4.1", triton="3.7.0"), "ok", "0.4.1"),
+    (
+        doctor.check_triton,
+        packages(jax_triton="0.4.1", triton="3.6.0"),
+        "WRONG",
+        "needs triton 3.7",
+    ),
+    (doctor.check_triton, packages(jax_triton="0.4.1"), "WRONG", "without triton"),
+    (doctor.check_gpu, gpu(None, probe=CPU), "ok", "no NVIDIA driver"),
+    (doctor.check_gpu, with_cuda("580.65.06"), "ok", "JAX uses it"),
+    (doctor.check_gpu, with_cuda("570.1"), "WRONG", "too old for jax-cuda13-plugin"),
+    (doctor.check_gpu, gpu("580.65.06", probe=CPU), "WRONG", "has no CUDA plugin and sees cpu"),
+    (doctor.check_gpu, with_cuda("580.65.06", probe=CPU), "WRONG", "but JAX sees cpu"),
+    (doctor.check_gpu, with_cuda("580.65.06", "cpu", CPU), "note", "JAX_PLATFORMS=cpu keeps"),
+    (doctor.check_devices, gpu(None, probe=CPU), "ok", "1 x cpu (cpu)"),
+    (doctor.check_devices, with_cuda("580.1"), "ok", "105.0 GB for JAX on each"),
+    (doctor.check_devices, gpu(None, "tpu", Probe(error="no tpu")), "WRONG", "JAX_PLATFORMS=tpu"),
+    (doctor.check_devices, gpu(None, probe=Probe(error="no end")), "WRONG", "no end"),
+    (doctor.check_memory, 8 * 10**9, "ok", "8.0 GB available"),
+    (doctor.check_memory, 10**8, "WRONG", "0.1 GB available"),
+    (doctor.check_home, FOLDER, "ok", "1000.0 GB free"),
+    (doctor.check_home, BROKEN, "WRONG", "nothing can be written to /readonly: Permission denied"),
+    (doctor.check_home, FULL, "WRONG", "0.0 GB free"),
+    (doctor.check_hugging_face, HuggingFace(FOLDER, False, True), "ok", "a token is set"),
+    (doctor.check_hugging_face, HuggingFace(FOLDER, False, False), "ok", "no token"),
+    (doctor.check_hugging_face, HuggingFace(FOLDER, True, True), "note", "forbids downloads"),
+    (doctor.check_hugging_face, HuggingFace(BROKEN, False, True), "note", "Permission denied"),
+    (doctor.check_generation, CPU, "ok", "solved a sudoku, 2 tokens in 1.0 s"),
+    (doctor.check_generation, dataclasses.replace(CPU, solved=False), "WRONG", "is wrong: '1'"),
+    (doctor.check_generation, Probe(error="killed"), "WRONG", "killed"),
+]
+
+
+@pytest.mark.parametrize(("check", "facts", "status", "words"), CASES)
+def test_facts_are_judged(check: Any, facts: Any, status: str, words: str):
+    finding: Finding = check(facts)
+    assert (finding.status, words in finding.text) == (status, True), finding
+    assert finding.fix or status == "ok"
+
+
+def test_the_fix_of_a_stray_plugin_names_this_jax():
+    stray = packages(**CUDA | {"jax-cuda13-plugin": "0.11.2"})
+    assert "'jax[cuda13]==0.12.0.1'" in doctor.check_plugin(stray).fix
+
+
+def test_every_check_is_in_the_table():
+    checks = {value for name, value in vars(doctor).items() if name.startswith("check_")}
+    assert {check.judge for check in doctor.checks(1)} == checks
+
+
+def test_facts_of_this_machine():
+    found = machine.read_packages()
+    assert found.versions["jax"] and any("jaxlib" in line for line in found.requirements["jax"])
+    assert machine.read_memory() > 10**7
+    assert machine.release("0.12.0.1.dev3+g1") == (0, 12, 0, 1)
+
+
+def test_folders_are_tried(tmp_path: Path):
+    fine = machine.read_folder(tmp_path / "a" / "b")
+    assert fine.error == "" and fine.free > 0 and (tmp_path / "a" / "b").is_dir()
+    assert machine.read_folder(tmp_path / "c" / "d", create=False).error == ""
+    assert not (tmp_path / "c").exists()
+    (tmp_path / "file").write_text("")
+    assert machine.read_folder(tmp_path / "file" / "below").error == "Not a directory"
+
+
+def test_facts_that_cannot_be_read_are_wrong():
+    def read() -> int:
+        raise OSError("no such file")
+
+    ((name, finding),) = doctor.examine([doctor.Check("memory", read, doctor.check_memory)])
+    assert (name, finding.status) == ("memory", "WRONG") and "no such file" in finding.text
+
+
+def test_a_child_that_hangs_is_ended():
+    start = time.perf_counter()
+    code = 'import time; print(\'{"backend": "cpu"}\', flush=True); time.sleep(60)'
+    found = doctor.run_probe(1.0, code)
+    assert time.perf_counter() - start < 20
+    assert found.backend == "cpu" and "no end after 1 s" in found.error
+
+
+def test_a_child_that_dies_says_why():
+    found = doctor.run_probe(20.0, "raise RuntimeError('no kernel image')")
+    assert found.error == "the process ended with status 1: RuntimeError: no kernel image"
+
+
+@pytest.mark.parametrize("home", ["writable", "a file"])
+def test_the_command(tmp_path: Path, home: str):
+    """It really generates; without a place to write, the status says so."""
+    if home == "a file":
+        (tmp_path / "home").write_text("")
+    environment = dict(os.environ, JDLLM_HOME=str(tmp_path / "home"), XLA_FLAGS="")
+    run = subprocess.run(
+        [sys.executable, "-m", "jdllm.doctor"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    lines = {line[7:20].strip(): line for line in run.stdout.splitlines() if line[:6].strip()}
+    assert lines["devices"].startswith("ok") and "cpu" in lines["devices"]
+    if home == "writable":
+        assert run.returncode == 0 and "WRONG" not in run.stdout
+        assert "solved a sudoku" in lines["generation"]
+    else:
+        assert run.returncode == 1 and lines["JDLLM_HOME"].startswith("WRONG")
+        assert "set JDLLM_HOME" in run.stdout

@@ -1,0 +1,99 @@
+"""The benchmark entry point: what it asks, grades, counts and writes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jdllm import bench
+from jdllm.runtime import cli
+
+ROWS = [
+    {"question": "1 + 1?", "answer": "2", "choices": "", "source": "gsm8k"},
+    {"question": "Which?", "answer": "1", "choices": '["a", "b"]', "source": "mmlu"},
+    {"question": "Who?", "answer": "Baron of Holberg", "source": "longbench_hotpotqa"},
+    {"question": "2 + 2?", "answer": "1,004", "source": "gsm8k"},
+]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "enable_compilation_cache", lambda: None)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, ROWS)))
+    return path
+
+
+def test_questions(dataset: Path):
+    every = bench.read_questions(bench.BenchConfig(dataset=dataset))
+    assert [q.source for q in every] == [row["source"] for row in ROWS]
+    assert "0. a\n1. b" in every[1].prompt and "{0}" in every[1].prompt
+    assert every[0].right("so it is {2}") and every[0].right("#### 2") and not every[0].right("3")
+    assert every[2].right("The answer is baron of holberg.")
+    assert every[3].right("{1004}") and every[3].right("7, then 1,004")
+    math = bench.read_questions(
+        bench.BenchConfig(dataset=dataset, source="gsm8k", skip_sample=1, num_samples=5)
+    )
+    assert [q.prompt.split("?")[0] for q in math] == ["2 + 2"]
+    with pytest.raises(ValueError, match="no question of source=math500"):
+        bench.read_questions(bench.BenchConfig(dataset=dataset, source="math500"))
+
+
+def test_blockinfers_keys_and_sums(capsys: pytest.CaptureFixture):
+    words = ["num_samples=3", "max_tokens=64", "denoising_steps=4", "mesh=1x1", "ignore_eos=false"]
+    bench.main(cli.parse(bench.BenchConfig, words))
+    facts = json.loads(Path("benchmark_results.json").read_text())
+    keys = {"total_time", "total_tokens", "throughput", "avg_latency", "num_prompts", "accuracy",
+            "correct", "total"}  # fmt: skip
+    ours, vanilla = facts["blockinfer"], facts["vanilla_llada"]
+    for row in (ours, vanilla):
+        assert keys < set(row) and row["num_prompts"] == row["total"] == 3
+        assert row["throughput"] == pytest.approx(row["total_tokens"] / row["total_time"])
+        assert row["accuracy"] == pytest.approx(100 * row["correct"] / 3)
+        assert 0 < row["total_tokens"] < 3 * 64, "columns behind the end were counted"
+    assert ours["forwards"] <= 8 and vanilla["forwards"] > ours["forwards"]
+    assert facts["comparison"] == {
+        "throughput_speedup": ours["throughput"] / vanilla["throughput"],
+        "time_speedup": vanilla["total_time"] / ours["total_time"],
+        "accuracy_diff": ours["accuracy"] - vanilla["accuracy"],
+    }
+    assert "latency p95" in capsys.readouterr().out
+
+
+def test_grid_imposes_its_schedule():
+    words = ["blocks=8,16", "batches=2", "caches=none,dual", "tokens_per_step=4", "repeats=1"]
+    words += ["model=random:tiny", "gen_length=16", "mesh=1x1", "output=grid.jsonl"]
+    for _ in range(2):
+        bench.grid(cli.parse(bench.GridConfig, words))
+    rows = [json.loads(line) for line in Path("grid.jsonl").read_text().splitlines()]
+    assert len(rows) == 8 and {row["cache"] for row in rows} == {"none", "dual"}
+    assert {row["forwards"] for row in rows} == {4}
+    assert all(row["forwards_per_second"] > 0 and row["model"] == "random:tiny" for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["source=gsm8k"], "needs dataset="),
+        (["max_tokens=100"], "must divide"),
+        (["denoising_steps=64"], "one block"),
+        (["dataset=absent.jsonl"], "not a file"),
+        (["cache=paged"], "cache=paged"),
+        (["num_samples=0"], "from 1"),
+    ],
+)
+def test_mistakes_are_found_at_once(words: list[str], part: str, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit):
+        cli.parse(bench.BenchConfig, words)
+    assert part in capsys.readouterr().err
+
+
+def test_grid_mistakes(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit):
+        cli.parse(bench.GridConfig, ["batches=1,x"])
+    assert "batches=1,x" in capsys.readouterr().err

@@ -1,0 +1,150 @@
+"""The house rules, checked on the syntax tree: floors, third-party imports, sizes of rooms."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# From the ground up. A room may import rooms of lower floors, and those before it on its own.
+FLOORS: list[list[str]] = [
+    ["jdllm.kernels", "jdllm.runtime.sharding", "jdllm.runtime.files", "jdllm.runtime.processes", "jdllm.runtime.cli",
+     "jdllm.runtime.journal", "jdllm.runtime.fields"],
+    [
+        "jdllm.model.facts", "jdllm.model.config", "jdllm.model.cache", "jdllm.model.weights", "jdllm.model.head", "jdllm.model.moe",
+        "jdllm.model.transformer",
+    ],
+    [
+        "jdllm.evaluation.pareto", "jdllm.unmask", "jdllm.stop.rule", "jdllm.stop.strings", "jdllm.store.checkpoint",
+        "jdllm.store.fingerprint",
+    ],
+    ["jdllm.decode", "jdllm.train.step", "jdllm.score.likelihood", "jdllm.decode.memory"],
+    [
+        "jdllm.tokenizer", "jdllm.convert", "jdllm.tasks", "jdllm.training.data", "jdllm.load",
+        "jdllm.evaluation.settings", "jdllm.evaluation.plans", "jdllm.evaluation.report", "jdllm.viz.pieces", "jdllm.viz.trace",
+        "jdllm.runtime.machine", "jdllm.runtime.environment",
+    ],
+    [
+        "jdllm.batches", "jdllm.score.scoring", "jdllm.llm", "jdllm.evaluation.speed", "jdllm.evaluation.harness",
+        "jdllm.evaluation.grading", "jdllm.viz.show", "jdllm.viz.replay",
+    ],
+    [
+        "jdllm.eval", "jdllm.bench", "jdllm.sweep", "jdllm.tune", "jdllm.generate", "jdllm.sft",
+        "jdllm.doctor", "jdllm.launch", "jdllm.convert.__main__",
+    ],
+]  # fmt: skip
+# Pairs that the order alone would allow.
+FORBIDDEN = {
+    ("jdllm.tasks", "jdllm.convert"),
+    ("jdllm.unmask", "jdllm.model.transformer"),
+    ("jdllm.stop.rule", "jdllm.model.transformer"),
+    ("jdllm.unmask", "jdllm.model.cache"),
+    ("jdllm.stop.rule", "jdllm.model.cache"),
+}
+GROUND = {"jax", "numpy", "flax", "optax", "orbax"}
+OUTSIDE = GROUND | {
+    "datasets",
+    "huggingface_hub",
+    "lm_eval",
+    "matplotlib",
+    "ml_dtypes",
+    "packaging",
+    "rich",
+    "safetensors",
+    "tokenizers",
+    "tqdm",
+    "transformers",
+    "yaml",
+}
+# tyro is the command line; Orbax stands on tensorstore, which writes a weight piece by piece.
+EXCEPTIONS = {"jdllm/runtime/cli.py": {"tyro"}, "jdllm/store/checkpoint.py": {"tensorstore"}}
+MAX_LINES = 420
+MAX_FUNCTION = 62
+
+
+def source_files() -> list[Path]:
+    package = [p for p in (ROOT / "jdllm").rglob("*.py") if not p.is_symlink()]
+    linked = [ROOT / "jdllm" / "convert", ROOT / "jdllm" / "kernels"]
+    inside = [p for p in package if not any(p.is_relative_to(link) for link in linked)]
+    return sorted(inside + [*(ROOT / "convert").glob("*.py"), *(ROOT / "kernels").glob("*.py")])
+
+
+FILES = source_files()
+IDS = [str(path.relative_to(ROOT)) for path in FILES]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts[0] in ("convert", "kernels"):
+        parts = ("jdllm", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room(module: str) -> str | None:
+    """The room a module belongs to: its own name where listed, else its package's."""
+    rooms = [name for floor in FLOORS for name in floor]
+    while module and module not in rooms:
+        module = module.rpartition(".")[0]
+    return module or None
+
+
+def place(name: str) -> tuple[int, int]:
+    return next((i, floor.index(name)) for i, floor in enumerate(FLOORS) if name in floor)
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports, `from a import b` giving both a and a.b."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_imports_go_down_only(path: Path):
+    own = room(module_name(path))
+    if own is None:
+        assert module_name(path) in ("jdllm", "jdllm.bundled"), f"{path} stands on no floor"
+        return
+    for target in {room(name) for name in imports(path)} - {own, None}:
+        assert target and place(target) < place(own), f"{path} on {place(own)} imports {target}"
+        assert (own, target) not in FORBIDDEN, f"{own} must not know {target}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_third_party_imports(path: Path):
+    own = room(module_name(path))
+    floor = place(own)[0] if own else 0
+    allowed = (GROUND if floor <= 3 else OUTSIDE) | EXCEPTIONS.get(
+        str(path.relative_to(ROOT)), set()
+    )
+    used = {name.split(".")[0] for name in imports(path)}
+    assert used - set(sys.stdlib_module_names) - {"jdllm"} <= allowed
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_rooms_stay_small(path: Path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MAX_LINES
+    tree = ast.parse(text)
+    assert ast.get_docstring(tree), f"{path} does not say what it is"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            assert length <= MAX_FUNCTION, f"{path}: {node.name} has {length} lines"
+
+
+def test_no_stray_packages():
+    """A folder `kernels` with an __init__ would shadow a package that transformers probes for."""
+    assert not (ROOT / "convert" / "__init__.py").exists()
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert (ROOT / "jdllm" / "convert").is_symlink()
+    assert (ROOT / "jdllm" / "kernels").is_symlink()
+    vague = {"utils.py", "common.py", "helpers.py", "misc.py"}
+    assert not vague & {path.name for path in FILES}

@@ -1,0 +1,147 @@
+"""Every attention implementation against the reference, over one list of shapes."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jdllm.kernels import attention as room
+from jdllm.kernels.attention import IMPLEMENTATIONS, attention, reference
+from jdllm.model.config import NAMED
+from jdllm.model.transformer import visible_keys
+
+CAUSAL = dataclasses.replace(NAMED["tiny"], causal=True)
+MASKED = [name for name in IMPLEMENTATIONS if name != "cudnn"]  # those that serve any mask
+# B, T queries, S keys, H, G, K
+SHAPES = [(1, 5, 5, 4, 4, 8), (2, 3, 9, 4, 2, 16), (2, 8, 8, 6, 1, 4)]
+
+
+def random_inputs(shape: tuple[int, ...], seed: int) -> Any:
+    B, T, S, H, G, K = shape
+    rng = np.random.default_rng(seed)
+    q, k, v = (rng.normal(size=s) for s in ((B, T, H, K), (B, S, G, K), (B, S, G, K)))
+    visible = rng.random((B, S)) < 0.7
+    visible[:, 0] = True
+    return *(jnp.array(x, jnp.float32) for x in (q, k, v)), jnp.array(visible)
+
+
+def by_hand(q, k, v, visible):
+    """One query and one head at a time, in float64; `visible` [B, S] or [B, T, S]."""
+    B, T, H, K = q.shape
+    group = H // k.shape[2]
+    out = np.zeros(q.shape)
+    for b in range(B):
+        for h in range(H):
+            for t in range(T):
+                keys = np.flatnonzero(visible[b] if visible.ndim == 2 else visible[b, t])
+                scores = k[b, keys, h // group].astype(float) @ q[b, t, h].astype(float) / K**0.5
+                weights = np.exp(scores - scores.max())
+                out[b, t, h] = weights / weights.sum() @ v[b, keys, h // group].astype(float)
+    return out
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_reference_equals_the_definition(shape):
+    inputs = random_inputs(shape, 0)
+    np.testing.assert_allclose(reference(*inputs), by_hand(*map(np.asarray, inputs)), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_queries_may_see_keys_of_their_own(name, shape, monkeypatch):
+    """As in causal attention, where query t stands in some column and sees what is left of it."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    q, k, v, visible = random_inputs(shape, 4)
+    B, T, S, *_ = shape
+    columns = jnp.broadcast_to(jnp.arange(T) * 2 % S, (B, T))
+    mask = visible_keys(CAUSAL, columns, visible, S)
+    for b, t, s in np.ndindex(B, T, S):
+        assert bool(mask[b, t, s]) == (bool(visible[b, s]) and s <= int(columns[b, t]))
+    expected = by_hand(*map(np.asarray, (q, k, v, mask)))
+    np.testing.assert_allclose(attention(q, k, v, mask, name), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in MASKED if name != "reference"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_implementations_equal_the_reference(name, shape, monkeypatch):
+    """On a CPU the GPU's choice is made to serve, so that its mathematics are checked here too."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    inputs = random_inputs(shape, 1)
+    np.testing.assert_allclose(
+        attention(*inputs, implementation=name), reference(*inputs), atol=1e-5
+    )
+
+
+@pytest.fixture
+def without_cudnn(monkeypatch):
+    """What cuDNN is asked for, done by XLA, on a machine that seems to have a GPU."""
+    asked = []
+
+    def attend(*arrays, implementation, **words):
+        asked.append(implementation)
+        return attention_of_jax(*arrays, **words)
+
+    attention_of_jax = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(room, "PROCESSORS", 1)
+    return asked
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_may_see_their_first_keys(name, shape, without_cudnn):
+    kind = jnp.bfloat16 if name == "cudnn" else jnp.float32
+    q, k, v = (x.astype(kind) for x in random_inputs(shape, 5)[:3])
+    lengths = jnp.array([shape[2] + 3, 2][: len(q)], jnp.int32)  # beyond the last key: all of them
+    mask = np.arange(shape[2]) < np.asarray(lengths)[:, None]
+    queries, keys, values = (np.asarray(x, np.float32) for x in (q, k, v))
+    expected = by_hand(queries, keys, values, mask)
+    found = np.asarray(attention(q, k, v, lengths, name), np.float32)
+    np.testing.assert_allclose(found, expected, atol=2e-2 if name == "cudnn" else 1e-5)
+
+
+def test_cudnn_serves_enough_16_bit_rows_that_see_their_first_keys(without_cudnn, monkeypatch):
+    q, k, v, visible = random_inputs((2, 3, 9, 4, 2, 16), 6)
+    low = (q.astype(jnp.bfloat16), k.astype(jnp.bfloat16), v.astype(jnp.bfloat16))
+    lengths = jnp.array([4, 9], jnp.int32)
+    attention(q, k, v, lengths)
+    attention(*low, visible)
+    monkeypatch.setattr(room, "PROCESSORS", 9)
+    attention(*low, lengths)  # 2 rows of 4 heads
+    assert "cudnn" not in without_cudnn
+    monkeypatch.setattr(room, "PROCESSORS", 8)
+    attention(*low, lengths)
+    assert without_cudnn[-1] == "cudnn"
+
+    def absent(*_, **words):
+        if words["implementation"] == "cudnn":
+            raise RuntimeError("cuDNN is not detected.")
+        return v
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", absent)
+    assert attention(*low, lengths) is v
+
+
+def test_a_row_that_sees_nothing_is_finite():
+    q, k, v, _ = random_inputs(SHAPES[0], 2)
+    out = reference(q, k, v, jnp.zeros((1, 5), bool))
+    np.testing.assert_allclose(out, jnp.broadcast_to(v.mean(1, keepdims=True), v.shape), atol=1e-5)
+
+
+def test_the_next_one_is_tried_where_one_does_not_serve(monkeypatch):
+    def never(*_):
+        raise NotImplementedError
+
+    table = {"never": never, "reference": reference}
+    monkeypatch.setattr(room, "IMPLEMENTATIONS", table)
+    inputs = random_inputs(SHAPES[1], 3)
+    q, k, v, visible = inputs
+    np.testing.assert_array_equal(attention(q, k, v, visible), reference(q, k, v, visible))
+    with pytest.raises(NotImplementedError):
+        attention(q, k, v, visible, "never")
+    with pytest.raises(ValueError, match="must be one of never, reference"):
+        attention(q, k, v, visible, "fast")

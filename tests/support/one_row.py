@@ -1,0 +1,58 @@
+"""What rules and stops are shown of one row, built by hand."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jdllm.stop.rule import Look
+from jdllm.unmask import View
+
+MASK, VOCAB = 9, 10
+
+
+def one_hot(tokens: list[int], sharpness: float | list[float] = 9.0) -> jnp.ndarray:
+    """Logits [1, N, V] that favour a token at every position."""
+    logits = np.zeros((1, len(tokens), VOCAB), np.float32)
+    logits[0, np.arange(len(tokens)), tokens] = sharpness
+    return jnp.array(logits)
+
+
+def view(masked: list[bool], quota: int = 1, **facts: Any) -> View:
+    """No draws, no floor; masks where `masked`, elsewhere token 0."""
+    masked_BN = jnp.array([masked])
+    known = {
+        "logits": jnp.zeros((1, len(masked), VOCAB)),
+        "ids_BN": jnp.where(masked_BN, MASK, 0),
+        "masked_BN": masked_BN,
+        "settled_BN": jnp.zeros_like(masked_BN),
+        "quota_B": jnp.array([quota]),
+        "share_B": jnp.ones(1),
+        "floor_B": jnp.array([-jnp.inf]),
+        "draw": lambda shape: jnp.zeros((1, *shape)),
+    }
+    return View(**known | facts)
+
+
+def canvas_view(ids: list[int], prompt: int, logits: jnp.ndarray, quota: int = 1, **facts) -> View:
+    """Of a block that begins with `prompt` given columns."""
+    masked = [token == MASK for token in ids]
+    settled = [i >= prompt and not m for i, m in enumerate(masked)]
+    seen = {"ids_BN": jnp.array([ids]), "settled_BN": jnp.array([settled]), "logits": logits}
+    return view(masked, quota, **seen | facts)
+
+
+def look(tokens: list[int], prompt: int, block: tuple[int, int], **facts: Any) -> Look:
+    """After a step of `block` that wrote nothing, unless the facts say otherwise."""
+    columns = jnp.arange(len(tokens))[None]
+    known = {
+        "generated_BT": columns >= prompt,
+        "block_BT": (columns >= block[0]) & (columns < block[1]),
+        "mask_id": MASK,
+        "opening": False,
+        "closing": False,
+        "nfe_B": jnp.array([1]),
+        "candidates_BT": jnp.full(columns.shape, -1),
+        "written_BT": jnp.zeros(columns.shape, bool),
+    }
+    return Look(**known | facts)

@@ -1,0 +1,84 @@
+"""Tiny models with random weights, sharpened so that positions and confidences differ."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jdllm import DecodeConfig
+from jdllm.decode import Setup, decode, make_setup
+from jdllm.llm import LLM
+from jdllm.model.config import NAMED, ModelConfig
+from jdllm.model.transformer import assemble, named
+from jdllm.runtime import sharding
+from jdllm.store.checkpoint import random_model
+from tests.support.plain_model import PlainModel
+
+TINY = dataclasses.replace(
+    NAMED["tiny"],
+    layers=1, embed=32, heads=2, kv_heads=1, mlp=32, vocab=64, max_length=128,
+    mask_id=61, eos_id=60, pad_id=60, stop_ids=(60, 59),
+)  # fmt: skip
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "shifted": {"shift_logits": True},
+    "blocks": {"block_causal": 4},
+    "judge": {"causal": True},
+}
+
+
+@functools.cache
+def weights(end_bias: float = 1.0, mask_bias: float = 1.0) -> dict[str, np.ndarray]:
+    """By name; ends and [MASK] may be made likely."""
+    _, params = random_model(TINY, sharding.parse_mesh("1x1"), seed=3)
+    arrays = {name: np.array(leaf[...]) for name, leaf in named(params).items()}
+    sharper = {"attention.q": 12, "attention.out": 4, "head": 3}
+    for name in arrays:
+        arrays[name] *= next((by for end, by in sharper.items() if name.endswith(end)), 1)
+    arrays["head"][:, list(TINY.stop_ids)] *= end_bias
+    arrays["head"][:, TINY.mask_id] *= mask_bias
+    return arrays
+
+
+@functools.cache
+def tiny(kind: str = "plain", end_bias: float = 1.0, mask_bias: float = 1.0) -> LLM:
+    facts = dataclasses.replace(TINY, **KINDS[kind])
+    arrays = {name: jnp.array(x) for name, x in weights(end_bias, mask_bias).items()}
+    return LLM(facts, *assemble(facts, arrays), sharding.parse_mesh("1x1"))
+
+
+def plain(llm: LLM) -> PlainModel:
+    """The same model in numpy."""
+    arrays = {name: np.array(x[...], np.float64) for name, x in named(llm._params).items()}
+    return PlainModel(llm.config, arrays)
+
+
+def random_prompts(seed: int, lengths: list[int]) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, TINY.stop_ids[-1], n).tolist() for n in lengths]
+
+
+PROGRAMS: dict[tuple[ModelConfig, Setup, tuple[int, ...]], Any] = {}
+"""Compiled loops: weights are arguments of theirs."""
+
+
+def canvases(llm: LLM, config: DecodeConfig, prompts: list[list[int]], verifier: LLM | None = None):
+    """Whole canvases and NFE by row, and forwards: what the loop itself returns."""
+    config = llm.resolve(config)
+    setup = make_setup(config, llm.config)
+    request = llm._request(prompts, [0] * len(prompts), config, setup)
+    key = (llm.config, setup, request.tokens.shape)
+    second = {"verifier_graph": verifier._graph} if verifier else {}
+    judge = {"verifier_params": verifier._params} if verifier else {}
+    if key not in PROGRAMS:
+        quick = {"xla_backend_optimization_level": 0}  # compiles in half the time
+        lowered = decode.lower(llm._graph, llm._params, request, setup, **second, **judge)
+        PROGRAMS[key] = lowered.compile(compiler_options=quick)
+    state = PROGRAMS[key](llm._params, request, **judge)
+    rows = [
+        row[: setup.canvas_length(len(p))].tolist()
+        for row, p in zip(np.asarray(state.tokens), prompts, strict=True)
+    ]
+    return rows, state.nfe.tolist(), int(state.forwards)
