@@ -24,10 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jdllm.decode.inputs import forward
 
 from jdllm import DecodeConfig
 from jdllm.decode import DecodeState, Request, Setup, make_setup
-from jdllm.decode.inputs import forward
 from jdllm.decode.layout import put
 from jdllm.decode.loop import Loop
 from jdllm.decode.rows import FULL, STEP

@@ -31,10 +31,11 @@ from jax.sharding import NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
 from jdllm import DecodeConfig  # noqa: E402
-from jdllm.decode import Request, decode, make_setup  # noqa: E402
+from jdllm.decode import Request, decode  # noqa: E402
 from jdllm.load import compute_dtype, weight_bytes  # noqa: E402
 from jdllm.model.config import NAMED, ModelConfig  # noqa: E402
 from jdllm.model.transformer import abstract, assemble, named  # noqa: E402
+from jdllm.parity import make_setup  # noqa: E402
 from jdllm.runtime import cli, sharding  # noqa: E402
 from jdllm.store import checkpoint  # noqa: E402
 

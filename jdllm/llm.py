@@ -27,17 +27,16 @@ from jdllm.decode import (
     Trace,
     compile_blocks,
     decode,
-    make_setup,
     read_prefix,
 )
 from jdllm.load import choose_mesh, load_parts, locate
 from jdllm.model.cache import Cache
 from jdllm.model.config import ModelConfig
+from jdllm.parity import make_setup
 from jdllm.runtime import processes, sharding
 from jdllm.score.likelihood import LikelihoodConfig
 from jdllm.score.scoring import Device, Ids, Likelihood, score
-from jdllm.stop.rule import EosStop
-from jdllm.stop.strings import StopStrings
+from jdllm.stop import EosStop, StopStrings
 from jdllm.store.fingerprint import fingerprint
 from jdllm.tokenizer import encode_prompts, load_tokenizer
 from jdllm.viz import trace
@@ -229,7 +228,7 @@ class LLM:
             compiling, start = compiling + compile_seconds, time.perf_counter()
             found = program(self._params, request, self._verifier[2])
             for state in found if watch else [found]:
-                seen = state.tokens, state.nfe, state.forwards, state.trace
+                seen = state.rows.tokens, state.rows.nfe, state.forwards, state.trace
                 tokens, nfe, forwards, kept = processes.gather(seen)
                 spent += time.perf_counter() - start
                 for i, slot in zip(index, slots, strict=True):

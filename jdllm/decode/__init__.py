@@ -3,16 +3,19 @@
 from jdllm.decode.config import DecodeConfig
 from jdllm.decode.loop import decode
 from jdllm.decode.prefixes import read_prefix
-from jdllm.decode.rows import DecodeState, Prefixes, Request, Trace
+from jdllm.decode.rows import Prefixes, Request, Rows
 from jdllm.decode.setup import Setup, make_rule, make_setup
+from jdllm.decode.trace import Trace
 from jdllm.decode.watch import compile_blocks
+from jdllm.decode.work import State
 
 __all__ = [
     "DecodeConfig",
-    "DecodeState",
     "Prefixes",
     "Request",
+    "Rows",
     "Setup",
+    "State",
     "Trace",
     "compile_blocks",
     "decode",

@@ -1,126 +1,82 @@
-"""Where things are on the canvases: blocks, views and windows, by row."""
+"""Layout: where things are on the canvases. Blocks, views and windows, by row."""
 
 import dataclasses
+from typing import TYPE_CHECKING, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from jdllm.decode.rows import FULL, DecodeState, Request
-from jdllm.decode.setup import Setup
-from jdllm.model.config import ModelConfig
 from jdllm.stop.rule import first
+
+if TYPE_CHECKING:  # setup.py and rows.py stand on this file
+    from jdllm.decode.rows import Rows
+    from jdllm.decode.setup import Setup
+
+
+class View(Protocol):
+    """Which columns a rule is shown."""
+
+    def length(self, canvas: int) -> int:
+        """How many, on a canvas of so many columns."""
+        ...
+
+    def columns(self, rows: "Rows") -> jax.Array:
+        """Their numbers [B, N], increasing; some may lie beyond the canvas."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Geometry:
-    """Columns of a request, as the setup lays them out."""
+class BlockView:
+    """The block in work, `width` columns long at most."""
 
-    request: Request
-    setup: Setup
-    model: ModelConfig
+    width: int
 
-    @property
-    def columns_T(self) -> jax.Array:
-        return jnp.arange(self.request.tokens.shape[1])
+    def length(self, canvas: int) -> int:
+        return self.width
 
-    @property
-    def canvas_B1(self) -> jax.Array:
-        """Columns of each row before its padding."""
-        return self.setup.canvas_length(self.request.prompt_lengths)[:, None]
+    def columns(self, rows: "Rows") -> jax.Array:
+        return span(rows.first, self.width)
 
-    @property
-    def generated_BT(self) -> jax.Array:
-        """Columns behind the prompt, before the padding."""
-        behind_BT = self.columns_T >= self.request.prompt_lengths[:, None]
-        return behind_BT & (self.columns_T < self.canvas_B1)
 
-    @property
-    def first_open_B1(self) -> jax.Array:
-        """The column from which masks are filled: [MASK] in a prompt stays, but for one quirk."""
-        lengths_B1 = self.request.prompt_lengths[:, None]
-        return jnp.zeros_like(lengths_B1) if self.setup.quirks.earlier_masks else lengths_B1
+@dataclasses.dataclass(frozen=True)
+class OpenView:
+    """The first open column and what follows it, `width` columns (apd)."""
 
-    @property
-    def shift(self) -> int:
-        """1 where a column's logits stand in the column before it."""
-        return int(self.model.shift_logits)
+    width: int
 
-    @property
-    def view_length(self) -> int:
-        if self.setup.quirks.earlier_masks:
-            return self.request.tokens.shape[1]
-        return self.setup.lookahead or self.setup.block_length
+    def length(self, canvas: int) -> int:
+        return self.width
 
-    def ids(self, tokens_BT: jax.Array, columns_BN: jax.Array) -> jax.Array:
-        """Tokens at columns; those beyond the canvas give the last one."""
-        return jnp.take_along_axis(tokens_BT, columns_BN, axis=1, mode="clip")
+    def columns(self, rows: "Rows") -> jax.Array:
+        return span(first_open(rows), self.width)
 
-    def block_start(self, block: jax.Array | int) -> jax.Array:
-        """First column of the block, by row [B]."""
-        first_B = self.setup.first_block(self.request.prompt_lengths)
-        return first_B + block * self.setup.block_length
 
-    def block_BT(self, block: jax.Array) -> jax.Array:
-        """Whether a column belongs to the row's block."""
-        start_B1 = self.block_start(block)[:, None]
-        end_B1 = jnp.minimum(start_B1 + self.setup.block_length, self.canvas_B1)
-        return (self.columns_T >= start_B1) & (self.columns_T < end_B1)
+def window(setup: "Setup", rows: "Rows", full: bool) -> jax.Array:
+    """Columns that a call feeds [B, W], increasing; nothing sees those beyond the canvas."""
+    plan, (B, T) = setup.plan, rows.tokens.shape
+    if full or not plan.cached:
+        return jnp.broadcast_to(rows.columns_T, (B, T))
+    if plan.window:  # what was accepted last is fed once more, with some context
+        start_B = first_open(rows) - (plan.window + rows.accepted - 1)
+        width = plan.window + 2 * setup.view.length(T)
+        return clamped(start_B, width, visible_end(setup, rows), T)
+    start_B = rows.first - plan.before
+    if plan.kind == "prefix":
+        return clamped(start_B, setup.longest_canvas + plan.before, rows.end, T)
+    width = plan.before + setup.longest_block + plan.after
+    return clamped(start_B, width, jnp.minimum(rows.limit + plan.after, rows.end), T)
 
-    def first_mask(self, state: DecodeState) -> jax.Array:
-        """Column of each row's first generated mask [B]."""
-        return first(self.generated_BT & (state.tokens == self.model.mask_id))
 
-    def view(self, state: DecodeState) -> jax.Array:
-        """Columns whose logits are wanted [B, N].
+def visible_end(setup: "Setup", rows: "Rows") -> jax.Array:
+    """The column where what may be seen now ends [B]."""
+    if setup.lookahead:
+        return jnp.minimum(first_open(rows) + setup.lookahead, rows.end)
+    return rows.limit if setup.plan.kind == "block" else rows.end
 
-        The block; with a lookahead the columns from the first mask on; with earlier_masks all.
-        """
-        B, T = self.request.tokens.shape
-        if self.setup.quirks.earlier_masks:
-            return jnp.broadcast_to(self.columns_T, (B, T))
-        if self.setup.lookahead or self.setup.kv_window:
-            return span(self.first_mask(state), self.view_length)
-        return span(self.block_start(state.block), self.setup.block_length)
 
-    def limit_B1(self, state: DecodeState) -> jax.Array:
-        """The column where what may be unmasked now ends."""
-        end_B1 = self.block_start(state.block + 1)[:, None]
-        return jnp.minimum(end_B1, self.canvas_B1)
-
-    def visible_end(self, state: DecodeState) -> jax.Array:
-        """The column where what may be seen now ends [B, 1]."""
-        if self.setup.lookahead:
-            end_B1 = self.first_mask(state)[:, None] + self.setup.lookahead
-            return jnp.minimum(end_B1, self.canvas_B1)
-        return self.limit_B1(state) if self.setup.plan.kind == "block" else self.canvas_B1
-
-    def window(self, state: DecodeState, kind: int) -> jax.Array:
-        """Columns to feed [B, W], increasing; those beyond the canvas are neither kept nor seen."""
-        setup, plan = self.setup, self.setup.plan
-        B, T = self.request.tokens.shape
-        if kind == FULL or (plan.kind == "none" and not setup.kv_window):
-            return jnp.broadcast_to(self.columns_T, (B, T))
-        if setup.kv_window:  # apd: what was accepted last is fed once more, with some context
-            back_B = setup.kv_window + state.accepted - 1
-            start_B = self.first_mask(state) - back_B
-            width = setup.kv_window + 2 * self.view_length
-            return self._clamped(start_B, width, self.visible_end(state))
-        quirks = setup.quirks
-        before = plan.look_back + (0 if quirks.first_column else self.shift)
-        start_B = self.block_start(state.block) - before
-        if plan.kind == "prefix":
-            width = setup.blocks * setup.block_length + before
-            return self._clamped(start_B, width, self.canvas_B1)
-        behind = plan.look_ahead - (self.shift if quirks.narrow else 0)
-        width = before + setup.block_length + behind
-        end_B1 = self.limit_B1(state) + behind
-        return self._clamped(start_B, width, jnp.minimum(end_B1, self.canvas_B1))
-
-    def _clamped(self, start_B: jax.Array, width: int, end_B1: jax.Array) -> jax.Array:
-        """`width` columns from `start_B` on (at least 0); those from `end_B1` on are off canvas."""
-        T = self.request.tokens.shape[1]
-        columns_BW = span(jnp.maximum(start_B, 0), width)
-        return jnp.where(columns_BW < end_B1, columns_BW, T + jnp.arange(width))
+def first_open(rows: "Rows") -> jax.Array:
+    """The first open column of each row [B]; T where there is none."""
+    return first(rows.open & rows.generated_BT)
 
 
 def span(start_B: jax.Array, length: int) -> jax.Array:
@@ -128,13 +84,24 @@ def span(start_B: jax.Array, length: int) -> jax.Array:
     return start_B[:, None] + jnp.arange(length)
 
 
-def rows(x_BTX: jax.Array, columns_BN: jax.Array) -> jax.Array:
-    """Some columns of every row."""
+def clamped(start_B: jax.Array, width: int, end_B: jax.Array, T: int) -> jax.Array:
+    """`width` columns from `start_B` on (at least 0); those from `end_B` on are off canvas."""
+    columns_BW = span(jnp.maximum(start_B, 0), width)
+    return jnp.where(columns_BW < end_B[:, None], columns_BW, T + jnp.arange(width))
+
+
+def take(x_BT: jax.Array, columns_BN: jax.Array) -> jax.Array:
+    """What stands at columns [B, N]; those beyond the canvas give the last one."""
+    return jnp.take_along_axis(x_BT, columns_BN, axis=1, mode="clip")
+
+
+def take_rows(x_BTX: jax.Array, columns_BN: jax.Array) -> jax.Array:
+    """Some columns of every row [B, N, ...]."""
     return jax.vmap(lambda x, columns: x[columns])(x_BTX, columns_BN)
 
 
-def put(tokens_BT: jax.Array, new_BN: jax.Array, columns_BN: jax.Array) -> jax.Array:
+def put(x_BT: jax.Array, new_BN: jax.Array, columns_BN: jax.Array) -> jax.Array:
     """Canvases with `new_BN` at columns; those beyond the canvas are dropped."""
     return jax.vmap(lambda row, new, columns: row.at[columns].set(new, mode="drop"))(
-        tokens_BT, new_BN, columns_BN
+        x_BT, new_BN, columns_BN
     )

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jdllm.decode.loop import merged
+from jdllm.decode.work import merged
 from jdllm.model.cache import Cache
 
 

@@ -1,12 +1,17 @@
-"""What decoding starts from, what a step changes, and what may be recorded of it."""
+"""Rows: what decoding starts from, and everything that a step changes. Every array leads with the
+rows, and each row is at its own block of its own request.
+"""
 
 import dataclasses
-from typing import Any
+from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 
+from jdllm.decode.layout import put, take
 from jdllm.model.cache import Cache
-from jdllm.unmask import Carry
+from jdllm.stop.rule import Verdict
+from jdllm.unmask import Carry, Decision
 
 
 @jax.tree_util.register_dataclass
@@ -28,14 +33,14 @@ class Prefixes:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What decoding starts from: one row a prompt."""
+    """What decoding starts from: one row per prompt."""
 
     tokens: jax.Array
     """int32 [B, T]: prompt, then masks up to the row's canvas length, then padding."""
     prompt_lengths: jax.Array
     """int32 [B]."""
     keys: jax.Array
-    """Random keys [B], one a row, so that draws do not depend on batch mates."""
+    """Random keys [B], one per row, so that draws do not depend on batch mates."""
     idle: jax.Array
     """bool [B]: rows that only fill up the batch."""
     recorded: jax.Array | None = None
@@ -44,73 +49,113 @@ class Request:
     """Read by cache=block: the prefill covers what is behind them."""
 
 
-PREFILL, FULL, STEP, COMMIT = range(4)
-"""Kinds of model calls: the prompt's keys, all columns, a window, a finished block's keys."""
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Trace:
-    """A record of consecutive model calls, at most C; N is the number of columns in view."""
-
-    first: jax.Array
-    """int32: calls of the request before the first one recorded."""
-    tokens: jax.Array
-    """int32 [C + 1, B, T]: the canvas before every call, then the final one."""
-    kind: jax.Array
-    """int32 [C]: PREFILL, FULL, STEP or COMMIT."""
-    columns: jax.Array
-    """int32 [C, B, N]: the columns in view, -1 where nothing was decoded."""
-    candidates: jax.Array
-    """int32 [C, B, N]: the token that each of them would take."""
-    confidence: jax.Array
-    """float32 [C, B, N]: its probability, before any rule has changed the logits."""
-    entropy: jax.Array
-    """float32 [C, B, N]: in nats."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecodeState:
-    """What a step changes."""
+class Rows:
+    """Canvases in work [prompt | generated columns | padding], and what is known of each."""
 
     tokens: jax.Array
     """int32 [B, T]."""
+    open: jax.Array
+    """bool [B, T]: columns that are still to be filled. A [MASK] in a prompt is text."""
+    free: jax.Array
+    """bool [B, T]: columns that were open at the start; the others are given."""
+    prompt: jax.Array
+    """int32 [B]: columns of the prompt."""
+    end: jax.Array
+    """int32 [B]: the column where the canvas ends and the padding begins."""
+    keys: jax.Array
+    """Random keys [B]."""
     done: jax.Array
-    """bool [B]."""
+    """bool [B]: nothing in the row changes any more."""
     nfe: jax.Array
     """int32 [B]: model evaluations made while the row was unfinished."""
-    forwards: jax.Array
-    """int32: model calls of the batch."""
     block: jax.Array
-    """int32: number of the block."""
+    """int32 [B]: number of the block in work."""
+    first: jax.Array
+    """int32 [B]: its first column."""
+    last: jax.Array
+    """int32 [B]: the column behind its last one; both may lie beyond `end`."""
     step: jax.Array
-    """int32: call within the block, an opening full pass included."""
+    """int32 [B]: calls made for the block, an opening full pass included."""
     opened: jax.Array
-    """int32 [B]: masks that the block began with."""
+    """int32 [B]: columns that were open when the block began."""
+    left: jax.Array
+    """bool [B]: a stop rule has left the block; it gets no further call."""
     dirty: jax.Array
     """bool [B]: the last call changed the row, so its keys are not those of its tokens."""
     accepted: jax.Array
-    """int32 [B]: tokens that the last call unmasked."""
-    rule: Carry
+    """int32 [B]: tokens that the last call wrote."""
+    unmask: Carry
+    """What the unmasking rule remembers."""
     stop: Any
-    clock: "Clock"
-    cache: Cache | None
-    inputs: jax.Array | None
+    """What the stop rule remembers."""
+    inputs: jax.Array | None = None
     """[B, T, D]: what is fed instead of embedded tokens, where inputs are smoothed."""
-    trace: Trace | None
+
+    @property
+    def columns_T(self) -> jax.Array:
+        """The number of every column."""
+        return jnp.arange(self.tokens.shape[1])
+
+    @property
+    def limit(self) -> jax.Array:
+        """int32 [B]: the column where the block ends, within the canvas."""
+        return jnp.minimum(self.last, self.end)
+
+    @property
+    def generated_BT(self) -> jax.Array:
+        """Columns behind the prompt, before the padding."""
+        return (self.columns_T >= self.prompt[:, None]) & (self.columns_T < self.end[:, None])
+
+    @property
+    def block_BT(self) -> jax.Array:
+        """Columns of the block in work."""
+        return (self.columns_T >= self.first[:, None]) & (self.columns_T < self.limit[:, None])
+
+    @property
+    def open_B(self) -> jax.Array:
+        """How many columns of the block are open."""
+        return jnp.sum(self.open & self.block_BT, axis=1)
+
+    def written(
+        self, columns_BN: jax.Array, decision: Decision, memory: Carry, active_B: jax.Array
+    ) -> Self:
+        """The active rows after a call, with what a rule decided for the columns in view."""
+        old_BN = take(self.tokens, columns_BN)
+        new_BN = jnp.where(active_B[:, None], decision.ids_BN, old_BN)
+        inside_BN = active_B[:, None] & (columns_BN < self.limit[:, None])
+        open_BN = jnp.where(inside_BN, decision.open_BN, take(self.open, columns_BN))
+        changed_BN = new_BN != old_BN
+        return dataclasses.replace(
+            self,
+            tokens=put(self.tokens, new_BN, columns_BN),
+            open=put(self.open, open_BN, columns_BN),
+            nfe=self.nfe + active_B,
+            step=self.step + active_B,
+            dirty=jnp.where(active_B, jnp.any(changed_BN, axis=1), self.dirty),
+            accepted=jnp.where(active_B, jnp.sum(changed_BN, axis=1), self.accepted),
+            unmask=keep(active_B, memory, self.unmask),
+        )
+
+    def judged(self, verdict: Verdict, active_B: jax.Array) -> Self:
+        """The active rows after the stop rules have had their say."""
+        written_BT = active_B[:, None] & (verdict.tokens_BT != self.tokens)
+        return dataclasses.replace(
+            self,
+            tokens=jnp.where(written_BT, verdict.tokens_BT, self.tokens),
+            open=self.open & ~written_BT,
+            dirty=self.dirty | jnp.any(written_BT, axis=1),
+            left=self.left | (active_B & verdict.leave_block_B),
+            done=self.done | (active_B & verdict.end_row_B),
+            stop=keep(active_B, verdict.carry, self.stop),
+        )
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Clock:
-    """Counters of dInfer's runner; they stand still elsewhere."""
+def keep(rows_B: jax.Array, new: Any, old: Any) -> Any:
+    """`new` in the given rows, `old` elsewhere; every array of both trees leads with the rows."""
 
-    unlooked: jax.Array
-    """int32: iterations still to be made before the next look."""
-    iteration: jax.Array
-    """int32: iterations of the request."""
-    filled: jax.Array
-    """bool: the cache holds something."""
-    seen_block: jax.Array
-    """int32: the block at the last look at the cache's age."""
+    def pick(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.where(rows_B.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+
+    return jax.tree.map(pick, new, old)

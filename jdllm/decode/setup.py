@@ -1,57 +1,36 @@
 """Setup: what a DecodeConfig means for one model, as objects that are static under jit."""
 
 import dataclasses
-from typing import Any
+import itertools
+from typing import TYPE_CHECKING, Any, Protocol
 
+import jax
+import jax.numpy as jnp
+
+from jdllm import stop as stops
 from jdllm import unmask
 from jdllm.decode.config import DecodeConfig
-from jdllm.model.cache import Plan
+from jdllm.decode.layout import BlockView, OpenView, View
+from jdllm.decode.plan import Plan
 from jdllm.model.config import ModelConfig
-from jdllm.stop import rule as stops
+from jdllm.unmask import Rule, Schedule
 from jdllm.unmask.indel import InDel
 from jdllm.unmask.speculate import Speculate
 
-
-@dataclasses.dataclass(frozen=True)
-class Quirks:
-    """Habits of one reference's loop that cost calls or couple rows; off by default."""
-
-    all_steps: bool = False
-    """Every step of the schedule is made, even when nothing is left to do."""
-    earlier_masks: bool = False
-    """Masks left of the block, the prompt's included, compete too."""
-    late_check: bool = False
-    """A cached pass follows the full pass that opens a block even if that finished it."""
-    coupled: bool = False
-    """Rows wait for each other, and several calls are made without looking (dInfer)."""
-    narrow: bool = False
-    """A shifted window ends one column before the block's end (dInfer)."""
-    first_column: bool = False
-    """The full pass that opens a block takes its first column only, and a window of a shifted
-    model begins at the block (Fast-dLLM's Dream)."""
-    average: bool = False
-    """Every row's quota comes from the batch's average number of masks (Dream)."""
-    predicts_mask: bool = False
-    """A predicted [MASK] counts as a token (LLaDA2)."""
-    late_finish: bool = False
-    """One more call sees the final tokens (SGLang)."""
-    greedy_target: bool = False
-    """The verifier's side forgets temperature and filters (apd)."""
-    heats_twice: bool = False
-    """A temperature that divides the logits scales the noise on them as well (apd)."""
+if TYPE_CHECKING:  # loop.py stands on this file
+    from jdllm.decode.loop import State, Work
 
 
-QUIRKS: dict[str, Quirks] = {
-    "none": Quirks(),
-    "llada": Quirks(all_steps=True, earlier_masks=True),
-    "fast_dllm": Quirks(late_check=True),
-    "dinfer": Quirks(coupled=True, narrow=True),
-    "dream": Quirks(all_steps=True, average=True),
-    "fast_dream": Quirks(first_column=True, average=True),
-    "llada2": Quirks(predicts_mask=True),
-    "sglang": Quirks(late_finish=True),
-    "apd": Quirks(greedy_target=True, heats_twice=True),
-}
+class Driver(Protocol):
+    """Who decides which rows take part in which calls, where it is not the loop in lockstep."""
+
+    def start(self, work: "Work", state: "State") -> "State":
+        """The state before the first block, from one in which nothing has been called yet."""
+        ...
+
+    def run_block(self, work: "Work", state: "State") -> "State":
+        """The state after one block of every row."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,46 +47,52 @@ class Smooth:
 class Setup:
     """A resolved DecodeConfig for one model: the rules as objects, static under jit."""
 
-    rule: unmask.Rule
-    schedule: unmask.Schedule
+    unmask: Rule
+    schedule: Schedule
     stop: stops.Stop
     plan: Plan
-    quirks: Quirks
+    view: View
+    """Which columns the rule is shown."""
     gen_length: int
     block_length: int
     align: bool
     whole_blocks: bool
     """The canvas is rounded up to whole blocks (block-causal models)."""
-    smooth: Smooth | None
-    cfg_scale: float
-    lookahead: int | None
-    kv_window: int | None
-    expected_tpf: int
-    maximum_unroll: int
-    extra_steps: int
-    """Steps a block may need beyond one for each column."""
+    smooth: Smooth | None = None
+    cfg_scale: float = 0.0
+    lookahead: int | None = None
+    extra_steps: int = 0
+    """Steps a block may need beyond those of its schedule, or one per column."""
+    block_lengths: tuple[int, ...] = ()
+    """Blocks of unequal length, one after another, instead of `block_length`."""
+    driver: Driver | None = None
+    """Default: every row in lockstep (loop.py)."""
 
     @property
     def blocks(self) -> int:
         """Blocks of a row, at most."""
-        return -(-self.gen_length // self.block_length) + self.align
+        return len(self.block_lengths) or -(-self.gen_length // self.block_length) + self.align
+
+    @property
+    def longest_block(self) -> int:
+        """Columns of the longest block."""
+        return max(self.block_lengths, default=self.block_length)
+
+    @property
+    def longest_canvas(self) -> int:
+        """Columns of all blocks together, at most."""
+        return sum(self.block_lengths) or self.blocks * self.block_length
 
     @property
     def step_limit(self) -> int:
-        """A bound on the steps of a block for any weights: each unmasks at least one position."""
-        return self.schedule.steps or self.block_length + 1 + self.extra_steps
-
-    @property
-    def least_steps(self) -> int:
-        """Steps that a reference makes in every block."""
-        if isinstance(self.schedule, unmask.CarryOver):
-            return self.schedule.per_block
-        return self.schedule.steps or 0
+        """A bound on the calls of a block for any weights: each fills at least one column."""
+        steps = self.schedule.steps or self.longest_block + 1
+        return steps + self.extra_steps + self.plan.warmup
 
     @property
     def block_calls(self) -> int:
-        """A bound on the model calls of a block."""
-        return 2 * self.step_limit + self.maximum_unroll * 2 + 3
+        """A bound on the model calls of a block, those that only write keys included."""
+        return 2 * self.step_limit + 3
 
     @property
     def call_limit(self) -> int:
@@ -127,6 +112,17 @@ class Setup:
         L = self.block_length
         return prompt_length // L * L if self.align else prompt_length
 
+    def block_span(self, prompt_B: jax.Array, block_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The first column of a block by its number, and the column behind its last one [B]."""
+        start_B = self.first_block(prompt_B)
+        if not self.block_lengths:
+            first_B = start_B + block_B * self.block_length
+            return first_B, first_B + self.block_length
+        edges = jnp.array([0, *itertools.accumulate(self.block_lengths)])
+        before_B = edges[jnp.minimum(block_B, self.blocks - 1)]
+        after_B = edges[jnp.minimum(block_B + 1, self.blocks)]
+        return start_B + before_B, start_B + after_B
+
     def canvas_length(self, prompt_length: Any) -> Any:
         """Columns of a prompt and what is decoded for it; an int or an array."""
         end, L = prompt_length + self.gen_length, self.block_length
@@ -135,8 +131,7 @@ class Setup:
 
 def make_rule(config: DecodeConfig, model: ModelConfig) -> unmask.Rule:
     """The rule that a resolved `config` describes, for the special ids of `model`."""
-    greedy, quirks = config.temperature == 0, QUIRKS[config.parity]
-    excluded = () if quirks.predicts_mask else (model.mask_id,)
+    greedy, excluded = config.temperature == 0, (model.mask_id,)
     end_of_turn = tuple(i for i in model.stop_ids if i != model.eos_id)
     # The reference writes -inf into both tensors, which are one and the same at temperature 0.
     ends = (model.eos_id, *end_of_turn) if greedy else end_of_turn
@@ -160,22 +155,16 @@ def make_rule(config: DecodeConfig, model: ModelConfig) -> unmask.Rule:
         "entropy": unmask.NegativeEntropy(),
     }
     divides = config.sampling == "categorical"
-    noise = 1.0 if divides and not greedy and not quirks.heats_twice else config.temperature
+    noise = 1.0 if divides and not greedy else config.temperature
     warp = None
     if config.top_p is not None or config.top_k is not None or (divides and not greedy):
         heat = config.temperature if divides else 0.0
         warp = unmask.Warp(heat, config.top_p, config.top_k, bool(config.top_k_first), excluded)
     if config.rule == "verify":
-        return Speculate(excluded, config.verify_weight, noise, quirks.greedy_target, warp)
+        return Speculate(excluded, config.verify_weight, noise, warp=warp)
     edit = None
-    if config.edit_threshold is not None or quirks.late_finish:
-        edit = unmask.Edit(
-            # SGLang's LowConfidence edits nothing, but also ends a block with a clean pass
-            1.0 if config.edit_threshold is None else config.edit_threshold,
-            config.edit_passes,
-            config.edit_penalty,
-            quirks.late_finish,
-        )
+    if config.edit_threshold is not None:
+        edit = unmask.Edit(config.edit_threshold, config.edit_passes, config.edit_penalty)
     if config.delete_id is not None and config.split_id is not None and edit is not None:
         return InDel(threshold, edit.threshold, edit.passes, model.mask_id,
                      config.delete_id, config.split_id)  # fmt: skip
@@ -201,7 +190,7 @@ def make_schedule(config: DecodeConfig, blocks: int) -> unmask.Schedule:
     if config.rule == "allowance":
         return unmask.CarryOver(per_block)
     if config.schedule == "timesteps":
-        return unmask.Timesteps(per_block, config.eps, QUIRKS[config.parity].average)
+        return unmask.Timesteps(per_block, config.eps)
     if config.schedule == "columns":  # LLaDA2 counts the steps of every block by itself
         return unmask.Columns(config.block_length or 1, config.steps)
     return unmask.Masks(per_block)
@@ -214,7 +203,7 @@ def make_stop(config: DecodeConfig, model: ModelConfig) -> stops.Stop:
         "none": stops.NoStop(),
         "eos": stops.EosStop(model.eos_id, model.stop_ids, after_block=edits),
         "eos_fill": stops.EosFill(model.eos_id),
-        "eos_block": stops.EosBlock(model.eos_id, config.parity == "dinfer", config.stop_fill),
+        "eos_block": stops.EosBlock(model.eos_id, fill=config.stop_fill),
         "eos_return": stops.EosReturn(model.eos_id),
         "eos_any": stops.EosAnywhere(model.eos_id),
     }
@@ -229,7 +218,8 @@ def make_stop(config: DecodeConfig, model: ModelConfig) -> stops.Stop:
 def make_setup(config: DecodeConfig, model: ModelConfig) -> Setup:
     """Static description of the loop for a resolved `config` and `model`.
 
-    ValueError where the config is still open, or does not fit the model.
+    The config's `parity` is not looked at: jdllm.parity puts that on top. ValueError where the
+    config is still open, or does not fit the model.
     """
     if model.causal:
         raise ValueError(
@@ -253,34 +243,32 @@ def make_setup(config: DecodeConfig, model: ModelConfig) -> Setup:
             f"cont_weight={config.cont_weight} feeds a mask what stands in its own row of the "
             "logits, which in this model predicts the next token; set cont_weight=0"
         )
-    quirks = QUIRKS[config.parity]
-    edits = config.edit_threshold is not None or quirks.late_finish
     smooth = None
     if config.cont_weight:
         smooth = Smooth(
             config.cont_weight, config.cont_init, config.cont_growth, config.threshold_decay
         )
+    gen_length, block_length = config.gen_length, config.block_length
+    from_open = config.lookahead or (config.kv_window and block_length)
     return Setup(
-        rule=make_rule(config, model),
-        schedule=make_schedule(config, -(-config.gen_length // config.block_length)),
+        unmask=make_rule(config, model),
+        schedule=make_schedule(config, -(-gen_length // block_length)),
         stop=make_stop(config, model),
         plan=Plan(
             config.cache,
             config.refresh_every,
             config.warmup,
-            config.prefix_look,
-            config.after_look,
+            before=config.prefix_look + model.shift_logits,
+            after=config.after_look,
+            window=config.kv_window,
         ),
-        quirks=quirks,
-        gen_length=config.gen_length,
-        block_length=config.block_length,
+        view=OpenView(from_open) if from_open else BlockView(block_length),
+        gen_length=gen_length,
+        block_length=block_length,
         align=bool(config.align),
         whole_blocks=model.block_causal is not None,
         smooth=smooth,
         cfg_scale=config.cfg_scale,
         lookahead=config.lookahead,
-        kv_window=config.kv_window,
-        expected_tpf=config.expected_tpf,
-        maximum_unroll=config.maximum_unroll if quirks.coupled else 0,
-        extra_steps=config.edit_passes + 2 if edits else 0,
+        extra_steps=0 if config.edit_threshold is None else config.edit_passes + 2,
     )

@@ -11,13 +11,16 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from jdllm.decode.loop import Loop, close_trace, make_loop
-from jdllm.decode.rows import DecodeState, Request
+from jdllm.decode.loop import close_trace, run_block
+from jdllm.decode.rows import Request
 from jdllm.decode.setup import Setup
+from jdllm.decode.start import start
+from jdllm.decode.trace import Trace
+from jdllm.decode.work import State, Work, make_work
 from jdllm.model.cache import Cache
 from jdllm.runtime import processes, sharding
 
-Blocks = Callable[[nnx.State, Request, nnx.State | None], Iterator[DecodeState]]
+Blocks = Callable[[nnx.State, Request, nnx.State | None], Iterator[State]]
 
 
 def compile_blocks(
@@ -36,15 +39,15 @@ def compile_blocks(
     takes the room of one block. Read a state before asking for the next, which takes its buffers.
     """
 
-    def loop(params: nnx.State, request: Request, verifier_params: nnx.State | None) -> Loop:
-        return make_loop(graph, params, request, setup, verifier_graph, verifier_params)
+    def work(params: nnx.State, request: Request, verifier_params: nnx.State | None) -> Work:
+        return make_work(graph, params, request, setup, verifier_graph, verifier_params)
 
-    def begin(*inputs) -> DecodeState:
-        return close_trace(loop(*inputs).start(setup.block_calls))
+    def begin(*inputs) -> State:
+        return close_trace(start(work(*inputs), setup.block_calls))
 
-    def advance(state: DecodeState, *inputs) -> DecodeState:
-        fresh = loop(*inputs).fresh_trace(setup.block_calls, state.forwards)
-        return close_trace(loop(*inputs).run_block(dataclasses.replace(state, trace=fresh)))
+    def advance(state: State, *inputs) -> State:
+        fresh = Trace.empty(setup, state.rows.tokens, setup.block_calls, state.forwards)
+        return close_trace(run_block(work(*inputs), dataclasses.replace(state, trace=fresh)))
 
     given = params, request, verifier_params
     shapes = jax.eval_shape(begin, *given)
@@ -56,20 +59,20 @@ def compile_blocks(
     )
     following = again.lower(placed, *given).compile()
 
-    def run(*inputs) -> Iterator[DecodeState]:
+    def run(*inputs) -> Iterator[State]:
         yield (state := first(*inputs))
-        done = processes.gather(state.done)
+        done = processes.gather(state.rows.done)
         for _ in range(setup.blocks):
             if np.all(done):
                 return
             state = following(state, *inputs)
-            done = processes.gather(state.done)
+            done = processes.gather(state.rows.done)
             yield state
 
     return run
 
 
-def lay_out(state: DecodeState, mesh: Mesh) -> DecodeState:
+def lay_out(state: State, mesh: Mesh) -> State:
     """Where the arrays of a state lie: rows along the mesh's data axis, cached heads as weights."""
 
     def by_row(x: jax.ShapeDtypeStruct) -> NamedSharding:

@@ -1,10 +1,7 @@
-"""Cache: keys and values of every layer, preallocated and written in place.
-
-The strategies differ only in which columns are computed again each step, and when all of them are.
-"""
+"""Cache: keys and values of every layer, preallocated and written in place."""
 
 import dataclasses
-from typing import Literal, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -59,35 +56,3 @@ def write(old_BSGK: jax.Array, new_BTGK: jax.Array, columns_BT: jax.Array) -> ja
         )
 
     return jax.vmap(one)(old_BSGK, new_BTGK.astype(old_BSGK.dtype), columns_BT)
-
-
-Kind = Literal["none", "prefix", "dual", "block"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a step recomputes, and when a full pass, which also decodes, renews the cache.
-
-    none: every step is a full pass; exact. prefix and dual (Fast-dLLM): a full pass opens each
-    block, then a step feeds the block and all behind it, or the block alone, against keys that are
-    stale; both are approximations for a bidirectional model. block: finished columns are fed
-    once, when they are final, and later columns stay unseen; exact for a block-causal model.
-    """
-
-    kind: Kind = "none"
-    refresh_every: int | None = None
-    """A full pass also comes before every so many steps (prefix and dual)."""
-    warmup: int = 0
-    """So many full passes come before the first step (dInfer's vicinity refresh)."""
-    look_back: int = 0
-    """Columns before the block that a step also feeds (vicinity refresh)."""
-    look_ahead: int = 0
-    """Columns behind the block that a step also feeds (vicinity refresh)."""
-
-    @property
-    def refreshes(self) -> bool:
-        return self.kind in ("prefix", "dual")
-
-    @property
-    def vicinity(self) -> bool:
-        return bool(self.warmup or self.look_back or self.look_ahead)

@@ -10,12 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jdllm.stop.rule import Look, Stop
+from jdllm.stop.rule import Look, Stop, Verdict, after, first
 
 
 @dataclasses.dataclass(frozen=True)
 class StopStrings:
-    """`inner`, and a row also ends once a marked sequence of ids has no mask before its end.
+    """`inner`, and a row also ends once a marked sequence of ids has no open column before its end.
 
     Every sequence must decode to text that holds a stop string. The text up to there can change no
     more, so a completion is the same with this rule and without it; eos fills the rest.
@@ -28,24 +28,23 @@ class StopStrings:
     def start(self, tokens_BT: jax.Array) -> Any:
         return self.inner.start(tokens_BT)
 
-    def __call__(
-        self, tokens_BT: jax.Array, look: Look, carry: Any
-    ) -> tuple[jax.Array, jax.Array, Any]:
-        tokens_BT, done_B, carry = self.inner(tokens_BT, look, carry)
+    def __call__(self, look: Look, carry: Any) -> Verdict:
+        verdict = self.inner(look, carry)
+        tokens_BT = verdict.tokens_BT
+        open_BT = look.open_BT & (tokens_BT == look.tokens_BT)
         B, T = tokens_BT.shape
         hit_BT = jnp.zeros((B, T), bool)  # at the last id of a sequence
+        written_BT = jnp.where(look.generated_BT & ~open_BT, tokens_BT, -1)
         for length in sorted({len(sequence) for sequence in self.sequences}):
             wanted_NL = jnp.array([s for s in self.sequences if len(s) == length])
             if length > T:
                 continue
             match_BTN = jnp.ones((B, T - length + 1, len(wanted_NL)), bool)
             for i in range(length):
-                own_BT = jnp.where(look.generated_BT, tokens_BT, -1)[:, i : T - length + 1 + i]
+                own_BT = written_BT[:, i : T - length + 1 + i]
                 match_BTN &= own_BT[..., None] == wanted_NL[:, i]
             hit_BT = hit_BT.at[:, length - 1 :].max(jnp.any(match_BTN, -1))
-        open_BT = look.generated_BT & (tokens_BT == look.mask_id)
-        columns_T = jnp.arange(T)
-        end_B = jnp.min(jnp.where(hit_BT, columns_T, T), axis=1)
-        ended_B = end_B < jnp.min(jnp.where(open_BT, columns_T, T), axis=1)
-        behind_BT = look.generated_BT & (columns_T > end_B[:, None]) & ended_B[:, None]
-        return jnp.where(behind_BT, self.eos_id, tokens_BT), done_B | ended_B, carry
+        ended_B = first(hit_BT) < first(open_BT)
+        behind_BT = look.generated_BT & after(hit_BT) & ended_B[:, None]
+        tokens_BT = jnp.where(behind_BT, self.eos_id, tokens_BT)
+        return verdict._replace(tokens_BT=tokens_BT, end_row_B=verdict.end_row_B | ended_B)

@@ -16,7 +16,16 @@ from jdllm.unmask.confidence import (
 from jdllm.unmask.credit import Credit
 from jdllm.unmask.edit import Edit
 from jdllm.unmask.rule import Carry, Decision, Rule, Unmasker
-from jdllm.unmask.schedule import CarryOver, Columns, Each, Masks, Schedule, Timesteps, split_quota
+from jdllm.unmask.schedule import (
+    CarryOver,
+    Columns,
+    Each,
+    Masks,
+    Pace,
+    Schedule,
+    Timesteps,
+    split_quota,
+)
 from jdllm.unmask.selection import (
     Allowance,
     EntropyBound,
@@ -26,11 +35,11 @@ from jdllm.unmask.selection import (
     Share,
     Threshold,
 )
-from jdllm.unmask.view import Draw, View
+from jdllm.unmask.view import Draw, Verify, View
 
 __all__ = [
     "Allowance", "Argmax", "Carry", "CarryOver", "Columns", "Credit", "Decision", "Draw", "Each",
     "Edit", "EntropyBound", "Factor", "Gumbel", "Hierarchy", "Leftmost", "Margin", "Masks",
-    "NegativeEntropy", "Probability", "Quota", "Random", "Rule", "Schedule", "Share", "Tempered",
-    "Threshold", "Timesteps", "Unmasker", "View", "Warp", "split_quota",
+    "NegativeEntropy", "Pace", "Probability", "Quota", "Random", "Rule", "Schedule", "Share",
+    "Tempered", "Threshold", "Timesteps", "Unmasker", "Verify", "View", "Warp", "split_quota",
 ]  # fmt: skip

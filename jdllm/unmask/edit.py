@@ -22,25 +22,22 @@ class Edits(NamedTuple):
 class Edit:
     """Replaces a generated token of the block once another one's probability is above `threshold`.
 
-    A block is finished when a call that began without masks edits nothing, or after `passes` such
-    calls. LLaDA2.1 does not make the call that would exceed them; SGLang makes it and drops its
-    result, so that its cache has seen the final tokens (`late`).
+    A block is finished when a call that began with nothing open edits nothing, or after `passes`
+    such calls. LLaDA2.1 does not make the call that would exceed them; where it is made all the
+    same, as in SGLang, its result is dropped.
     """
 
     threshold: float
     passes: int = 16
     penalty: float = 0.0
     """Taken off the logit of the left neighbour's token, against repetition (SGLang)."""
-    late: bool = False
 
     def start(self, rows: int) -> Edits:
         return Edits(jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool))
 
-    def wants(self, masks_B: jax.Array, state: Edits) -> jax.Array:
+    def wants(self, open_B: jax.Array, state: Edits) -> jax.Array:
         """Rows that want another call [B]."""
-        if self.late:
-            return ~state.finished_B
-        return (masks_B > 0) | (~state.finished_B & (state.passes_B < self.passes))
+        return (open_B > 0) | (~state.finished_B & (state.passes_B < self.passes))
 
     def discourage(self, logits_BNV: jax.Array, ids_BN: jax.Array) -> jax.Array:
         """Logits with the penalty on every position's left neighbour."""
@@ -53,7 +50,7 @@ class Edit:
         self, new_BN: jax.Array, ids_BN: jax.Array, p_BN: jax.Array, view: View, old: Edits
     ) -> tuple[jax.Array, Edits]:
         """The block after unmasking [B, N] with edits applied, and the new state."""
-        began_clean_B = ~jnp.any(view.masked_BN, axis=-1)
+        began_clean_B = ~jnp.any(view.open_BN, axis=-1)
         passes_B = old.passes_B + began_clean_B
         spent_B = began_clean_B & (passes_B > self.passes)
         edits_BN = view.settled_BN & (p_BN > self.threshold) & (ids_BN != view.ids_BN)

@@ -57,13 +57,13 @@ class InDel:
         original_BN = jnp.ones((rows, columns), bool)
         return {"indel": Memory(original_BN, zero_B, zero_B, no_B, no_B, none_BSN, none_BSN)}
 
-    def wants(self, masks_B: jax.Array, carry: Carry) -> jax.Array:
+    def wants(self, open_B: jax.Array, carry: Carry) -> jax.Array:
         return ~carry["indel"].closed_B
 
     def __call__(self, view: View, carry: Carry) -> tuple[Decision, Carry]:
         old: Memory = carry["indel"]
         logits = view.logits_BNV.astype(jnp.float32)
-        original_BN = old.original_BN & view.masked_BN
+        original_BN = old.original_BN & view.open_BN
         left_B = jnp.sum(original_BN, axis=1)
         calls_B, passes_B = old.calls_B + 1, old.passes_B + (left_B == 0)
         over_B = calls_B > view.ids_BN.shape[1] + self.passes
@@ -83,7 +83,7 @@ class InDel:
         ids_BN = self._untried(view, logits, ids_BN, p_BN, chosen_BN & ~final_B[:, None],
                                original_BN, old)  # fmt: skip
         new_BN = jnp.where(chosen_BN, ids_BN, view.ids_BN)
-        given_BN = ~view.masked_BN & ~view.settled_BN
+        given_BN = ~view.open_BN & ~view.settled_BN
         rebuilt_BN, flags_BN = self._rebuilt(new_BN, view.ids_BN, original_BN, given_BN)
         changed_B = jnp.any(rebuilt_BN != view.ids_BN, axis=1)
         finished_B = old.finished_B | none_B | final_B
@@ -98,13 +98,14 @@ class InDel:
             blocks_BSN=jnp.where(at_BS1, view.ids_BN[:, None], old.blocks_BSN),
             written_BSN=jnp.where(at_BS1, written_BN[:, None], old.written_BSN),
         )
-        return Decision(rebuilt_BN, ids_BN, p_BN), carry | {"indel": memory}
+        open_BN = ~given_BN & (rebuilt_BN == self.mask_id)
+        return Decision(rebuilt_BN, open_BN, ids_BN, p_BN), carry | {"indel": memory}
 
     def _unmasked(
         self, view: View, original_BN: jax.Array, p_BN: jax.Array, final_B: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Masks that are filled in this call, and whether it is the last that changes anything."""
-        masked_BN = view.masked_BN
+        masked_BN = view.open_BN
         wanted_B = jnp.sum(masked_BN & ~original_BN, axis=1) + 1
         sure_BN = masked_BN & (p_BN > self.threshold)
         best_BN = masked_BN & (rank(p_BN, masked_BN) < wanted_B[:, None])

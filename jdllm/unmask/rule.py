@@ -23,6 +23,8 @@ class Decision(NamedTuple):
 
     ids_BN: jax.Array
     """The columns' new contents."""
+    open_BN: jax.Array
+    """Which of them are still to be filled."""
     candidate_BN: jax.Array
     """The token that each position would take."""
     value_BN: jax.Array
@@ -41,8 +43,8 @@ class Rule(Protocol):
         """The carry of a fresh block of at most `calls` calls."""
         ...
 
-    def wants(self, masks_B: jax.Array, carry: Carry) -> jax.Array:
-        """Rows whose block needs another call, given how many masks are left [B]."""
+    def wants(self, open_B: jax.Array, carry: Carry) -> jax.Array:
+        """Rows whose block needs another call, given how many of its columns are open [B]."""
         ...
 
     def __call__(self, view: View, carry: Carry) -> tuple[Decision, Carry]: ...
@@ -77,8 +79,8 @@ class Unmasker:
             carry["edit"] = self.edit.start(rows)
         return carry
 
-    def wants(self, masks_B: jax.Array, carry: Carry) -> jax.Array:
-        return self.edit.wants(masks_B, carry["edit"]) if self.edit else masks_B > 0
+    def wants(self, open_B: jax.Array, carry: Carry) -> jax.Array:
+        return self.edit.wants(open_B, carry["edit"]) if self.edit else open_B > 0
 
     def __call__(self, view: View, carry: Carry) -> tuple[Decision, Carry]:
         carry = dict(carry)
@@ -88,7 +90,7 @@ class Unmasker:
         else:
             logits = without(view.logits_BNV.astype(jnp.float32), self.forbidden)
             if self.credit:
-                logits, carry["credit"] = self.credit(logits, view.masked_BN, carry["credit"])
+                logits, carry["credit"] = self.credit(logits, view.open_BN, carry["credit"])
             if self.edit:
                 logits = self.edit.discourage(logits, view.ids_BN)
             if self.warp:
@@ -97,7 +99,7 @@ class Unmasker:
             score_BN = self.confidence(logits, ids_BN, view.draw)
         value_BN = self.confidence.value(score_BN)
         chosen_BN = self.selection(score_BN, value_BN, view)
-        new_BN = jnp.where(chosen_BN, ids_BN, view.ids_BN)
+        new_BN, open_BN = jnp.where(chosen_BN, ids_BN, view.ids_BN), view.open_BN & ~chosen_BN
         if self.edit:
             new_BN, carry["edit"] = self.edit(new_BN, ids_BN, value_BN, view, carry["edit"])
-        return Decision(new_BN, ids_BN, value_BN), carry
+        return Decision(new_BN, open_BN, ids_BN, value_BN), carry

@@ -4,28 +4,41 @@ A schedule that has `steps` bounds the steps of a block; the others are bounded 
 """
 
 import dataclasses
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 
+class Pace(NamedTuple):
+    """How far each row's block has come."""
+
+    opened_B: jax.Array
+    """Columns that were open at its start."""
+    open_B: jax.Array
+    """Columns in view that are open now."""
+    step_B: jax.Array
+    """Calls made for it."""
+    block_B: jax.Array
+    """Its number."""
+
+
 class Schedule(Protocol):
-    """Masks at the block's start and now [B], step -> quota [B], share of the masks [B]."""
+    """Says how many tokens the coming step should reveal [B], and which share of the open [B]."""
 
     @property
-    def steps(self) -> int | None: ...
+    def steps(self) -> int | None:
+        """The steps of a block, where the schedule bounds them."""
+        ...
 
-    def __call__(
-        self, opened_B: jax.Array, masks_B: jax.Array, step: jax.Array
-    ) -> tuple[jax.Array, jax.Array]: ...
+    def __call__(self, pace: Pace) -> tuple[jax.Array, jax.Array]: ...
 
 
-def split_quota(masks_B: jax.Array, steps: int, step: jax.Array) -> jax.Array:
-    """How many of a block's `masks_B` masks go in `step` of `steps`: the remainder goes first."""
+def split_quota(masks_B: jax.Array, steps: int, step_B: jax.Array) -> jax.Array:
+    """How many of a block's `masks_B` masks go in a step of `steps`: the remainder goes first."""
     base_B, rest_B = masks_B // steps, masks_B % steps
-    return jnp.where(step < steps, base_B + (step < rest_B), 0)
+    return jnp.where(step_B < steps, base_B + (step_B < rest_B), 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +48,8 @@ class Each:
     tokens: int = 1
     steps: int | None = None
 
-    def __call__(self, opened_B, masks_B, step):
-        return jnp.full_like(masks_B, self.tokens), jnp.ones(masks_B.shape)
+    def __call__(self, pace: Pace) -> tuple[jax.Array, jax.Array]:
+        return jnp.full_like(pace.open_B, self.tokens), jnp.ones(pace.open_B.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +58,9 @@ class Masks:
 
     steps: int
 
-    def __call__(self, opened_B, masks_B, step):
-        return split_quota(opened_B, self.steps, step), jnp.ones(masks_B.shape)
+    def __call__(self, pace: Pace) -> tuple[jax.Array, jax.Array]:
+        quota_B = split_quota(pace.opened_B, self.steps, pace.step_B)
+        return quota_B, jnp.ones(quota_B.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +70,9 @@ class Columns:
     length: int
     steps: int
 
-    def __call__(self, opened_B, masks_B, step):
-        columns_B = jnp.full_like(masks_B, self.length)
-        return split_quota(columns_B, self.steps, step), jnp.ones(masks_B.shape)
+    def __call__(self, pace: Pace) -> tuple[jax.Array, jax.Array]:
+        columns_B = jnp.full_like(pace.open_B, self.length)
+        return split_quota(columns_B, self.steps, pace.step_B), jnp.ones(columns_B.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +90,11 @@ class CarryOver:
     def steps(self) -> int | None:
         return None
 
-    def __call__(self, opened_B, masks_B, step):
-        due_B = jnp.minimum(step + 1, self.per_block) * (opened_B // self.per_block)
-        due_B = jnp.where(step + 1 >= self.per_block, opened_B, due_B)
-        return jnp.maximum(due_B - (opened_B - masks_B), 1), jnp.ones(masks_B.shape)
+    def __call__(self, pace: Pace) -> tuple[jax.Array, jax.Array]:
+        opened_B, now_B = pace.opened_B, pace.step_B + 1
+        due_B = jnp.minimum(now_B, self.per_block) * (opened_B // self.per_block)
+        due_B = jnp.where(now_B >= self.per_block, opened_B, due_B)
+        return jnp.maximum(due_B - (opened_B - pace.open_B), 1), jnp.ones(due_B.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,14 +110,13 @@ class Timesteps:
     eps: float
     mean: bool = False
 
-    def __call__(self, opened_B, masks_B, step):
-        shares = jnp.asarray(self.shares())
-        share = shares[jnp.minimum(step, self.steps - 1)]
-        masks = masks_B.astype(jnp.float32)
+    def __call__(self, pace: Pace) -> tuple[jax.Array, jax.Array]:
+        share_B = jnp.asarray(self.shares())[jnp.minimum(pace.step_B, self.steps - 1)]
+        masks_B = pace.open_B.astype(jnp.float32)
         if self.mean:
-            rows = jnp.maximum(jnp.sum(opened_B > 0), 1)
-            masks = jnp.full_like(masks, jnp.sum(masks) / rows)
-        return (masks * share).astype(jnp.int32), jnp.full_like(masks, share)
+            rows = jnp.maximum(jnp.sum(pace.opened_B > 0), 1)
+            masks_B = jnp.full_like(masks_B, jnp.sum(masks_B) / rows)
+        return (masks_B * share_B).astype(jnp.int32), share_B
 
     def shares(self) -> np.ndarray:
         """1 - s/t of every step [steps], float32, the last one 1."""

@@ -12,7 +12,7 @@ Edge = Literal["at_least", "above", "slack"]
 
 
 class Selection(Protocol):
-    """Picks positions: score and value [B, N] -> bool [B, N], within view.masked_BN."""
+    """Picks positions: score and value [B, N] -> bool [B, N], within view.open_BN."""
 
     def __call__(self, score_BN: jax.Array, value_BN: jax.Array, view: View) -> jax.Array: ...
 
@@ -22,7 +22,7 @@ class Quota:
     """As many of the best as the schedule wants."""
 
     def __call__(self, score_BN: jax.Array, value_BN: jax.Array, view: View) -> jax.Array:
-        return view.masked_BN & (rank(score_BN, view.masked_BN) < view.quota_B[:, None])
+        return view.open_BN & (rank(score_BN, view.open_BN) < view.quota_B[:, None])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +40,10 @@ class Threshold:
     def __call__(self, score_BN: jax.Array, value_BN: jax.Array, view: View) -> jax.Array:
         bar_B1 = jnp.maximum(self.threshold, view.floor_B)[:, None]
         if self.edge == "slack":
-            best_B = jnp.max(jnp.where(view.masked_BN, value_BN, -jnp.inf), axis=-1)
+            best_B = jnp.max(jnp.where(view.open_BN, value_BN, -jnp.inf), axis=-1)
             bar_B1 = jnp.minimum(bar_B1, best_B[:, None] - 1e-5)
         passes_BN = value_BN > bar_B1 if self.edge == "above" else value_BN >= bar_B1
-        sure_BN = view.masked_BN & passes_BN
+        sure_BN = view.open_BN & passes_BN
         enough_B = jnp.sum(sure_BN, axis=-1) >= view.quota_B
         return jnp.where(enough_B[:, None], sure_BN, Quota()(score_BN, value_BN, view))
 
@@ -58,8 +58,8 @@ class Allowance:
     threshold: float
 
     def __call__(self, score_BN: jax.Array, value_BN: jax.Array, view: View) -> jax.Array:
-        rank_BN = rank(score_BN, view.masked_BN)
-        allowed_BN = view.masked_BN & (rank_BN < view.quota_B[:, None])
+        rank_BN = rank(score_BN, view.open_BN)
+        allowed_BN = view.open_BN & (rank_BN < view.quota_B[:, None])
         return allowed_BN & ((rank_BN == 0) | (value_BN >= self.threshold))
 
 
@@ -73,13 +73,13 @@ class Factor:
     factor: float
 
     def __call__(self, score_BN: jax.Array, value_BN: jax.Array, view: View) -> jax.Array:
-        rank_BN = rank(score_BN, view.masked_BN)
+        rank_BN = rank(score_BN, view.open_BN)
         bar_BN = 1 - self.factor / (rank_BN + 2)
-        fails_BN = view.masked_BN & (rank_BN > 0) & (value_BN < bar_BN)
-        last_B = jnp.sum(view.masked_BN, axis=-1) - 1
+        fails_BN = view.open_BN & (rank_BN > 0) & (value_BN < bar_BN)
+        last_B = jnp.sum(view.open_BN, axis=-1) - 1
         first_B = jnp.min(jnp.where(fails_BN, rank_BN, last_B[:, None]), axis=-1)
         count_B = first_B + ((first_B == 0) | (first_B == last_B))
-        return view.masked_BN & (rank_BN < count_B[:, None])
+        return view.open_BN & (rank_BN < count_B[:, None])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Hierarchy:
     low: float
 
     def __call__(self, score_BN: jax.Array, value_BN: jax.Array, view: View) -> jax.Array:
-        masked_BN = view.masked_BN
+        masked_BN = view.open_BN
         before_BN = jnp.pad(masked_BN[:, :-1], ((0, 0), (1, 0)))
         run_BN = jnp.cumsum(masked_BN & ~before_BN, axis=-1)
         rank_BN = rank(score_BN, masked_BN)
@@ -116,11 +116,11 @@ class EntropyBound:
     bound: float
 
     def __call__(self, score_BN: jax.Array, value_BN: jax.Array, view: View) -> jax.Array:
-        rank_BN = rank(score_BN, view.masked_BN)
-        entropy_BN = jnp.where(view.masked_BN, -value_BN, 0.0)
-        upto_BNN = (rank_BN[:, None, :] <= rank_BN[:, :, None]) & view.masked_BN[:, None, :]
+        rank_BN = rank(score_BN, view.open_BN)
+        entropy_BN = jnp.where(view.open_BN, -value_BN, 0.0)
+        upto_BNN = (rank_BN[:, None, :] <= rank_BN[:, :, None]) & view.open_BN[:, None, :]
         total_BN = jnp.sum(jnp.where(upto_BNN, entropy_BN[:, None, :], 0.0), axis=-1)
-        return view.masked_BN & ((total_BN < self.bound) | (rank_BN == 0))
+        return view.open_BN & ((total_BN < self.bound) | (rank_BN == 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,4 +128,4 @@ class Share:
     """Dream's origin: every mask by itself, with the probability that the schedule says."""
 
     def __call__(self, score_BN: jax.Array, value_BN: jax.Array, view: View) -> jax.Array:
-        return view.masked_BN & (value_BN < view.share_B[:, None])
+        return view.open_BN & (value_BN < view.share_B[:, None])

@@ -36,8 +36,8 @@ class Speculate:
     def start(self, rows: int, columns: int, calls: int) -> Carry:
         return {}
 
-    def wants(self, masks_B: jax.Array, carry: Carry) -> jax.Array:
-        return masks_B > 0
+    def wants(self, open_B: jax.Array, carry: Carry) -> jax.Array:
+        return open_B > 0
 
     def __call__(self, view: View, carry: Carry) -> tuple[Decision, Carry]:
         assert view.verify is not None  # make_setup and the loop see to it
@@ -48,18 +48,19 @@ class Speculate:
             noise = self.noise * gumbel(view.draw(view.logits_BNV.shape[1:])[..., :known])
         warped = self._warped(logits)
         draft_BN = self._best(warped + noise)
-        known_BN = jnp.where(view.masked_BN, draft_BN, view.ids_BN)
+        known_BN = jnp.where(view.open_BN, draft_BN, view.ids_BN)
         verifier, cache = view.verify.logits(known_BN, carry["verifier"])
         mixed = self.weight * logits + (1 - self.weight) * verifier[..., :known]
         if not self.greedy_target:
             mixed = self._warped(mixed) + noise
-        forced_BN = jnp.cumsum(view.masked_BN, axis=-1) == 1
-        differs_BN = view.masked_BN & ~forced_BN & (self._best(mixed) != draft_BN)
-        chosen_BN = view.masked_BN & (jnp.cumsum(differs_BN, axis=-1) == 0)
+        forced_BN = jnp.cumsum(view.open_BN, axis=-1) == 1
+        differs_BN = view.open_BN & ~forced_BN & (self._best(mixed) != draft_BN)
+        chosen_BN = view.open_BN & (jnp.cumsum(differs_BN, axis=-1) == 0)
         new_BN = jnp.where(chosen_BN, draft_BN, view.ids_BN)
         confidence = Probability()
         value_BN = confidence.value(confidence(warped, draft_BN, view.draw))
-        return Decision(new_BN, draft_BN, value_BN), carry | {"verifier": cache}
+        open_BN = view.open_BN & ~chosen_BN
+        return Decision(new_BN, open_BN, draft_BN, value_BN), carry | {"verifier": cache}
 
     def _warped(self, logits: jax.Array) -> jax.Array:
         return self.warp(logits) if self.warp else logits

@@ -30,7 +30,7 @@ class View:
 
     ids_BN: jax.Array
     """The canvas there."""
-    masked_BN: jax.Array
+    open_BN: jax.Array
     """Positions that may be unmasked."""
     settled_BN: jax.Array
     """Generated positions that hold a token; rules that edit may replace it."""
@@ -41,6 +41,8 @@ class View:
     floor_B: jax.Array
     """A bar that confidence must pass whatever the rule's own threshold is."""
     draw: Draw
+    full: bool = False
+    """Whether this call renews the cache, where there is one: of those that open a block."""
     verify: Verify | None = None
     """The verifier model, where the request has one."""
     best: Best | None = None

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from jdllm import DecodeConfig
 from jdllm.batches import row_seeds
-from jdllm.decode import decode, make_setup
+from jdllm.decode import decode
 from jdllm.llm import LLM
 from jdllm.model.config import NO_ID
 from jdllm.model.transformer import assemble, named
+from jdllm.parity import make_setup
 from jdllm.runtime import sharding
 from jdllm.viz import trace
 from jdllm.viz.trace import LOOKS, Record

@@ -11,10 +11,11 @@ import pytest
 
 from jdllm import DecodeConfig
 from jdllm.batches import bucket, plan_batches
-from jdllm.decode import decode, make_setup
+from jdllm.decode import decode
 from jdllm.llm import LLM
 from jdllm.model.config import NO_ID
 from jdllm.model.transformer import assemble, named
+from jdllm.parity import make_setup
 from tests.support.tiny_models import TINY, canvases, random_prompts, tiny
 
 SHORT: dict[str, Any] = {"gen_length": 12, "block_length": 4}

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from jdllm import DecodeConfig
-from jdllm.decode import make_setup
 from jdllm.decode.checks import CONFLICTS, RANGES, READERS
+from jdllm.parity import make_setup
 from jdllm.score.likelihood import LikelihoodConfig
 from tests.support.tiny_models import TINY
 

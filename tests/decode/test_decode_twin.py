@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, assume, given, reject, settings
 from hypothesis import strategies as st
 
 from jdllm import DecodeConfig
-from jdllm.decode import make_setup
+from jdllm.parity import make_setup
 from tests.support.oracle import is_close, oracle
 from tests.support.tiny_models import canvases, plain, random_prompts, tiny
 

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from jdllm import DecodeConfig, batches
 from jdllm.batches import WORTH, bucket, common_prefixes, prefix_lengths
-from jdllm.decode import decode, make_setup, read_prefix
+from jdllm.decode import decode, read_prefix
 from jdllm.llm import LLM, Batch, Completion
+from jdllm.parity import make_setup
 from jdllm.runtime import sharding
 from tests.support.models import on_mesh, random_arrays
 from tests.support.tiny_models import TINY, random_prompts, tiny

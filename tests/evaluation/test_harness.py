@@ -244,16 +244,19 @@ def test_stop_rule_waits_for_masks_on_its_left():
     )
     generated = jnp.arange(7) >= jnp.full((4, 1), 2)
     look = Look(
+        tokens_BT=tokens,
+        open_BT=generated & (tokens == 0),
         generated_BT=generated,
         block_BT=generated,
-        mask_id=0,
         opening=False,
         closing=False,
+        done_B=jnp.zeros(4, bool),
         nfe_B=jnp.ones(4, int),
+        step_B=jnp.ones(4, int),
         candidates_BT=jnp.full((4, 7), -1),
         written_BT=generated,
     )
-    after, done, _ = rule(tokens, look, rule.start(tokens))
+    after, _, done, _ = rule(look, rule.start(tokens))
     assert done.tolist() == [True, False, False, True]
     assert after[0].tolist() == [4, 5, 1, 4, 5, 9, 9]
     assert after[3].tolist() == [1, 4, 5, 2, 7, 9, 9]

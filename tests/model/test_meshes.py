@@ -18,11 +18,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jdllm import DecodeConfig
-from jdllm.decode import Request, decode, make_setup
+from jdllm.decode import Request, decode
 from jdllm.llm import LLM
 from jdllm.load import load_parts
 from jdllm.model.config import NAMED, ModelConfig, MoEConfig
 from jdllm.model.transformer import forward, named
+from jdllm.parity import make_setup
 from jdllm.runtime import sharding
 from jdllm.tasks.puzzles import countdown
 from jdllm.train import step as train
@@ -203,11 +204,11 @@ def test_goldens_on_a_mesh(replay: Any, case: Case, mesh: str, monkeypatch: pyte
     def run(graph: Any, params: Any, request: Request, *rest: Any, **options: Any) -> Any:
         state = decode(graph, params, spread(request, grid), *rest, **options)
         count = len(request.tokens)
-        assert not np.asarray(state.nfe[count:]).any()
+        assert not np.asarray(state.rows.nfe[count:]).any()
         trace = jax.tree.map(lambda x: x[:, :count] if x.ndim > 1 else x, state.trace)
-        return dataclasses.replace(
-            state, tokens=state.tokens[:count], nfe=state.nfe[:count], trace=trace
-        )
+        rows = state.rows
+        rows = dataclasses.replace(rows, tokens=rows.tokens[:count], nfe=rows.nfe[:count])
+        return dataclasses.replace(state, rows=rows, trace=trace)
 
     monkeypatch.setattr(test_traces, "load", place)
     monkeypatch.setattr(test_traces, "decode", run)

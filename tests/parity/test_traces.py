@@ -13,12 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from jdllm.decode import DecodeConfig, Request, decode, make_setup
-from jdllm.decode.inputs import forward, guided
-from jdllm.decode.loop import Loop
-from jdllm.decode.rows import FULL, STEP
+from jdllm.decode import DecodeConfig, Request, decode
+from jdllm.decode.look import Call
+from jdllm.decode.loop import enter_block
+from jdllm.decode.start import start
+from jdllm.decode.step import block_step
+from jdllm.decode.trace import FULL, STEP
+from jdllm.decode.work import make_work
+from jdllm.parity import make_setup
 from tests.support.recordings import EOT, ROOT, Case, Checkpoint, has_ties, load, supported
 from tests.support.reference_configs import CONFIGS
 
@@ -89,7 +92,7 @@ def test_decode(case: Case):
     setup = make_setup(options, checkpoint.config)
     state = decode(checkpoint.graph, checkpoint.params, request, setup, True, *second)
     assert int(state.forwards) == nfe
-    assert state.nfe.tolist() == [nfe] * len(state.nfe)
+    assert state.rows.nfe.tolist() == [nfe] * len(state.rows.nfe)
     ours, theirs = np.asarray(state.trace.tokens[: nfe + 1]), stored["canvas"].astype(np.int32)
     T = theirs.shape[2]
     for row, length in enumerate(np.asarray(request.prompt_lengths)):
@@ -98,7 +101,7 @@ def test_decode(case: Case):
         np.testing.assert_array_equal(ours[-1, row, : T - start], stored["final"][row, start:])
     if "output" in stored:
         np.testing.assert_array_equal(
-            dinfer_output(np.asarray(state.tokens), checkpoint.config.eos_id), stored["output"]
+            dinfer_output(np.asarray(state.rows.tokens), checkpoint.config.eos_id), stored["output"]
         )
     if "acceptance_counts" in stored:
         kept = (np.diff(ours, axis=0) != 0).sum((1, 2))
@@ -122,15 +125,17 @@ def test_decode_with_ties(case: Case):
 
     @jax.jit
     def one_call(params, tokens, step):
-        loop = Loop(nnx.merge(checkpoint.graph, params), request, setup)
-        state = loop.start()
-        opened = jnp.full_like(state.opened, setup.gen_length)
-        state = dataclasses.replace(state, tokens=tokens, step=step, opened=opened)
-        view_BN, window_BT = loop.at.view(state), loop.at.window(state, FULL)
-        hidden_BND, _, _ = forward(loop, state, view_BN, window_BT)
-        view = loop.look(state, FULL, view_BN, loop.active(state))
-        view = dataclasses.replace(view, logits=guided(loop, hidden_BND))
-        return view_BN, setup.rule(view, state.rule)[0]
+        work = make_work(checkpoint.graph, params, request, setup)
+        rows = enter_block(setup, start(work).rows)
+        rows = dataclasses.replace(
+            rows,
+            tokens=tokens,
+            open=rows.generated_BT & (tokens == checkpoint.config.mask_id),
+            step=jnp.full_like(rows.step, step),
+        )
+        call = Call(active_B=~rows.done, full=True, draws=request.recorded[step])
+        _, _, seen, decision = block_step(work.model, setup, rows, None, call)
+        return seen.columns_BN, decision
 
     for step, (before, after) in enumerate(itertools.pairwise(canvases)):
         columns, decision = jax.device_get(one_call(checkpoint.params, before, jnp.int32(step)))
@@ -184,7 +189,7 @@ def test_engines(case: Case):
     assert int(state.forwards) == entry["nfe"]
     kinds = np.asarray(state.trace.kind[: entry["nfe"]])
     before = np.asarray(state.trace.tokens[: entry["nfe"]])[np.isin(kinds, (FULL, STEP))]
-    final = np.asarray(state.tokens)
+    final = np.asarray(state.rows.tokens)
     arrays = {
         name.split("__")[1]: stored[name] for name in stored if entry["name"] == name.split("__")[0]
     }

@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-from jdllm.stop.rule import (
+from jdllm.stop import (
     Budget,
     EosAnywhere,
     EosBlock,
@@ -21,9 +21,9 @@ from tests.support.one_row import MASK, look
 
 def run(stop, tokens: list[int], prompt: int, block: tuple[int, int], **facts):
     """The canvas and whether the row ends, after one look."""
-    canvas = jnp.array([tokens])
-    after, done, _ = stop(canvas, look(tokens, prompt, block, **facts), stop.start(canvas))
-    return after[0].tolist(), bool(done[0])
+    verdict = stop(look(tokens, prompt, block, **facts), stop.start(jnp.array([tokens])))
+    assert not verdict.leave_block_B[0]
+    return verdict.tokens_BT[0].tolist(), bool(verdict.end_row_B[0])
 
 
 def written(tokens: list[int], columns: list[int]) -> jnp.ndarray:
@@ -127,8 +127,9 @@ def test_budget_fills_the_block_with_its_last_forward():
 
 def test_budget_counts_each_row_for_itself():
     tokens = jnp.array([[5, MASK], [5, MASK]])
-    seen = look([5, MASK], 1, (1, 2), nfe_B=jnp.array([3, 2]), candidates_BT=jnp.array([[-1, 4]]))
-    after, done, _ = Budget(3)(tokens, seen, None)
+    facts = {"tokens_BT": tokens, "open_BT": tokens == MASK, "nfe_B": jnp.array([3, 2])}
+    seen = look([5, MASK], 1, (1, 2), candidates_BT=jnp.array([[-1, 4]]), **facts)
+    after, _, done, _ = Budget(3)(seen, None)
     assert after.tolist() == [[5, 4], [5, MASK]]
     assert done.tolist() == [True, False]
 
@@ -138,8 +139,8 @@ def steps(stop, tokens: list[int], candidates: list[list[int]], block=(1, 4)) ->
     canvas = jnp.array([tokens])
     carry, seen = stop.start(canvas), []
     for now in candidates:
-        facts = look(tokens, 1, block, candidates_BT=jnp.array([now]))
-        canvas, done, carry = stop(canvas, facts, carry)
+        facts = look(canvas[0].tolist(), 1, block, candidates_BT=jnp.array([now]))
+        canvas, _, done, carry = stop(facts, carry)
         assert not done[0]
         seen.append(canvas[0].tolist())
     return seen
@@ -167,7 +168,7 @@ def test_stable_begins_anew_in_every_block():
     carry = stop.start(canvas)
     for block in ((1, 2), (2, 4)):
         facts = look([5, 6, MASK, MASK], 1, block, candidates_BT=ahead)
-        canvas, _, carry = stop(canvas, facts, carry)
+        canvas, _, _, carry = stop(facts, carry)
     assert canvas[0].tolist() == [5, 6, MASK, MASK]
 
 
@@ -179,10 +180,9 @@ def test_stops_combine(order: int):
     canvas = jnp.array([tokens])
     carry = stop.start(canvas)
     facts = look(tokens, 1, (1, 4), candidates_BT=jnp.array([[-1, 3, 1, 2]]))
-    canvas, done, carry = stop(canvas, facts, carry)
+    canvas, _, done, carry = stop(facts, carry)
     assert canvas[0].tolist() == tokens and not done[0]
-    canvas, done, _ = stop(canvas, facts, carry)
+    canvas, _, done, _ = stop(facts, carry)
     filled = [5, 3, 1, 1] if order == 1 else [5, 3, 1, 2]
     assert canvas[0].tolist() == filled and bool(done[0]) == (order == 1)
-    _, done, _ = stop(jnp.array([tokens]), look(tokens, 1, (1, 4), nfe_B=jnp.array([9])), carry)
-    assert done[0]
+    assert stop(look(tokens, 1, (1, 4), nfe_B=jnp.array([9])), carry).end_row_B[0]

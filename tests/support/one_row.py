@@ -18,14 +18,14 @@ def one_hot(tokens: list[int], sharpness: float | list[float] = 9.0) -> jnp.ndar
     return jnp.array(logits)
 
 
-def view(masked: list[bool], quota: int = 1, **facts: Any) -> View:
-    """No draws, no floor; masks where `masked`, elsewhere token 0."""
-    masked_BN = jnp.array([masked])
+def view(open_: list[bool], quota: int = 1, **facts: Any) -> View:
+    """No draws, no floor; masks where `open_`, elsewhere token 0."""
+    open_BN = jnp.array([open_])
     known = {
-        "logits": jnp.zeros((1, len(masked), VOCAB)),
-        "ids_BN": jnp.where(masked_BN, MASK, 0),
-        "masked_BN": masked_BN,
-        "settled_BN": jnp.zeros_like(masked_BN),
+        "logits": jnp.zeros((1, len(open_), VOCAB)),
+        "ids_BN": jnp.where(open_BN, MASK, 0),
+        "open_BN": open_BN,
+        "settled_BN": jnp.zeros_like(open_BN),
         "quota_B": jnp.array([quota]),
         "share_B": jnp.ones(1),
         "floor_B": jnp.array([-jnp.inf]),
@@ -36,22 +36,26 @@ def view(masked: list[bool], quota: int = 1, **facts: Any) -> View:
 
 def canvas_view(ids: list[int], prompt: int, logits: jnp.ndarray, quota: int = 1, **facts) -> View:
     """Of a block that begins with `prompt` given columns."""
-    masked = [token == MASK for token in ids]
-    settled = [i >= prompt and not m for i, m in enumerate(masked)]
+    open_ = [token == MASK for token in ids]
+    settled = [i >= prompt and not m for i, m in enumerate(open_)]
     seen = {"ids_BN": jnp.array([ids]), "settled_BN": jnp.array([settled]), "logits": logits}
-    return view(masked, quota, **seen | facts)
+    return view(open_, quota, **seen | facts)
 
 
 def look(tokens: list[int], prompt: int, block: tuple[int, int], **facts: Any) -> Look:
     """After a step of `block` that wrote nothing, unless the facts say otherwise."""
     columns = jnp.arange(len(tokens))[None]
+    tokens_BT, generated_BT = jnp.array([tokens]), columns >= prompt
     known = {
-        "generated_BT": columns >= prompt,
+        "tokens_BT": tokens_BT,
+        "open_BT": generated_BT & (tokens_BT == MASK),
+        "generated_BT": generated_BT,
         "block_BT": (columns >= block[0]) & (columns < block[1]),
-        "mask_id": MASK,
         "opening": False,
         "closing": False,
+        "done_B": jnp.array([False]),
         "nfe_B": jnp.array([1]),
+        "step_B": jnp.array([1]),
         "candidates_BT": jnp.full(columns.shape, -1),
         "written_BT": jnp.zeros(columns.shape, bool),
     }

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdllm import DecodeConfig
-from jdllm.decode import Setup, decode, make_setup
+from jdllm.decode import Setup, decode
 from jdllm.llm import LLM
 from jdllm.model.config import NAMED, ModelConfig
 from jdllm.model.transformer import assemble, named
+from jdllm.parity import make_setup
 from jdllm.runtime import sharding
 from jdllm.store.checkpoint import random_model
 from tests.support.plain_model import PlainModel
@@ -79,6 +80,6 @@ def canvases(llm: LLM, config: DecodeConfig, prompts: list[list[int]], verifier:
     state = PROGRAMS[key](llm._params, request, **judge)
     rows = [
         row[: setup.canvas_length(len(p))].tolist()
-        for row, p in zip(np.asarray(state.tokens), prompts, strict=True)
+        for row, p in zip(np.asarray(state.rows.tokens), prompts, strict=True)
     ]
-    return rows, state.nfe.tolist(), int(state.forwards)
+    return rows, state.rows.nfe.tolist(), int(state.forwards)

@@ -23,9 +23,9 @@ DELETE, SPLIT = 7, 8
 @partial(jax.jit, static_argnums=0)
 def decide(rule: InDel, ids_BN, prompt_B, logits_BNV, carry):
     """The block after a call."""
-    masked_BN = ids_BN == MASK
-    settled_BN = ~masked_BN & (jnp.arange(ids_BN.shape[1]) >= prompt_B[:, None])
-    facts = {"ids_BN": ids_BN, "masked_BN": masked_BN, "settled_BN": settled_BN}
+    open_BN = ids_BN == MASK
+    settled_BN = ~open_BN & (jnp.arange(ids_BN.shape[1]) >= prompt_B[:, None])
+    facts = {"ids_BN": ids_BN, "open_BN": open_BN, "settled_BN": settled_BN}
     seen = view([True] * ids_BN.shape[1], logits=logits_BNV, **facts)
     decision, carry = rule(seen, carry)
     return decision.ids_BN, carry

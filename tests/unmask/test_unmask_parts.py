@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jdllm.parity.sglang import LateEdit
 from jdllm.unmask import (
     Argmax,
     CarryOver,
@@ -22,6 +23,7 @@ from jdllm.unmask import (
     Margin,
     Masks,
     NegativeEntropy,
+    Pace,
     Probability,
     Quota,
     Random,
@@ -229,11 +231,16 @@ def test_tempered_draws_positions_without_replacement():
 # Schedules
 
 
+def pace(opened_B: jnp.ndarray, open_B: jnp.ndarray, step: int) -> Pace:
+    """Of rows that are all at a step of their first block."""
+    return Pace(opened_B, open_B, jnp.full_like(open_B, step), jnp.zeros_like(open_B))
+
+
 def quotas(schedule, masks: int, steps: int) -> list[int]:
     """What a block gives up step by step, where every step takes its quota."""
     left, taken = jnp.array([masks]), []
     for step in range(steps):
-        quota = int(schedule(jnp.array([masks]), left, jnp.array(step))[0][0])
+        quota = int(schedule(pace(jnp.array([masks]), left, step))[0][0])
         taken.append(quota)
         left = left - min(quota, int(left[0]))
     return taken
@@ -283,11 +290,11 @@ def test_dreams_times_equal_their_twin(steps: int, eps: float):
 
 def test_dreams_mean_couples_rows():
     masks = jnp.array([8, 4])
-    apart = Timesteps(4, 1e-3)(masks, masks, jnp.array(1))[0]
-    coupled = Timesteps(4, 1e-3, mean=True)(masks, masks, jnp.array(1))[0]
+    apart = Timesteps(4, 1e-3)(pace(masks, masks, 1))[0]
+    coupled = Timesteps(4, 1e-3, mean=True)(pace(masks, masks, 1))[0]
     assert apart.tolist() == [2, 1] and coupled.tolist() == [1, 1]
     filled = jnp.array([8, 4, 0, 0])  # with rows that a mesh needs: they do not count
-    assert Timesteps(4, 1e-3, mean=True)(filled, filled, jnp.array(1))[0][:2].tolist() == [1, 1]
+    assert Timesteps(4, 1e-3, mean=True)(pace(filled, filled, 1))[0][:2].tolist() == [1, 1]
 
 
 @settings(**FEW)
@@ -311,7 +318,7 @@ def test_what_a_step_leaves_is_due_in_the_next():
     opened = jnp.array([7])
 
     def quota(left: int, step: int) -> int:
-        return int(due(opened, jnp.array([left]), jnp.array(step))[0][0])
+        return int(due(pace(opened, jnp.array([left]), step))[0][0])
 
     assert [quota(7, 0), quota(5, 1)] == [2, 2]  # as planned
     assert quota(6, 1) == 3  # one was left over
@@ -402,7 +409,7 @@ def test_a_call_that_fills_masks_is_not_clean():
 @pytest.mark.parametrize("late", [False, True])
 def test_editing_ends_after_its_passes(late: bool):
     """A block whose token flips for ever: `late` makes one more call, and drops what it says."""
-    edit, ids, state, seen = Edit(0.9, passes=2, late=late), [1], None, []
+    edit, ids, state, seen = (LateEdit if late else Edit)(0.9, passes=2), [1], None, []
     for token in (5, 6, 5, 6):
         ids, wants, state = edited(edit, ids, one_hot([token]), state=state)
         seen.append((ids[0], wants))

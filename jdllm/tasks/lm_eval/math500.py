@@ -3,7 +3,6 @@ r"""MATH-500 as d1 asks it: zero-shot, the answer in \boxed{}; and when two answ
 import re
 
 from jdllm.tasks.graders import answers, d1
-from jdllm.tasks.lm_eval.gsm8k import INSTRUCTION
 
 HUB = {"dataset_path": "HuggingFaceH4/MATH-500"}
 

@@ -1,0 +1,120 @@
+"""What a model call shows of the rows: to the unmasking rule, and to the stop rules."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jdllm import unmask
+from jdllm.decode.feed import feed, guided, paired
+from jdllm.decode.layout import take, take_rows, visible_end, window
+from jdllm.decode.rows import Rows
+from jdllm.decode.setup import Setup
+from jdllm.model.cache import Cache
+from jdllm.model.transformer import Transformer
+from jdllm.stop import Look
+
+Judge = Callable[[jax.Array, jax.Array], unmask.Verify]
+"""Canvases [B, T] and columns in view [B, N] -> the verifier, as a rule sees it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What a driver says of a model call."""
+
+    active_B: jax.Array
+    """Rows for which it counts, and which it may change."""
+    full: bool = False
+    """Whether every column is fed; else the window that the plan says."""
+    draws: jax.Array | None = None
+    """Uniform draws [B, T] or [B, T, V] instead of those of the rows' keys."""
+    judge: Judge | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What a call has shown."""
+
+    view: unmask.View
+    columns_BN: jax.Array
+    """The columns in view."""
+    window_BW: jax.Array
+    """The columns fed."""
+    hidden_BND: jax.Array
+    """Hidden states of the view; under guidance of twice as many rows."""
+    hidden_BWD: jax.Array
+    """Hidden states of the window."""
+
+
+def look_at(
+    model: Transformer, setup: Setup, rows: Rows, cache: Cache | None, call: Call
+) -> tuple[Seen, Cache | None]:
+    """What the rule is shown of each row's view by one model call, and the cache after it."""
+    columns_BN, window_BW = setup.view.columns(rows), window(setup, rows, call.full)
+    ends_B = visible_end(setup, rows)
+    hidden_BWD, cache = feed(model, setup, rows, cache, window_BW, ends_B)
+    # A shifted model's logits of a column stand in the column before, or the first one fed.
+    source_BN = jnp.maximum(columns_BN - model.config.shift_logits, 0)
+    inside_BN = jnp.clip(source_BN - window_BW[:, :1], 0, window_BW.shape[1] - 1)
+    hidden_BND = take_rows(hidden_BWD, paired(setup, inside_BN))
+    view = view_of(setup, rows, columns_BN, call)
+    special = None if setup.cfg_scale else setup.unmask.special
+    if special is None:
+        view = dataclasses.replace(view, logits=guided(model, setup, hidden_BND))
+    else:
+        view = dataclasses.replace(view, best=model.best(hidden_BND, special))
+    return Seen(view, columns_BN, window_BW, hidden_BND, hidden_BWD), cache
+
+
+def view_of(setup: Setup, rows: Rows, columns_BN: jax.Array, call: Call) -> unmask.View:
+    """What is known of the columns in view before the model has said anything."""
+    inside_BN = (columns_BN < rows.limit[:, None]) & call.active_B[:, None]
+    open_BN = inside_BN & take(rows.open, columns_BN)
+    left_B = jnp.sum(open_BN, axis=1)
+    quota_B, share_B = setup.schedule(unmask.Pace(rows.opened, left_B, rows.step, rows.block))
+    floor_B = jnp.full(left_B.shape, -jnp.inf)
+    return unmask.View(
+        ids_BN=take(rows.tokens, columns_BN),
+        open_BN=open_BN,
+        settled_BN=inside_BN & ~open_BN & take(rows.free, columns_BN),
+        quota_B=quota_B,
+        share_B=share_B,
+        floor_B=1 - rows.nfe * setup.smooth.decay if setup.smooth else floor_B,
+        draw=draws(rows, columns_BN, call),
+        full=call.full and setup.plan.refreshes,
+        verify=call.judge(rows.tokens, columns_BN) if call.judge else None,
+    )
+
+
+def draws(rows: Rows, columns_BN: jax.Array, call: Call) -> unmask.Draw:
+    """Uniform draws of this call: from each row's key and NFE, or those that the driver has."""
+    recorded = call.draws
+    if recorded is not None:
+        return lambda shape: take_rows(recorded, columns_BN)
+    keys_B = jax.vmap(jax.random.fold_in)(rows.keys, rows.nfe)
+
+    def fresh(shape: tuple[int, ...]) -> jax.Array:
+        # The rank tells candidates' draws from confidences', which must not share numbers.
+        return jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, len(shape)), shape))(
+            keys_B
+        )
+
+    return fresh
+
+
+def stop_look(rows: Rows, opening: bool = False, closing: bool = False) -> Look:
+    """What stop rules see of the rows as they are: after a call, or when a block is `closing`."""
+    return Look(
+        tokens_BT=rows.tokens,
+        open_BT=rows.open & rows.generated_BT,
+        generated_BT=rows.generated_BT,
+        block_BT=rows.block_BT,
+        opening=opening,
+        closing=closing,
+        done_B=rows.done,
+        nfe_B=rows.nfe,
+        step_B=rows.step,
+        candidates_BT=jnp.full_like(rows.tokens, -1),
+        written_BT=jnp.zeros(rows.tokens.shape, bool),
+    )

@@ -1,0 +1,31 @@
+"""Parity: decoding that copies one reference's loop, its idle calls and couplings included.
+
+Each reference is a file that changes parts of a Setup; `decode` itself knows none of them.
+"""
+
+from collections.abc import Callable
+
+from jdllm import decode
+from jdllm.decode import DecodeConfig, Setup
+from jdllm.model.config import ModelConfig
+from jdllm.parity import apd, dinfer, dream, fast_dllm, llada, llada2, sglang
+
+Copy = Callable[[Setup, DecodeConfig, ModelConfig], Setup]
+
+COPIES: dict[str, Copy] = {
+    "llada": llada.copy,
+    "fast_dllm": fast_dllm.copy,
+    "dinfer": dinfer.copy,
+    "dream": dream.copy,
+    "fast_dream": fast_dllm.copy_for_dream,
+    "llada2": llada2.copy,
+    "sglang": sglang.copy,
+    "apd": apd.copy,
+}
+
+
+def make_setup(config: DecodeConfig, model: ModelConfig) -> Setup:
+    """The setup for a resolved `config` and `model`, as `decode.make_setup`, with its `parity`."""
+    setup = decode.make_setup(config, model)
+    copy = COPIES.get(config.parity)
+    return copy(setup, config, model) if copy else setup

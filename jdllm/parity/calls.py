@@ -1,0 +1,36 @@
+"""A block that gets calls which nobody needs."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jdllm.model.head import Special
+from jdllm.unmask import Carry, Decision, Rule, View
+
+
+@dataclasses.dataclass(frozen=True)
+class AtLeast:
+    """`inner`, but a block gets at least so many calls, whether or not something is open."""
+
+    inner: Rule
+    calls: int
+
+    @property
+    def special(self) -> Special | None:
+        return self.inner.special
+
+    def start(self, rows: int, columns: int, calls: int) -> Carry:
+        return self.inner.start(rows, columns, calls) | {"calls": jnp.zeros(rows, jnp.int32)}
+
+    def wants(self, open_B: jax.Array, carry: Carry) -> jax.Array:
+        return self.inner.wants(open_B, carry) | (carry["calls"] < self.calls)
+
+    def __call__(self, view: View, carry: Carry) -> tuple[Decision, Carry]:
+        decision, after = self.inner(view, carry)
+        return decision, after | {"calls": carry["calls"] + 1}
+
+
+def every_step(rule: Rule, steps: int | None) -> Rule:
+    """The rule with every step of its schedule made, even when nothing is left to do."""
+    return AtLeast(rule, steps) if steps else rule

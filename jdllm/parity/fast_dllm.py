@@ -1,0 +1,56 @@
+"""Fast-dLLM's loops, for LLaDA and for Dream."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jdllm.decode import DecodeConfig, Setup
+from jdllm.model.config import ModelConfig
+from jdllm.model.head import Special
+from jdllm.parity.calls import AtLeast
+from jdllm.parity.dream import averaged
+from jdllm.unmask import Carry, Decision, Rule, View
+
+
+def copy(setup: Setup, config: DecodeConfig, model: ModelConfig) -> Setup:
+    """The setup in which a cached pass follows the full pass that opens a block, needed or not."""
+    if not setup.plan.refreshes:
+        return setup
+    return dataclasses.replace(
+        setup, unmask=AtLeast(setup.unmask, 2), extra_steps=setup.extra_steps + 1
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstColumn:
+    """`inner`, but the full pass that opens a block takes its first column only."""
+
+    inner: Rule
+
+    @property
+    def special(self) -> Special | None:
+        return self.inner.special
+
+    def start(self, rows: int, columns: int, calls: int) -> Carry:
+        return self.inner.start(rows, columns, calls)
+
+    def wants(self, open_B: jax.Array, carry: Carry) -> jax.Array:
+        return self.inner.wants(open_B, carry)
+
+    def __call__(self, view: View, carry: Carry) -> tuple[Decision, Carry]:
+        if not view.full:
+            return self.inner(view, carry)
+        others_BN = view.open_BN & (jnp.arange(view.open_BN.shape[1]) > 0)
+        first = dataclasses.replace(
+            view, open_BN=view.open_BN & ~others_BN, quota_B=jnp.ones_like(view.quota_B)
+        )
+        decision, carry = self.inner(first, carry)
+        return decision._replace(open_BN=decision.open_BN | others_BN), carry
+
+
+def copy_for_dream(setup: Setup, config: DecodeConfig, model: ModelConfig) -> Setup:
+    """The setup as the block sampler for Dream has it: a window begins at its block."""
+    plan = dataclasses.replace(setup.plan, before=config.prefix_look)
+    rule = FirstColumn(setup.unmask) if plan.refreshes else setup.unmask
+    return dataclasses.replace(setup, unmask=rule, schedule=averaged(setup.schedule), plan=plan)

@@ -1,0 +1,43 @@
+"""LLaDA2's generate: a predicted [MASK] counts as a token of its step, and stays a mask."""
+
+import dataclasses
+
+import jax
+
+from jdllm.decode import DecodeConfig, Setup
+from jdllm.model.config import ModelConfig
+from jdllm.model.head import Special
+from jdllm.unmask import Carry, Decision, Rule, Unmasker, View
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictsMask:
+    """`inner`, where a column that takes [MASK] is open again."""
+
+    inner: Rule
+    mask_id: int
+
+    @property
+    def special(self) -> Special | None:
+        return self.inner.special
+
+    def start(self, rows: int, columns: int, calls: int) -> Carry:
+        return self.inner.start(rows, columns, calls)
+
+    def wants(self, open_B: jax.Array, carry: Carry) -> jax.Array:
+        return self.inner.wants(open_B, carry)
+
+    def __call__(self, view: View, carry: Carry) -> tuple[Decision, Carry]:
+        decision, carry = self.inner(view, carry)
+        mine_BN = view.open_BN | view.settled_BN
+        return decision._replace(open_BN=mine_BN & (decision.ids_BN == self.mask_id)), carry
+
+
+def copy(setup: Setup, config: DecodeConfig, model: ModelConfig) -> Setup:
+    """The setup as LLaDA2's loop has it."""
+    rule = setup.unmask
+    if isinstance(rule, Unmasker):
+        warp = rule.warp and dataclasses.replace(rule.warp, excluded=())
+        candidate = dataclasses.replace(rule.candidate, excluded=())  # type: ignore[type-var]
+        rule = dataclasses.replace(rule, candidate=candidate, warp=warp)
+    return dataclasses.replace(setup, unmask=PredictsMask(rule, model.mask_id))

@@ -1,0 +1,27 @@
+"""SGLang's block runners: one more call sees the final tokens of every block."""
+
+import dataclasses
+
+import jax
+
+from jdllm.decode import DecodeConfig, Setup
+from jdllm.model.config import ModelConfig
+from jdllm.unmask import Edit, Unmasker
+from jdllm.unmask.edit import Edits
+
+
+@dataclasses.dataclass(frozen=True)
+class LateEdit(Edit):
+    """Editing that also makes the call whose result it drops, so that the cache sees the tokens."""
+
+    def wants(self, open_B: jax.Array, state: Edits) -> jax.Array:
+        return ~state.finished_B
+
+
+def copy(setup: Setup, config: DecodeConfig, model: ModelConfig) -> Setup:
+    """The setup as SGLang's loop has it; LowConfidence edits nothing, but ends the same way."""
+    rule = setup.unmask
+    if isinstance(rule, Unmasker):
+        edit = rule.edit or Edit(1.0, config.edit_passes, config.edit_penalty)
+        rule = dataclasses.replace(rule, edit=LateEdit(**vars(edit)))
+    return dataclasses.replace(setup, unmask=rule, extra_steps=config.edit_passes + 2)
