@@ -1,18 +1,14 @@
 """Where checkpoints come from: a folder as it is, or a Hugging Face id downloaded once."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from jdllm.runtime.files import home
+
 PATTERNS = ("*.json", "*.safetensors", "*.jinja", "merges.txt")
-
-
-def home() -> Path:
-    """The folder for converted models and compilation caches: JDLLM_HOME or ~/.cache/jdllm."""
-    return Path(os.environ.get("JDLLM_HOME", Path.home() / ".cache" / "jdllm"))
 
 
 def converted_folder(source: str) -> Path:

@@ -24,13 +24,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jdllm.decode.inputs import forward
 
 from jdllm import DecodeConfig
-from jdllm.decode import DecodeState, Request, Setup, make_setup
+from jdllm.decode import Request, Setup, State, make_setup
 from jdllm.decode.layout import put
-from jdllm.decode.loop import Loop
-from jdllm.decode.rows import FULL, STEP
+from jdllm.decode.look import Call, look_at
+from jdllm.decode.loop import enter_block
+from jdllm.decode.start import start
+from jdllm.decode.work import make_work
 from jdllm.llm import LLM
 from jdllm.load import enable_compilation_cache
 from jdllm.runtime import cli, sharding
@@ -114,29 +115,28 @@ def median_seconds(run: Callable[[], Any], repeats: int) -> float:
 def bare_loop(graph: nnx.GraphDef, params: nnx.State, request: Request, setup: Setup):
     """The model calls of a request with one token a step, and next to nothing besides.
 
-    Every call writes one column, by a sign of its logits, so that none can be left out.
+    Every call writes one column, by a sign of its hidden states, so that none can be left out.
     """
-    loop = Loop(nnx.merge(graph, params), request, setup)
+    work = make_work(graph, params, request, setup)
 
-    def call(state: DecodeState, kind: int) -> DecodeState:
-        view_BN = loop.at.view(state)
-        logits_BNV, _, cache = forward(loop, state, view_BN, loop.at.window(state, kind))
-        sign_BN = (jnp.max(logits_BNV, axis=-1) > 0).astype(jnp.int32)
-        column_B1 = view_BN[:, :1] + state.step
-        new_B1 = jnp.take_along_axis(sign_BN, column_B1 - view_BN[:, :1], axis=1)
-        tokens_BT = put(state.tokens, new_B1, column_B1)
-        return dataclasses.replace(
-            state, tokens=tokens_BT, cache=cache, step=state.step + 1, forwards=state.forwards + 1
-        )
+    def call(state: State, full: bool) -> State:
+        rows = state.rows
+        seen, cache = look_at(work.model, setup, rows, state.cache, Call(~rows.done, full))
+        hidden_B1D = jnp.take_along_axis(seen.hidden_BND, rows.step[:, None, None], axis=1)
+        sign_B1 = (jnp.max(hidden_B1D, axis=-1) > 0).astype(jnp.int32)
+        tokens_BT = put(rows.tokens, sign_B1, (rows.first + rows.step)[:, None])
+        rows = dataclasses.replace(rows, tokens=tokens_BT, step=rows.step + 1)
+        return dataclasses.replace(state, rows=rows, cache=cache, forwards=state.forwards + 1)
 
-    def run_block(_: Any, state: DecodeState) -> DecodeState:
-        state = call(dataclasses.replace(state, step=jnp.zeros((), jnp.int32)), FULL)
-        steps = setup.block_length - 1
-        state = jax.lax.fori_loop(0, steps, lambda _, s: call(s, STEP), state)
-        return dataclasses.replace(state, block=state.block + 1)
+    def run_block(_: Any, state: State) -> State:
+        state = dataclasses.replace(state, rows=enter_block(setup, state.rows, ~state.rows.done))
+        state, steps = call(state, True), setup.block_length - 1
+        state = jax.lax.fori_loop(0, steps, lambda _, s: call(s, False), state)
+        rows = dataclasses.replace(state.rows, block=state.rows.block + 1)
+        return dataclasses.replace(state, rows=rows)
 
-    state = jax.lax.fori_loop(0, setup.blocks, run_block, loop.start(False))
-    return state.tokens, state.forwards
+    state = jax.lax.fori_loop(0, setup.blocks, run_block, start(work))
+    return state.rows.tokens, state.forwards
 
 
 def copy_rate(megabytes: int, repeats: int) -> float:
@@ -163,7 +163,9 @@ def measure(llm: LLM, case: Case, config: LoopConfig, rate: float) -> dict[str, 
     program, compile_seconds = llm._program(request, setup)
     state = program(llm._params, request, None)
     forwards = int(state.forwards)
-    seconds = median_seconds(lambda: program(llm._params, request, None).tokens, config.repeats)
+    seconds = median_seconds(
+        lambda: program(llm._params, request, None).rows.tokens, config.repeats
+    )
     memory = program.memory_analysis()
     sizes = (memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes)
     return {

@@ -10,10 +10,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jdllm.convert.families import open_source
-from jdllm.convert.fetch import converted_folder, fetch, home
+from jdllm.convert.fetch import converted_folder, fetch
 from jdllm.model.config import NAMED, ModelConfig, is_converted
 from jdllm.model.transformer import abstract, named
 from jdllm.runtime import processes, sharding
+from jdllm.runtime.files import home
 from jdllm.store import checkpoint
 from jdllm.tokenizer import copy_tokenizer
 

@@ -1,4 +1,4 @@
-"""Write jdllm/tasks/puzzles/held_out.txt: the hashes of d1's test items, which are never trained on.
+"""Writes jdllm/tasks/puzzles/held_out.txt: hashes of d1's test items, never trained on.
 
     python experiments/bundled/make_held_out.py data=FOLDER
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jdllm.decode.feed import feed
-from jdllm.decode.layout import span
+from jdllm.decode.layout import off_canvas, span
 from jdllm.decode.rows import Rows
 from jdllm.decode.setup import Setup
 from jdllm.decode.trace import COMMIT, PREFILL
@@ -67,8 +67,8 @@ def absorb(
     ends_B: jax.Array,
     active_B: jax.Array,
 ) -> tuple[Rows, Cache | None]:
-    """A model call that only writes keys and values, of columns before `ends_B`."""
-    T, width = rows.tokens.shape[1], columns_BW.shape[1]
-    columns_BW = jnp.where(columns_BW < ends_B[:, None], columns_BW, T + jnp.arange(width))
+    """A model call that only writes keys and values of active rows, of columns before `ends_B`."""
+    off_BW = (columns_BW >= ends_B[:, None]) | ~active_B[:, None]
+    columns_BW = off_canvas(columns_BW, off_BW, rows.tokens.shape[1])
     _, cache = feed(model, setup, rows, cache, columns_BW, ends_B)
     return dataclasses.replace(rows, nfe=rows.nfe + active_B, dirty=rows.dirty & ~active_B), cache

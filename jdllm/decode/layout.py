@@ -87,7 +87,12 @@ def span(start_B: jax.Array, length: int) -> jax.Array:
 def clamped(start_B: jax.Array, width: int, end_B: jax.Array, T: int) -> jax.Array:
     """`width` columns from `start_B` on (at least 0); those from `end_B` on are off canvas."""
     columns_BW = span(jnp.maximum(start_B, 0), width)
-    return jnp.where(columns_BW < end_B[:, None], columns_BW, T + jnp.arange(width))
+    return off_canvas(columns_BW, columns_BW >= end_B[:, None], T)
+
+
+def off_canvas(columns_BW: jax.Array, off_BW: jax.Array, T: int) -> jax.Array:
+    """The columns, with some of each row's last ones moved behind a canvas of T columns."""
+    return jnp.where(off_BW, T + jnp.arange(columns_BW.shape[1]), columns_BW)
 
 
 def take(x_BT: jax.Array, columns_BN: jax.Array) -> jax.Array:

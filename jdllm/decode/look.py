@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jdllm import unmask
 from jdllm.decode.feed import feed, guided, paired
-from jdllm.decode.layout import take, take_rows, visible_end, window
+from jdllm.decode.layout import off_canvas, take, take_rows, visible_end, window
 from jdllm.decode.rows import Rows
 from jdllm.decode.setup import Setup
 from jdllm.model.cache import Cache
@@ -30,6 +30,8 @@ class Call:
     draws: jax.Array | None = None
     """Uniform draws [B, T] or [B, T, V] instead of those of the rows' keys."""
     judge: Judge | None = None
+    apart: bool = False
+    """Whether other rows keep their keys in the cache; they must where rows are not in lockstep."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +54,8 @@ def look_at(
 ) -> tuple[Seen, Cache | None]:
     """What the rule is shown of each row's view by one model call, and the cache after it."""
     columns_BN, window_BW = setup.view.columns(rows), window(setup, rows, call.full)
+    if call.apart:
+        window_BW = off_canvas(window_BW, ~call.active_B[:, None], rows.tokens.shape[1])
     ends_B = visible_end(setup, rows)
     hidden_BWD, cache = feed(model, setup, rows, cache, window_BW, ends_B)
     # A shifted model's logits of a column stand in the column before, or the first one fed.

@@ -14,7 +14,7 @@ from flax import nnx
 from jdllm.decode import verify
 from jdllm.decode.keys import commit
 from jdllm.decode.look import Call, stop_look
-from jdllm.decode.rows import Request, Rows
+from jdllm.decode.rows import Request, Rows, keep
 from jdllm.decode.setup import Setup
 from jdllm.decode.start import start
 from jdllm.decode.step import block_step
@@ -55,47 +55,43 @@ def run_block(work: Work, state: State) -> State:
 
 def lockstep(work: Work, state: State) -> State:
     """One block of every row: a full pass where the plan opens with one, steps until it is full."""
-    state = open_block(work, state)
+    state = dataclasses.replace(state, rows=enter_block(work.setup, state.rows, ~state.rows.done))
+    if work.setup.plan.refreshes:
+        state = step(work, state, full=True)
     state = jax.lax.while_loop(
         lambda state: jnp.any(active(work.setup, state.rows)), partial(advance, work), state
     )
-    return close_block(work, state)
+    return leave_block(work, state, ~state.rows.done)
 
 
-def open_block(work: Work, state: State) -> State:
-    """Every row at the start of its block; where the plan says so, after the pass that fills the
-    cache, which also decodes."""
-    state = dataclasses.replace(state, rows=enter_block(work.setup, state.rows))
-    return step(work, state, True) if work.setup.plan.refreshes else state
-
-
-def enter_block(setup: Setup, rows: Rows) -> Rows:
-    """The rows at the start of their blocks; what a rule lets `start` make anew, it forgets."""
-    (B, T), none_B = rows.tokens.shape, jnp.zeros_like(rows.step)
+def enter_block(setup: Setup, rows: Rows, entering_B: jax.Array) -> Rows:
+    """Some rows at the start of their blocks; what a rule lets `start` make anew, it forgets."""
+    (B, T), zero_B = rows.tokens.shape, jnp.zeros_like(rows.step)
     first_B, last_B = setup.block_span(rows.prompt, rows.block)
-    fresh = setup.unmask.start(B, setup.view.length(T), setup.block_calls)
+    memory = setup.unmask.start(B, setup.view.length(T), setup.block_calls)
+    kept = {name: rows.unmask[name] for name in memory}
     rows = dataclasses.replace(
         rows,
-        first=first_B,
-        last=last_B,
-        step=none_B,
-        left=none_B > 0,
-        unmask=rows.unmask | fresh,
+        first=jnp.where(entering_B, first_B, rows.first),
+        last=jnp.where(entering_B, last_B, rows.last),
+        step=jnp.where(entering_B, zero_B, rows.step),
+        left=rows.left & ~entering_B,
+        unmask=rows.unmask | keep(entering_B, memory, kept),
     )
-    return dataclasses.replace(rows, opened=rows.open_B)
+    return dataclasses.replace(rows, opened=jnp.where(entering_B, rows.open_B, rows.opened))
 
 
 def active(setup: Setup, rows: Rows) -> jax.Array:
-    """Rows whose block needs another call [B]."""
+    """Rows that are in a block which needs another call [B]."""
     wants_B = setup.unmask.wants(rows.open_B, rows.unmask) & (rows.step < setup.step_limit)
-    return wants_B & ~rows.left & ~rows.done
+    return wants_B & (rows.first < rows.last) & ~rows.left & ~rows.done
 
 
 def advance(work: Work, state: State) -> State:
     """A step, or a full pass where the plan wants the cache renewed."""
     plan, rows = work.setup.plan, state.rows
     if not plan.varies:
-        return step(work, state, False)
+        return step(work, state, full=False)
     full_B = plan.full(rows.step, rows.block) & active(work.setup, rows)
     return jax.lax.cond(
         jnp.any(full_B), lambda s: step(work, s, True), lambda s: step(work, s, False), state
@@ -121,20 +117,21 @@ def step(work: Work, state: State, full: bool, active_B: jax.Array | None = None
     )
 
 
-def close_block(work: Work, state: State) -> State:
-    """Every row after its block: judged as a whole, its keys in a block cache, the next one due."""
-    setup, rows = work.setup, judge_block(work.setup, state.rows)
-    rows = dataclasses.replace(rows, done=rows.done | (rows.last >= rows.end))
-    state = commit(work, dataclasses.replace(state, rows=rows), ~rows.done & rows.dirty)
+def leave_block(work: Work, state: State, leaving_B: jax.Array) -> State:
+    """Some rows after their blocks: judged as a whole, keys in a block cache, the next one due."""
+    setup, rows = work.setup, judge_block(work.setup, state.rows, leaving_B)
+    rows = dataclasses.replace(rows, done=rows.done | (leaving_B & (rows.last >= rows.end)))
+    committing_B = leaving_B & ~rows.done & rows.dirty
+    state = commit(work, dataclasses.replace(state, rows=rows), committing_B)
+    rows = state.rows
     if setup.plan.kind == "block":  # the commit may have spent a budget
-        state = dataclasses.replace(state, rows=judge_block(setup, state.rows))
-    rows = dataclasses.replace(state.rows, block=state.rows.block + 1)
-    return dataclasses.replace(state, rows=rows)
+        rows = judge_block(setup, rows, leaving_B & ~rows.done)
+    return dataclasses.replace(state, rows=dataclasses.replace(rows, block=rows.block + leaving_B))
 
 
-def judge_block(setup: Setup, rows: Rows) -> Rows:
-    """The rows after the stop rules have seen a finished block."""
-    return rows.judged(setup.stop(stop_look(rows, closing=True), rows.stop), ~rows.done)
+def judge_block(setup: Setup, rows: Rows, leaving_B: jax.Array) -> Rows:
+    """The rows after the stop rules have seen the finished blocks of some of them."""
+    return rows.judged(setup.stop(stop_look(rows, closing=True), rows.stop), leaving_B)
 
 
 def close_trace(state: State) -> State:

@@ -1,4 +1,4 @@
-"""What a driver works with: what stays the same for a request, and what it carries between calls."""
+"""What a driver works with: parts that stay the same, and what it carries from call to call."""
 
 import dataclasses
 from typing import Any

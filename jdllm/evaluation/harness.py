@@ -397,9 +397,3 @@ def read_settings[T](words: dict[str, Any], bases: dict[str, T]) -> dict[str, T]
         name: dataclasses.replace(base, **changes[name])  # pyright: ignore[reportArgumentType]
         for name, base in bases.items()
     }
-
-
-if __name__ == "__main__":
-    from lm_eval.__main__ import cli_evaluate
-
-    cli_evaluate()

@@ -280,7 +280,7 @@ class Transformer(nnx.Module):
     def best(
         self, hidden_BND: jax.Array, special: Special = NOTHING, chunk: int | None = None
     ) -> Best:
-        """What greedy rules read of the logits, without making all of them: see `jdllm.model.head`."""
+        """What greedy rules read of the logits, without making all of them: see `head`."""
         tied = self.config.tied_head
         with jax.named_scope("head"):
             weights = self.embedding[...] if tied else self.head[...]

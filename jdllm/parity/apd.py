@@ -1,15 +1,19 @@
-"""Adaptive parallel decoding: the verifier's side forgets the temperature."""
+"""Adaptive parallel decoding (apd): its temperature counts twice; the verifier forgets it."""
 
 import dataclasses
 
 from jdllm.decode import DecodeConfig, Setup
 from jdllm.model.config import ModelConfig
+from jdllm.unmask import Gumbel, Unmasker
 from jdllm.unmask.speculate import Speculate
 
 
 def copy(setup: Setup, config: DecodeConfig, model: ModelConfig) -> Setup:
-    """The setup as apd's loop has it."""
+    """The setup as apd's loop has it: the temperature divides the logits, and scales the noise."""
     rule = setup.unmask
     if isinstance(rule, Speculate):
-        rule = dataclasses.replace(rule, greedy_target=True)
+        rule = dataclasses.replace(rule, noise=config.temperature, greedy_target=True)
+    elif isinstance(rule, Unmasker) and isinstance(rule.candidate, Gumbel):
+        candidate = dataclasses.replace(rule.candidate, temperature=config.temperature)
+        rule = dataclasses.replace(rule, candidate=candidate)
     return dataclasses.replace(setup, unmask=rule)

@@ -66,7 +66,8 @@ class Runner:
 
     def run_block(self, work: Work, state: State) -> State:
         setup = work.setup
-        state = dataclasses.replace(state, rows=enter_block(setup, state.rows))
+        rows = enter_block(setup, state.rows, ~state.rows.done)
+        state = dataclasses.replace(state, rows=rows)
         clock = dataclasses.replace(state.clock, step=jnp.zeros((), jnp.int32))
         state = self.looked(work, dataclasses.replace(state, clock=clock))
         if setup.plan.refreshes and not self.vicinity:
@@ -79,7 +80,7 @@ class Runner:
         state = jax.lax.while_loop(unfinished, partial(self.iterate, work), state)
         dirty = jnp.any(~state.rows.done & state.rows.dirty)
         state = commit(work, state, dirty & ~work.request.idle)
-        rows = judge_block(setup, state.rows)
+        rows = judge_block(setup, state.rows, ~state.rows.done)
         done = rows.done | (rows.last >= rows.end)
         rows = dataclasses.replace(rows, done=done, block=rows.block + 1)
         return dataclasses.replace(state, rows=rows)
@@ -124,7 +125,9 @@ class Runner:
         if not self.vicinity:
             if not (every and plan.refreshes):
                 return no, no, clock
-            return no, (clock.iteration % every == 0) & (clock.step > 1), clock
+            # its smoothing runner counts every call, the others count iterations
+            age = state.forwards if work.setup.smooth else clock.iteration
+            return no, (age % every == 0) & (clock.step > 1), clock
         block = jnp.max(state.rows.block)
         warm = state.forwards < plan.warmup
         old = clock.seen_block != block

@@ -102,3 +102,8 @@ def alone(folder: Path) -> Iterator[None]:
         except OSError:
             pass  # a file system without locks: carry on as if alone
         yield
+
+
+def home() -> Path:
+    """The folder for converted models and compilation caches: JDLLM_HOME or ~/.cache/jdllm."""
+    return Path(os.environ.get("JDLLM_HOME", Path.home() / ".cache" / "jdllm"))

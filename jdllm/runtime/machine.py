@@ -118,7 +118,7 @@ def read_folder(path: Path, create: bool = True) -> Folder:
 
 def read_home() -> Folder:
     """The folder of compiled programs in JDLLM_HOME."""
-    from jdllm.convert.fetch import home
+    from jdllm.runtime.files import home
 
     return read_folder(home() / "xla")
 

@@ -1,4 +1,4 @@
-"""Scores of texts: pairs of ids become rows of jdllm.score.likelihood, rows become batches, losses means.
+"""Scores of texts: pairs of ids become rows, rows become batches, and losses become means.
 
 score([(prefix, target), ...], LikelihoodConfig(mc_num=128), Device(graph, params, config, mesh))
 """

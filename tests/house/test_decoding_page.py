@@ -11,8 +11,8 @@ import pytest
 
 from jdllm.decode import DecodeConfig
 from jdllm.decode.presets import PRESETS
-from jdllm.decode.setup import QUIRKS
 from jdllm.generate import GenerateConfig
+from jdllm.parity import COPIES
 from jdllm.runtime import cli
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +62,7 @@ def test_every_choice_has_its_row(title: str, field: str):
 
 def test_every_parity_is_told():
     told = set(re.findall(r"parity=(\w+)", " ".join(row[3] for row in section("Quirks"))))
-    assert told | {"fast_dream", "none"} == set(QUIRKS) == choices("parity")
+    assert told | {"fast_dream"} == set(COPIES) == choices("parity") - {"none"}
     assert any("fast_dream" in row[3] for row in section("Quirks"))
 
 

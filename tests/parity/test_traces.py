@@ -121,19 +121,20 @@ def test_decode_with_ties(case: Case):
     """
     canvases = np.load(case.path)["canvas"].astype(np.int32)
     checkpoint, options, request = request_of(case, load(ROOT / case.entry["checkpoint"]))
-    setup = make_setup(options, checkpoint.config)
+    setup, recorded = make_setup(options, checkpoint.config), request.recorded
+    assert recorded is not None
 
     @jax.jit
     def one_call(params, tokens, step):
         work = make_work(checkpoint.graph, params, request, setup)
-        rows = enter_block(setup, start(work).rows)
+        rows = enter_block(setup, start(work).rows, ~request.idle)
         rows = dataclasses.replace(
             rows,
             tokens=tokens,
             open=rows.generated_BT & (tokens == checkpoint.config.mask_id),
             step=jnp.full_like(rows.step, step),
         )
-        call = Call(active_B=~rows.done, full=True, draws=request.recorded[step])
+        call = Call(active_B=~rows.done, full=True, draws=recorded[step])
         _, _, seen, decision = block_step(work.model, setup, rows, None, call)
         return seen.columns_BN, decision
 
