@@ -28,6 +28,7 @@ from jdllm.runtime.files import alone, atomic_file
 from jdllm.runtime.journal import Journal
 from jdllm.score.likelihood import LikelihoodConfig
 from jdllm.tasks import published as presets
+from jdllm.tasks.graders import code
 from jdllm.tasks.lm_eval import resolve
 from jdllm.tasks.published_rows import PRESETS, find
 
@@ -163,6 +164,8 @@ class TaskResult:
     speed: Any
     estimates: dict[str, float | None]
     """Of likelihoods: their number, and the standard errors of their estimates, in nats."""
+    sandbox: str | None = None
+    """Where the programs of a code task ran."""
 
     @property
     def documents(self) -> int:
@@ -201,9 +204,11 @@ def run(name: str, loaded: dict[str, Any], lm: Any, limit: int | None = None) ->
             found.append(sample)
     metric = plain(resolve.quoted(next(iter(loaded["tasks"].values()))))
     metric = metric if metric in score.metrics else next(iter(score.metrics))
+    unsafe = any(getattr(task, "UNSAFE_CODE", False) for task in loaded["tasks"].values())
     return TaskResult(
-        name, metric, score.metrics, score.stderr, found, lm.speed, certainty(lm.likelihoods)
-    )
+        name, metric, score.metrics, score.stderr, found, lm.speed, certainty(lm.likelihoods),
+        code.described() if unsafe else None,
+    )  # fmt: skip
 
 
 def score(result: TaskResult, metric: str) -> str:
@@ -342,6 +347,7 @@ def report(config: EvalConfig, model: ModelConfig, results: Sequence[TaskResult]
                 "speed": result.speed.facts(),
             }
             | ({"likelihoods": result.estimates} if result.estimates else {})
+            | ({"sandbox": result.sandbox} if result.sandbox else {})
             for result in results
         },
         "speed": speed.facts(),
@@ -398,6 +404,8 @@ def show(speed: dict[str, Any], results: Sequence[TaskResult]) -> None:
         f"latency p50 {speed['latency_p50']:.2f} s, p95 {speed['latency_p95']:.2f} s"
     )
     for result in results:
+        if result.sandbox:
+            print(f"{result.name}: programs ran in {result.sandbox}")
         if result.estimates and result.estimates["stderr_mean"] is not None:
             print(
                 "{}: {n} likelihoods, the standard error of an estimate is {stderr_mean:.3f} nats "

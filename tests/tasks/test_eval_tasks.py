@@ -12,6 +12,7 @@ from jdllm.model.config import NAMED
 from jdllm.runtime import cli, sharding
 from jdllm.score.scoring import Likelihood, certainty
 from jdllm.store.checkpoint import random_model, save_model
+from jdllm.tasks.graders import code
 from jdllm.tasks.published_rows import PRESETS
 from jdllm.tokenizer import copy_tokenizer
 from tests.support import tiny
@@ -68,7 +69,12 @@ def test_generated_scored_and_programmed_tasks_in_one_run(
     ]  # fmt: skip
     prefixed = next(row["prompt"] for row in rows if row["task"] == "mbpp_instruct")
     assert prefixed.endswith("```python")  # the answer's beginning stays open
-    assert "exact_match,flexible-extract " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "exact_match,flexible-extract " in out
+    where = code.described()
+    assert results["tasks"]["mbpp_instruct"]["sandbox"] == where
+    assert f"mbpp_instruct: programs ran in {where}" in out
+    assert "sandbox" not in results["tasks"]["gsm8k"]
     again, _ = run(tmp_path / "out", *words)
     assert again["tasks"]["gsm8k"]["metrics"] == results["tasks"]["gsm8k"]["metrics"]
 

@@ -1,18 +1,20 @@
-"""Running what models write: each program in a fresh, limited interpreter (guard.py); pass@k.
+"""Running what models write: each program in a sandbox, its tests outside of it (guard/); pass@k.
 
-No program of a model is run unless the user confirms it; resolve() asks before anything is
-generated.
+No program of a model is run unless the user confirms it, nor without a sandbox; resolve() asks
+before anything is generated.
 """
 
 import contextlib
-import json
+import functools
+import marshal
 import math
 import os
-import secrets
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,58 +23,115 @@ from pathlib import Path
 TIMEOUT = 5.0  # seconds; twice HumanEval's own, for busy machines
 MEMORY = 4 << 30  # bytes of address space: libraries for numbers reserve much more than they use
 KS = (1, 5, 10, 25, 50, 100)
-GUARD = Path(__file__).with_name("guard.py")
-# A program sees none of our environment, and numpy starts no threads, which are refused.
+GUARD = Path(__file__).with_name("guard") / "__main__.py"
+# A program sees none of our environment, and numpy starts no threads.
 ENVIRONMENT = {"PATH": os.defpath, "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"}
+LIBRARIES = [sysconfig.get_path(name) for name in ("purelib", "platlib")]
+SYSTEM = ["/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/localtime"]
+READABLE = [*dict.fromkeys([sys.base_prefix, *LIBRARIES, *SYSTEM])]
+# The best first; each is tried on an empty program.
+SANDBOXES = {
+    "namespaces": "namespaces (users, files, processes, network) and a filter of system calls",
+    "landlock": "Landlock and a filter of system calls",
+    "seccomp": "a filter of system calls alone",
+}
+CHOICE = "JDLLM_SANDBOX"
+OPEN = f"set {CHOICE}=none to run them with limits alone, in a container that you can lose"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a program ended: "passed", "timed out", "killed", or its error."""
+    """How a program ended: "passed", "timed out", "ended early", or its or its tests' error."""
 
     passed: bool
     what: str
 
 
-def run(program: str, *, timeout: float = TIMEOUT, memory: int = MEMORY) -> Outcome:
-    """Runs a program in a fresh interpreter, a temporary folder and a process group of its own.
+@functools.cache
+def sandbox() -> str:
+    """The name of the sandbox that programs run in: the best that this machine has.
 
-    It has `timeout` seconds, `memory` bytes, no network, no other processes, and may change files
-    in its folder only. It passes when it runs to its end without an error: leaving early, even
-    with exit code 0, is not passing. Whatever it started is killed with it.
+    The environment variable JDLLM_SANDBOX names another one, or "none". ValueError where there is
+    none and that was not asked for.
     """
-    token = secrets.token_hex(16)
-    facts = {"token": token, "timeout": timeout, "memory": memory}
-    with tempfile.TemporaryDirectory(prefix="jdllm-program-") as folder:
-        process = subprocess.Popen(
-            [sys.executable, "-I", str(GUARD)],
-            cwd=folder,
-            env=ENVIRONMENT | {"HOME": folder, "TMPDIR": folder},
+    choice = os.environ.get(CHOICE)
+    if choice is not None and choice not in {*SANDBOXES, "none"}:
+        raise ValueError(f"{CHOICE}={choice} is none of {', '.join(SANDBOXES)} and none")
+    if choice == "none":
+        return choice
+    if sys.platform != "linux":
+        raise ValueError(f"programs of models need a sandbox of Linux; {OPEN}")
+    tried = {name: _run("", "", name) for name in ([choice] if choice else SANDBOXES)}
+    for name, outcome in tried.items():
+        if outcome.passed:
+            return name
+    why = "; ".join(outcome.what for outcome in tried.values())
+    raise ValueError(
+        f"programs of models have no sandbox on this machine ({why}): run on Linux 5.13 or newer, "
+        f"or {OPEN}"
+    )
+
+
+def described() -> str:
+    """What sandbox() found, in words."""
+    return SANDBOXES.get(sandbox(), "no sandbox: limits on time and memory alone")
+
+
+def run(program: str, tests: str, *, timeout: float = TIMEOUT, memory: int = MEMORY) -> Outcome:
+    """Runs tests on a program, each in a fresh process, the program's in a sandbox.
+
+    They have `timeout` seconds and `memory` bytes each, no network, no other processes, and the
+    program may change files in a temporary folder only. It passes when the tests run to their end
+    without an error. They reach what the program defines by its names, and judge copies of its
+    values; the program sees neither them nor the verdict. Whatever it started is killed with it.
+    """
+    return _run(program, tests, sandbox(), timeout, memory)
+
+
+def _run(
+    program: str, tests: str, kind: str, timeout: float = TIMEOUT, memory: int = MEMORY
+) -> Outcome:
+    with tempfile.TemporaryDirectory(prefix="jdllm-program-", ignore_cleanup_errors=True) as folder:
+        home = os.path.realpath(folder)
+        facts = {"sandbox": kind, "timeout": timeout, "memory": memory, "home": home}
+        facts |= {"readable": READABLE, "path": LIBRARIES}
+        sent = marshal.dumps({"program": program, "tests": tests})
+        with subprocess.Popen(
+            [sys.executable, "-I", "-S", str(GUARD), marshal.dumps(facts).hex()],
+            cwd=home,
+            env=ENVIRONMENT | {"HOME": home, "TMPDIR": home},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
-        )
-        sent = f"{json.dumps(facts)}\n{program}".encode(errors="replace")
-        try:
-            said, _ = process.communicate(sent, timeout=timeout + 1)
-        except subprocess.TimeoutExpired:
-            return Outcome(False, "timed out")
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-    known, _, what = said.decode(errors="replace").partition(" ")
-    if known == token:
-        return Outcome(what == "passed", what)
-    timed_out = -process.returncode in (signal.SIGALRM, signal.SIGXCPU)
-    return Outcome(False, "timed out" if timed_out else f"ended early ({process.returncode})")
+        ) as process:
+            try:
+                said, _ = process.communicate(sent, timeout=timeout)
+            except subprocess.TimeoutExpired:
+                return Outcome(False, "timed out")
+            finally:
+                _end(process)
+    passed, what = said[:1] == b"1", said[1:].decode(errors="replace")
+    return Outcome(passed, what or f"the judge ended early ({process.returncode})")
 
 
-def run_all(programs: Sequence[str], *, timeout: float = TIMEOUT) -> list[Outcome]:
+def _end(process: subprocess.Popen) -> None:
+    """Ends a process and all of its group, and waits a second at most until they are gone."""
+    with contextlib.suppress(ProcessLookupError):
+        for _ in range(100):
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            time.sleep(0.01)
+
+
+def run_all(
+    programs: Sequence[str], tests: str, *, timeout: float = TIMEOUT, memory: int = MEMORY
+) -> list[Outcome]:
     """run() of each program, as many at once as there are processor cores."""
+    sandbox()
+    one = functools.partial(run, tests=tests, timeout=timeout, memory=memory)
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        return list(pool.map(lambda program: run(program, timeout=timeout), programs))
+        return list(pool.map(one, programs))
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
@@ -91,9 +150,9 @@ def ks(samples: int) -> list[int]:
     return sorted({k for k in KS if k < samples} | {samples, 1})
 
 
-def scores(programs: Sequence[str]) -> dict[str, float]:
-    """pass@k of one document's programs, tests included, for every k of ks()."""
-    right = sum(outcome.passed for outcome in run_all(programs))
+def scores(programs: Sequence[str], tests: str) -> dict[str, float]:
+    """pass@k of one document's programs for every k of ks()."""
+    right = sum(outcome.passed for outcome in run_all(programs, tests))
     return {f"pass@{k}": pass_at_k(len(programs), right, k) for k in ks(len(programs))}
 
 
@@ -105,8 +164,8 @@ class CodeEval:
     ) -> tuple[dict[str, float], dict]:
         """Mean pass@k over documents, as the metric of that name returns it."""
         found: list[tuple[int, int]] = []
-        for test, programs in zip(references, predictions, strict=True):
-            outcomes = run_all([f"{program}\n{test}" for program in programs])
+        for tests, programs in zip(references, predictions, strict=True):
+            outcomes = run_all(programs, tests)
             found.append((len(programs), sum(outcome.passed for outcome in outcomes)))
         at = [number for number in k if all(number <= samples for samples, _ in found)]
         means = {

@@ -56,7 +56,7 @@ def grade(doc: dict, results: list) -> dict[str, float]:
     """pass@k of the programs that a filter found in a document's completions."""
     imports = "\n".join(doc.get("test_imports", []))
     found = results[0] if isinstance(results[0], list) else [results[0]]
-    return code.scores([f"{imports}\n{text}\n{tests(doc)}" for text in found])
+    return code.scores([f"{imports}\n{text}" for text in found], tests(doc))
 
 
 def picking(name: str, find) -> dict:

@@ -16,9 +16,8 @@ from jdllm.tasks.lm_eval import mbpp
 
 _NAME = re.compile(r"""^["']?(task|group)["']?:[ \t]*["']?([^\s"'#\[{]+)""", re.MULTILINE)
 UNSAFE = (
-    "task {} runs the programs that the model writes. Each gets a process of its own with limits "
-    "on time and memory, no network and a temporary folder, which is no prison: pass "
-    "confirm_run_unsafe_code=true to run them, best inside a container"
+    "task {} runs the programs that the model writes, each in a sandbox with limits on time and "
+    "memory, no network and a temporary folder: pass confirm_run_unsafe_code=true to run them"
 )
 _TAGS = re.compile(r"""^["']?tag["']?:[ \t]*(.*(?:\n[ \t]*-[ \t]*.*)*)""", re.MULTILINE)
 
@@ -132,13 +131,19 @@ def config(path: Path, name: str, confirmed: bool) -> dict:
             f"python -m pip install 'lm-eval[math]' has those of the mathematical tasks"
         ) from error
     found = {key: found[key] for key in found if key not in ("tag", "group", "task_list")}
-    return FIXES.get(name, dict)(found)
+    return _own_helpers(FIXES.get(name, dict)(found))
 
 
 def refuse_code(found: dict, confirmed: bool) -> None:
-    """ValueError for a task that runs what the model writes, unless that is `confirmed`."""
-    if found.get("unsafe_code") and not confirmed:
+    """ValueError for a task that runs what the model writes, unless that is `confirmed`.
+
+    And where there is no sandbox to run it in (code.sandbox()).
+    """
+    if not found.get("unsafe_code"):
+        return
+    if not confirmed:
         raise ValueError(UNSAFE.format(found["task"]))
+    code.sandbox()
 
 
 def sampled(found: dict, samples: int) -> dict:
@@ -172,6 +177,23 @@ def _find_program(found: dict) -> dict:
     """
     ours = mbpp.picking("extracted", lambda text: mbpp.program("```python\n" + text))
     return found | {"filter_list": [ours, *found["filter_list"]]}
+
+
+CHECK = "{{test}}\ncheck({{entry_point}})"
+
+
+def _own_helpers(found: dict) -> dict:
+    """HumanEval's tests use functions of the prompt, which are taken from there.
+
+    A program has them too, and could judge itself by its own of that name.
+    """
+
+    def doc_to_target(doc: dict) -> str:
+        before = doc["prompt"].rpartition(f"def {doc['entry_point']}(")[0]
+        return f"{before}\n{doc['test']}\ncheck({doc['entry_point']})"
+
+    humaneval = found.get("doc_to_target") == CHECK
+    return found | ({"doc_to_target": doc_to_target} if humaneval else {})
 
 
 FIXES = {"truthfulqa_gen": _quick_rouge, "mbpp_instruct": _find_program}
