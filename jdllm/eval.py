@@ -166,6 +166,8 @@ class TaskResult:
     """Of likelihoods: their number, and the standard errors of their estimates, in nats."""
     sandbox: str | None = None
     """Where the programs of a code task ran."""
+    gen_kwargs: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    """By task: the decode settings that its own generation_kwargs changed."""
 
     @property
     def documents(self) -> int:
@@ -207,7 +209,7 @@ def run(name: str, loaded: dict[str, Any], lm: Any, limit: int | None = None) ->
     unsafe = any(getattr(task, "UNSAFE_CODE", False) for task in loaded["tasks"].values())
     return TaskResult(
         name, metric, score.metrics, score.stderr, found, lm.speed, certainty(lm.likelihoods),
-        code.described() if unsafe else None,
+        code.described() if unsafe else None, lm.gen_kwargs,
     )  # fmt: skip
 
 
@@ -286,17 +288,16 @@ def evaluate(
         introduce(config.model, llm)
     decode = llm.resolve(config.settings, gen_length=longest(loaded))
     shared: Any = {"batch_size": config.batch_size, "journal": journal, "leave": leave}
-    results = []
+    shared |= {"decode": config.settings, "length": longest(loaded)}
+    shared |= {"likelihood": config.likelihood, "chat": config.chat is not False}
+    results, framed = [], False
     for name, tasks in loaded.items():
-        lm = JdllmLM(
-            llm,
-            decode=decode,
-            likelihood=config.likelihood,
-            chat=config.chat is not False,
-            **shared,
-        )
+        lm = JdllmLM(llm, **shared)
         results.append(run(name, tasks, lm, config.limit))
-    return report(dataclasses.replace(config, decode=decode), llm.config, results), results
+        framed |= lm.frames
+    return report(
+        dataclasses.replace(config, decode=decode, chat=framed), llm.config, results
+    ), results
 
 
 def load(name: str, config: EvalConfig) -> dict[str, Any]:
@@ -348,6 +349,7 @@ def report(config: EvalConfig, model: ModelConfig, results: Sequence[TaskResult]
             }
             | ({"likelihoods": result.estimates} if result.estimates else {})
             | ({"sandbox": result.sandbox} if result.sandbox else {})
+            | ({"gen_kwargs": result.gen_kwargs} if result.gen_kwargs else {})
             for result in results
         },
         "speed": speed.facts(),

@@ -7,6 +7,7 @@ python -m jdllm.harness run --model jdllm --model_args model=bundled --tasks gsm
 """
 
 from jdllm.evaluation.harness import JdllmLM
+from jdllm.runtime.cli import one_sentence
 
 __all__ = ["JdllmLM"]
 
@@ -14,4 +15,5 @@ __all__ = ["JdllmLM"]
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    with one_sentence():
+        cli_evaluate()

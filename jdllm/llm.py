@@ -4,12 +4,11 @@ from jdllm import LLM, DecodeConfig
 LLM.load("bundled").generate(["..."], DecodeConfig(threshold=0.9))
 """
 
-import bisect
 import dataclasses
-import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, Self
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Integral
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jdllm.batches import bucket, common_prefixes, deal, heights, plan_batches, row_seeds
+from jdllm.completion import Completion, complete, stop_sequences
 from jdllm.decode import (
     DecodeConfig,
     Prefixes,
@@ -38,24 +38,17 @@ from jdllm.score.likelihood import LikelihoodConfig
 from jdllm.score.scoring import Device, Ids, Likelihood, score
 from jdllm.stop import EosStop, StopStrings
 from jdllm.store.fingerprint import fingerprint
-from jdllm.tokenizer import encode_prompts, load_tokenizer
+from jdllm.tokenizer import Message, encode_prompts, load_tokenizer, read_lengths
 from jdllm.viz import trace
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | Sequence[Message]
 
 
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """What one prompt became."""
-
-    text: str | None
-    """Decoded ids, cut at the first stop string; None where the model has no tokenizer."""
-    ids: list[int]
-    """Generated ids up to, and without, the first id that ends a text, or up to a stop string."""
-    nfe: int
-    """Model evaluations made while this row was unfinished."""
-    finish_reason: Literal["stop", "length"]
-    """stop: an end id or a stop string came; length: the canvas was full first."""
+def as_prompts(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    """A list of prompts; a prompt that comes by itself becomes a list of one."""
+    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], Integral | Mapping)):
+        return [prompts]  # pyright: ignore[reportReturnType]
+    return prompts  # pyright: ignore[reportReturnType]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +81,15 @@ class Shared:
     def of(self, index: Sequence[int]) -> tuple[Cache, list[int]] | None:
         """The cache, and the numbers of some prompts; None where nothing is shared."""
         return self.cache and (self.cache, [self.which[i] for i in index])
+
+
+def _are_ids(prompt: Any) -> bool:
+    """Whether a prompt is token ids; ValueError where it is neither that, text nor messages."""
+    if isinstance(prompt, str) or (len(prompt) and isinstance(prompt[0], Mapping)):
+        return False
+    if all(isinstance(part, Integral) for part in prompt):
+        return True
+    raise ValueError(f"a prompt is text, token ids or a list of messages, not {prompt!r}")
 
 
 class LLM:
@@ -130,16 +132,12 @@ class LLM:
         ValueError or OSError, in one sentence, where there is no such model or it does not fit.
         """
         mesh = choose_mesh(mesh, model, dtype, allow_unknown) if isinstance(mesh, str) else mesh
-        parts = load_parts(model, mesh, dtype, seed, allow_unknown)
         folder = locate(model, allow_unknown)
+        # Small files before large ones: what is wrong is said at once.
         tokenizer, defaults = None, DecodeConfig()
         if folder:
-            tokenizer = load_tokenizer(folder)
-            path = folder / "generation_config.json"
-            facts = json.loads(path.read_text()) if path.exists() else {}
-            defaults = DecodeConfig(
-                gen_length=facts.get("max_new_tokens"), block_length=facts.get("block_length")
-            )
+            tokenizer, defaults = load_tokenizer(folder), DecodeConfig(**read_lengths(folder))
+        parts = load_parts(model, mesh, dtype, seed, allow_unknown)
         second = load_parts(verifier, mesh, dtype, seed, allow_unknown) if verifier else None
         return cls(*parts, mesh, tokenizer, defaults, second)
 
@@ -152,13 +150,23 @@ class LLM:
             model=self.config,
         )
 
-    def encode(self, prompts: Sequence[Prompt], chat: bool = True) -> list[list[int]]:
-        """Token ids of every prompt; strings are framed as user messages where `chat`."""
-        texts = [p for p in prompts if isinstance(p, str)]
+    def encode(self, prompts: Prompt | Sequence[Prompt], chat: bool = True) -> list[list[int]]:
+        """Token ids of every prompt.
+
+        Where `chat`, the chat template frames strings as user messages, and conversations (lists of
+        messages) as they are; an assistant's last message stays open. ValueError for ids that the
+        model does not have, and for what neither it nor its template takes.
+        """
+        prompts = as_prompts(prompts)
+        given = [_are_ids(prompt) for prompt in prompts]
+        texts: Any = [prompt for prompt, ids in zip(prompts, given, strict=True) if not ids]
         if texts and self.tokenizer is None:
             raise ValueError("this model has no tokenizer.json: pass token ids instead of text")
         encoded = iter(encode_prompts(self.tokenizer, texts, chat) if texts else [])
-        rows = [next(encoded) if isinstance(p, str) else list(p) for p in prompts]
+        rows: list[list[int]] = [
+            next(encoded) if not ids else list(prompt)  # pyright: ignore[reportAssignmentType]
+            for prompt, ids in zip(prompts, given, strict=True)
+        ]
         for row in rows:
             if row and not 0 <= min(row) <= max(row) < self.config.vocab:
                 raise ValueError(f"token ids must lie in 0..{self.config.vocab - 1}, got {row}")
@@ -166,7 +174,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt],
         config: DecodeConfig | None = None,
         *,
         batch_size: int = 32,
@@ -175,14 +183,16 @@ class LLM:
         samples: Sequence[int] | None = None,
         progress: bool = False,
     ) -> list[Completion]:
-        """Completes every prompt (a string or token ids), in order.
+        """Completes every prompt (a string, token ids or messages), in order.
 
+        One prompt may come without a list around it, and gives a list of one. Messages are dicts,
+        {"role": "user", "content": "..."} say, and framed by the chat template as strings are.
         A prompt gets the tokens and the NFE that it gets alone, whatever else is in the call. A
         prompt's number in `samples` tells draws from the same prompt apart (default: it is counted
         how often the prompt came before). ValueError where a prompt and its completion exceed the
         model's length.
         """
-        found: dict[int, Completion] = {}
+        prompts, found = as_prompts(prompts), dict[int, Completion]()
         batches = self.stream(
             prompts, config, batch_size=batch_size, chat=chat, stop=stop, samples=samples
         )
@@ -194,7 +204,7 @@ class LLM:
 
     def stream(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt],
         config: DecodeConfig | None = None,
         *,
         batch_size: int = 32,
@@ -236,9 +246,12 @@ class LLM:
                         watch(i, self._record(kept, slot, int(forwards), len(rows[i]), setup))
                 start = time.perf_counter()
             completions = [
-                self._completion(tokens[s][len(rows[i]) :][:gen_length], int(nfe[s]), stop)
+                complete(
+                    tokens[s][len(rows[i]) :][:gen_length], int(nfe[s]), self.config,
+                    self.tokenizer, stop,
+                )
                 for i, s in zip(index, slots, strict=True)
-            ]
+            ]  # fmt: skip
             saved = len(index) * shared.length
             yield Batch(index, completions, int(forwards), spent, compiling, saved)
             spent, compiling = 0.0, 0.0
@@ -370,51 +383,11 @@ class LLM:
         return dataclasses.replace(setup, stop=rule)
 
     def _stop_sequences(self, stop: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """Sequences of ids whose text holds a stop string: single ids, and its own encoding.
-
-        A string that comes about in another way, from the end of one token and the beginning of
-        the next, is not among them; `_completion` finds it in the text.
-        """
+        """Sequences of ids that prove a stop string; see jdllm.completion."""
         stop = [s for s in stop if s]
         if not stop or self.tokenizer is None:
             return ()
         if not self._pieces:
             ids = [[i] for i in range(min(self.config.vocab, len(self.tokenizer)))]
             self._pieces = self.tokenizer.batch_decode(ids, skip_special_tokens=False)
-        holds = {i for i, piece in enumerate(self._pieces) if any(s in piece for s in stop)}
-        holds.discard(self.config.mask_id)
-        spelt = [self.tokenizer.encode(s, add_special_tokens=False) for s in stop]
-        proven = {
-            tuple(ids)
-            for s, ids in zip(stop, spelt, strict=True)
-            if s in self._raw(ids) and not holds & set(ids)
-        }
-        return tuple(sorted({(i,) for i in holds} | proven))
-
-    def _raw(self, ids: Sequence[int]) -> str:
-        """Text of ids, special tokens included: some stop strings are such."""
-        tokenizer: Any = self.tokenizer
-        return tokenizer.decode(list(ids), skip_special_tokens=False)
-
-    def _completion(self, ids: np.ndarray, nfe: int, stop: Sequence[str]) -> Completion:
-        """Cuts generated ids at the first end id, then at the first stop string in their text."""
-        # Under a budget of forwards blocks may have stayed masked: the text ends before them.
-        ends = np.isin(ids, (*self.config.stop_ids, self.config.mask_id))
-        length = int(ends.argmax()) if ends.any() else len(ids)
-        kept = ids[:length].tolist()
-        stopped = length < len(ids) and ids[length] != self.config.mask_id
-        if self.tokenizer is None:
-            return Completion(None, kept, nfe, "stop" if stopped else "length")
-        stop = [s for s in stop if s]
-
-        def holds(count: int) -> bool:
-            text = self._raw(kept[:count])
-            return any(s in text for s in stop)
-
-        if stop and holds(length):
-            stopped = True
-            kept = kept[: bisect.bisect_left(range(length), True, key=holds)]
-        text = self.tokenizer.decode(kept, skip_special_tokens=True)
-        cuts = [place for s in stop if (place := text.find(s)) >= 0]
-        text = text[: min(cuts, default=len(text))]
-        return Completion(text, kept, nfe, "stop" if stopped else "length")
+        return stop_sequences(self.tokenizer, self._pieces, stop, self.config.mask_id)

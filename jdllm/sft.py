@@ -188,6 +188,7 @@ def load_rows(config: SFTConfig, model: ModelConfig, source: Path) -> Rows:
         "data": (config.data.suffix, fingerprint(config.data)) if config.data else None,
         "tokenizer": [fingerprint(source / name) for name in FILES],
         "model": [model.vocab, model.pad_id, *model.stop_ids],
+        "prompts": "whole conversations",  # rows of before had the last question alone
     }
     return cached_rows(config.output / "cache", key, build)
 

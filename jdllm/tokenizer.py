@@ -3,8 +3,9 @@
 import functools
 import json
 import logging
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ FILES = (
     "merges.txt",
     "added_tokens.json",
 )
-SLOT = "\u2402"  # stands for the message while the template is rendered once
+# Within a special token that somebody wrote: it keeps that token text while the template's own are
+# found. Unicode leaves these two to a program's own use, so that no text has them.
+MARK = "\ufdd0\ufdd1"
+Message = Mapping[str, Any]
 # How Qwen2 cuts text into words before it merges bytes: contractions, letters with one sign before
 # them, single digits, runs of signs, line ends, spaces.
 QWEN2_WORDS = (
@@ -27,6 +31,8 @@ QWEN2_WORDS = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 CONFIG = "tokenizer_config.json"
+TEMPLATE = "chat_template.jinja"
+LENGTHS = {"gen_length": "max_new_tokens", "block_length": "block_length"}
 # What a tokenizer made of vocab.json and merges.txt does not take from that file: the tokens, which
 # it holds itself, and the names of the repository's own code.
 NOT_KEPT = {"added_tokens_decoder", "auto_map", "tokenizer_class", "processor_class"}
@@ -45,13 +51,60 @@ def load_tokenizer(folder: Path) -> Any | None:
     logging.getLogger("transformers").addFilter(_worth_saying)
     from transformers import PreTrainedTokenizerFast
 
-    if ready:
-        return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
     settings = _settings(folder)
-    template = folder / "chat_template.jinja"
-    if template.exists():
-        settings["chat_template"] = template.read_text(encoding="utf-8")
-    return PreTrainedTokenizerFast(tokenizer_object=build_tokenizer(folder), **settings)
+    try:
+        if ready:
+            return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        template = folder / TEMPLATE
+        if template.exists():
+            settings["chat_template"] = template.read_text(encoding="utf-8")
+        settings["name_or_path"] = str(folder)
+        return PreTrainedTokenizerFast(tokenizer_object=build_tokenizer(folder), **settings)
+    except Exception as error:  # the libraries raise all kinds
+        raise _broken(folder, error) from None
+
+
+def _broken(folder: Path, error: Exception) -> ValueError:
+    """The error that names the file because of which no tokenizer could be loaded."""
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    for name in ("special_tokens_map.json", "added_tokens.json"):
+        if (folder / name).exists():
+            _read_json(folder / name)
+    if (folder / TEMPLATE).exists():
+        _read_text(folder / TEMPLATE)
+    if not path.exists():
+        if isinstance(error, ValueError) and str(folder) in str(error):
+            return error
+        return ValueError(f"the files in {folder} make no tokenizer: {error!r}")
+    try:
+        Tokenizer.from_file(str(path))
+    except Exception as reason:  # the library has no type of its own
+        return ValueError(
+            f"{path} is of a kind that the installed tokenizers cannot read ({_line(reason)}); "
+            "install a newer version or replace the file"
+        )
+    return ValueError(f"{folder / CONFIG} does not fit the tokenizer beside it: {_line(error)}")
+
+
+def _line(error: Exception) -> str:
+    """An error's text as one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def read_lengths(folder: Path) -> dict[str, Any]:
+    """gen_length and block_length, as far as generation_config.json has them; empty without it.
+
+    ValueError, with the file's name, where it is no JSON object or a length is no number above 0.
+    """
+    path = folder / "generation_config.json"
+    facts = _read_json(path) if path.exists() else {}
+    found = {ours: facts[name] for ours, name in LENGTHS.items() if facts.get(name) is not None}
+    for ours, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{path}: {LENGTHS[ours]}={value!r} must be a whole number above 0")
+    return found
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -61,11 +114,21 @@ def _settings(folder: Path) -> dict[str, Any]:
     return {key: value for key, value in facts.items() if key not in NOT_KEPT}
 
 
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error.reason}") from None
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        facts = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(facts, dict):
+        raise ValueError(f"{path} must be a JSON object, but is a {type(facts).__name__}")
+    return facts
 
 
 def added_tokens(folder: Path) -> list[dict[str, Any]]:
@@ -148,27 +211,120 @@ def copy_tokenizer(source: Path, output: Path) -> list[str]:
     return names
 
 
-@functools.lru_cache(maxsize=8)
-def chat_frame(tokenizer: Any) -> tuple[str, str]:
-    """What the chat template puts before and after one user message, reply header included.
+def render(tokenizer: Any, messages: Sequence[Message], open_last: bool | None = None) -> str:
+    """Text of a conversation as the chat template writes it, up to where the reply begins.
 
-    Without a template both are empty: the prompt goes to the model as it is.
+    With `open_last` the last message is the reply's beginning and stays open (default: where the
+    assistant speaks last). Special tokens that a message holds carry a MARK: `encode_texts` reads
+    them as text, and `unmarked` takes the marks out. ValueError, with the file's name, where the
+    template does not parse or refuses the conversation.
     """
+    for message in messages:
+        if not isinstance(message, Mapping) or "role" not in message:
+            raise ValueError(f"a message is a dict with role and content, not {message!r}")
     if not getattr(tokenizer, "chat_template", None):
-        return "", ""
-    message = [{"role": "user", "content": SLOT}]
-    text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    before, found, after = text.partition(SLOT)
-    if not found:
-        raise ValueError("the chat template drops the user's message; pass token ids instead")
-    return before, after
+        raise ValueError("this model has no chat template to frame messages with: pass text")
+    if open_last is None:
+        open_last = bool(messages) and messages[-1]["role"] == "assistant"
+    special = _special(tokenizer).values()
+    try:
+        return tokenizer.apply_chat_template(
+            [_marked(message, special) for message in messages],
+            tokenize=False,
+            add_generation_prompt=not open_last,
+            continue_final_message=open_last,
+        )
+    except Exception as error:  # a template can raise anything
+        raise ValueError(
+            f"the chat template in {_template_file(tokenizer)} does not take this conversation: "
+            f"{_line(error)}"
+        ) from None
 
 
-def encode_prompts(tokenizer: Any, prompts: Sequence[str], chat: bool = True) -> list[list[int]]:
-    """Token ids of user messages, framed by the chat template where `chat` and there is one."""
-    before, after = chat_frame(tokenizer) if chat else ("", "")
-    texts = [before + prompt + after for prompt in prompts]
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+def _template_file(tokenizer: Any) -> Path:
+    folder = Path(str(tokenizer.name_or_path))
+    return next((p for p in (folder / TEMPLATE, folder / CONFIG) if p.exists()), folder)
+
+
+@functools.lru_cache(maxsize=8)
+def _special(tokenizer: Any) -> dict[int, str]:
+    """The special tokens by id."""
+    return {
+        i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+
+
+def _marked(part: Any, special: Collection[str]) -> Any:
+    """A message or a part of it, every special token in its texts with a MARK."""
+    if isinstance(part, str):
+        found = [re.escape(token) for token in special if token in part]
+        return re.sub(f"(?=(?:{'|'.join(found)}))(.)", rf"\1{MARK}", part) if found else part
+    if isinstance(part, Mapping):
+        return {key: _marked(value, special) for key, value in part.items()}
+    if isinstance(part, list | tuple):
+        return [_marked(value, special) for value in part]
+    return part
+
+
+def unmarked(text: str) -> str:
+    """Text as its reader should see it, without marks."""
+    return text.replace(MARK, "")
+
+
+def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts as they are; special tokens in them count as such unless marked."""
+    rows = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+    return [
+        _encode_marked(tokenizer, text) if MARK in text else row
+        for text, row in zip(texts, rows, strict=True)
+    ]
+
+
+def _encode_marked(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text whose marked special tokens are text.
+
+    The text is cut at the special tokens without a mark, which is where a tokenizer cuts it too;
+    a piece between them that has marks is encoded without them, and without looking for any.
+    """
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    special = _special(tokenizer)
+    ids, piece, start = [], [], 0
+
+    def close(end: int) -> list[int]:
+        part = text[start:end]
+        if MARK not in part:
+            return piece
+        return tokenizer(unmarked(part), add_special_tokens=False, split_special_tokens=True)[
+            "input_ids"
+        ]
+
+    for i, (begin, end) in zip(found["input_ids"], found["offset_mapping"], strict=True):
+        if i in special:
+            ids += [*close(begin), i]
+            piece, start = [], end
+        else:
+            piece.append(i)
+    return ids + close(len(text))
+
+
+def encode_prompts(
+    tokenizer: Any, prompts: Sequence[str | Sequence[Message]], chat: bool = True
+) -> list[list[int]]:
+    """Token ids of prompts: user messages, or conversations as lists of messages.
+
+    The chat template frames them where `chat` and there is one; else a string goes to the model as
+    it is. ValueError as in `render`, and for messages without a frame.
+    """
+    framed = chat and bool(getattr(tokenizer, "chat_template", None))
+    if not chat and not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError("messages are framed by the chat template: leave chat on, or pass text")
+
+    def text(prompt: str | Sequence[Message]) -> str:
+        if not isinstance(prompt, str):
+            return render(tokenizer, prompt)
+        return render(tokenizer, [{"role": "user", "content": prompt}]) if framed else prompt
+
+    return encode_texts(tokenizer, [text(prompt) for prompt in prompts])
 
 
 def encode_responses(tokenizer: Any, responses: Sequence[str]) -> list[list[int]]:

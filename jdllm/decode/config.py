@@ -169,6 +169,12 @@ class DecodeConfig:
             if wrong(self):
                 raise ValueError(sentence.format(c=self))
 
+    @property
+    def draws(self) -> bool:
+        """Whether chance decides anything, so that repeats of a prompt differ."""
+        by_lot = self.remasking == "random" or self.rule == "origin"
+        return bool(self.temperature or self.alg_temp or by_lot)
+
     @classmethod
     def named(cls, preset: str, **settings: Any) -> Self:
         """The preset of that name, with `settings` in place of its own.

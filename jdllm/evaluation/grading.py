@@ -14,6 +14,7 @@ from tqdm import tqdm
 from jdllm.evaluation.harness import JdllmLM
 from jdllm.tasks import Doc, Task
 from jdllm.tasks.lm_eval import ours, resolve
+from jdllm.tokenizer import unmarked
 
 
 def as_lm_eval(task: Task, docs: Sequence[Doc], samples: int = 1) -> Any:
@@ -74,7 +75,7 @@ def grade(lm: JdllmLM, name: str, loaded: dict[str, Any], **settings: Any) -> Sc
         from lm_eval.evaluator import evaluate
 
         prefixed = any(task.config.gen_prefix for task in loaded["tasks"].values())
-        framed = lm.chat and bool(lm.tokenizer.chat_template) and prefixed
+        framed = lm.frames and prefixed
         results: Any = evaluate(
             lm=lm, task_dict=loaded, apply_chat_template=framed, fewshot_as_multiturn=False,
             confirm_run_unsafe_code=True, **settings,
@@ -111,7 +112,7 @@ def rows(name: str, task: Any, samples: list[dict[str, Any]]) -> list[dict[str, 
                 "task": name,
                 "doc_id": sample["doc_id"],
                 "target": str(sample["target"]),
-                "prompt": str(sample["arguments"][0][0]),
+                "prompt": unmarked(str(sample["arguments"][0][0])),
                 "metrics": {},
                 "each": [{} for _ in range(task.config.repeats)],
             },

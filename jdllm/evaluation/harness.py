@@ -8,10 +8,8 @@ python -m jdllm.evaluation.harness run --model jdllm --model_args model=bundled 
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,17 +20,24 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
+from jdllm.completion import Completion
 from jdllm.decode import DecodeConfig
-from jdllm.decode.presets import preset_settings
+from jdllm.evaluation.lm_arguments import (
+    batch_rows,
+    given_names,
+    overlay,
+    read_gen_kwargs,
+    read_settings,
+)
 from jdllm.evaluation.settings import check_verifier
 from jdllm.evaluation.speed import Cost, Speed
-from jdllm.llm import LLM, Completion
+from jdllm.llm import LLM
 from jdllm.runtime import processes
 from jdllm.runtime.files import alone
-from jdllm.runtime.journal import Journal, digest
+from jdllm.runtime.journal import Journal, digest, number_repeats
 from jdllm.score.likelihood import LikelihoodConfig
 from jdllm.score.scoring import Likelihood
-from jdllm.tokenizer import chat_frame
+from jdllm.tokenizer import render, unmarked
 
 DEFAULT_LENGTH = 128  # columns, where neither the settings, the model nor the request names any
 LM_EVAL_DEVICE = "cuda:0"  # what lm-eval's command line passes where the user names none
@@ -40,6 +45,11 @@ INSTRUCT = (
     "the model has a chat template: likelihoods are made for base models, and those of an "
     "instruction-tuned one are often poor; tasks that generate text score it better"
 )
+RAW = (
+    "the model has a chat template, but prompts go to it as they are: --apply_chat_template (in "
+    "Python apply_chat_template=True) frames them, chat=false says that this is meant"
+)
+SAME = "repeats of a document are equal without chance: set temperature, in gen_kwargs or decode.*"
 log = logging.getLogger("jdllm")
 
 
@@ -67,22 +77,25 @@ class Group:
 class JdllmLM(LM):
     """An LLM under lm-eval's interface; `records` and `likelihoods` grow with every call.
 
-    A prompt is framed as one user message where `chat` is on and the model has a chat template,
-    unless lm-eval framed it (apply_chat_template=True): then it is passed on as it is. Contexts
-    whose continuations are scored are never framed here.
+    As for every model of lm-eval, a prompt goes to the model as it is; lm-eval frames it where it
+    is asked to (apply_chat_template=True). Where `chat` is true a prompt that lm-eval did not frame
+    becomes one user message, if the model has a chat template. Contexts whose continuations are
+    scored are never framed here.
     """
 
     def __init__(
         self,
-        model: str | LLM = "bundled",
+        model: str | LLM | None = None,
         *,
+        pretrained: str | None = None,
         decode: DecodeConfig | None = None,
         likelihood: LikelihoodConfig | None = None,
         mesh: str = "auto",
         dtype: str = "auto",
         seed: int = 0,
         batch_size: int | str = 32,
-        chat: bool = True,
+        chat: bool | None = None,
+        length: int | None = None,
         progress: bool = True,
         leave: bool = True,
         journal: Journal | str | None = None,
@@ -92,36 +105,38 @@ class JdllmLM(LM):
         allow_unknown: Sequence[str] = (),
         **settings: Any,
     ):
-        """Loads `model` (see LLM.load), or wraps an LLM that is loaded already.
+        """Loads `model` (see LLM.load; `pretrained` is lm-eval's word for it), or wraps an LLM.
 
-        Decoding is set by `decode`, or by words such as decode.threshold=0.8 among lm-eval's
-        model_args; the estimate of likelihoods by `likelihood`, or likelihood.mc_num=32. What is
-        finished goes into `journal` (a folder, or a Journal) and is not done again. `verifier` is
-        the causal model that decode.rule=verify asks; a loaded LLM has its own. `allow_unknown` are
-        keys of a Hugging Face config.json to ignore (as text: separated by spaces).
-        `max_batch_size` is lm-eval's and not needed: batches never outgrow `batch_size`. ValueError
-        for a word that is no setting, OSError where another run holds the folder.
+        `decode` and `likelihood` are set as they are, or by words such as decode.threshold=0.8
+        among lm-eval's model_args; decode settings given so (in `decode`: what is not the default)
+        win over a request's gen_kwargs, and `length` over its max_gen_toks. What is finished goes
+        into `journal` (a folder, or a Journal) and is not done again. `verifier` is the causal
+        model that decode.rule=verify asks; a loaded LLM has its own. `allow_unknown` are keys of a
+        Hugging Face config.json to ignore (as text: separated by spaces). A `batch_size` of auto is
+        32 rows, or `max_batch_size` if less. ValueError for a word that is no setting, OSError
+        where another run holds the folder.
         """
         super().__init__()
         if device not in (None, LM_EVAL_DEVICE):
             raise ValueError(f"device={device} is for PyTorch models; place this one with mesh=")
-        if not str(batch_size).isdecimal() or int(batch_size) < 1:
-            raise ValueError(f"batch_size={batch_size} must be a number of rows, 1 or more")
+        self.batch_size = batch_rows(batch_size, max_batch_size)
+        if model and pretrained:
+            raise ValueError(f"model={model} and pretrained={pretrained} are one thing; keep one")
         bases = {"decode": decode or DecodeConfig(), "likelihood": likelihood or LikelihoodConfig()}
         chosen = read_settings(settings, bases)
         self.decode: DecodeConfig = chosen["decode"]
+        self._given = given_names(bases["decode"], settings)
         self.likelihood: LikelihoodConfig = chosen["likelihood"]
         if isinstance(model, LLM):
             self.llm = model
         else:
             check_verifier(verifier, [self.decode])
-            self.llm = LLM.load(model, mesh, dtype, seed, verifier, allow_unknown)
+            name = model or pretrained or "bundled"
+            self.llm = LLM.load(name, mesh, dtype, seed, verifier, allow_unknown)
         self.tokenizer: Any = self.llm.tokenizer
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer, and the prompts of a task are text")
-        self.batch_size = int(batch_size)
-        self.chat = chat
-        self.progress, self.leave = progress, leave
+        self.chat, self.length, self.progress, self.leave = chat, length, progress, leave
         if isinstance(journal, str):
             self._lock = contextlib.ExitStack()  # held as long as this object, or the process
             self._lock.enter_context(alone(Path(journal)))
@@ -129,6 +144,10 @@ class JdllmLM(LM):
         self.journal = journal
         self.records: list[Record] = []
         self.likelihoods: list[Likelihood] = []
+        self.gen_kwargs: dict[str, dict[str, Any]] = {}  # by task: decode settings it changed
+        self._used: dict[DecodeConfig, None] = {}
+        self._rendered: set[str] = set()
+        self._said: set[str] = set()
 
     @property
     def speed(self) -> Speed:
@@ -148,9 +167,10 @@ class JdllmLM(LM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Completions in the order of `requests`, each cut at the first of its `until` strings.
 
-        A request's max_gen_toks counts only where neither the decode settings nor the model say
-        how long a completion is; sampling is set by the decode settings, never by a request.
-        A request that comes several times (lm-eval's repeats) draws anew each time.
+        A request's gen_kwargs change the decode settings but for those that were given to this
+        object; its max_gen_toks counts only where neither they nor the model say how long a
+        completion is. A request that comes several times (lm-eval's repeats) draws anew each time.
+        ValueError for gen_kwargs without a meaning.
         """
         if not requests:
             return []
@@ -158,6 +178,8 @@ class JdllmLM(LM):
         rows = self._encode([request.args[0] for request in requests])
         groups = self._groups(requests)
         keys, samples = self._keys(requests, rows, groups)
+        if any(samples[i] and not group.decode.draws for group, g in groups.items() for i in g):
+            self._say(SAME)
         bar = self._bar(requests, disable_tqdm)
         for i, request in enumerate(requests):
             if keys[i] in (self.journal or ()):
@@ -178,8 +200,8 @@ class JdllmLM(LM):
                     for i, completion in zip(chosen, batch.completions, strict=True):
                         request = requests[i]
                         found[i] = Record(
-                            request.task_name, request.doc_id, samples[i], request.args[0],
-                            completion, cost,
+                            request.task_name, request.doc_id, samples[i],
+                            unmarked(request.args[0]), completion, cost,
                         )  # fmt: skip
                     self._keep({keys[i]: dataclasses.asdict(found[i]) for i in chosen})
                     for i in chosen:
@@ -267,7 +289,8 @@ class JdllmLM(LM):
         """What the journal holds under `key`, of an earlier run or of this one."""
         kept: Any = self.journal and self.journal[key]
         completion, cost = Completion(**kept["completion"]), Cost(**kept["cost"])
-        return Record(request.task_name, request.doc_id, sample, request.args[0], completion, cost)
+        prompt = unmarked(request.args[0])
+        return Record(request.task_name, request.doc_id, sample, prompt, completion, cost)
 
     def _keys(
         self, requests: Sequence[Instance], rows: Sequence[list[int]], groups: dict[Group, list]
@@ -303,30 +326,61 @@ class JdllmLM(LM):
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The template's source, for lm-eval's records; None where it is not asked for."""
-        return self.tokenizer.chat_template if chat_template else None
+        """The template's source, for lm-eval's records; None where prompts are not framed."""
+        template = self.tokenizer.chat_template
+        if isinstance(template, dict):
+            name = chat_template if isinstance(chat_template, str) else "default"
+            template = template.get(name)
+        return template if chat_template or self.chat else None
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """Renders messages; without a generation prompt the last message is left open."""
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        text = render(self.tokenizer, chat_history, open_last=not add_generation_prompt)
+        self._rendered.add(text)
+        return text
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval's results say about the model: framing, and settings that were used."""
+        framed = bool(self._rendered) or self.frames
+        return {"chat": framed, "decode": [dataclasses.asdict(used) for used in self._used]}
+
+    @property
+    def frames(self) -> bool:
+        """Whether prompts that lm-eval did not frame are framed here."""
+        return bool(self.chat and self.tokenizer.chat_template)
 
     def _groups(self, requests: Sequence[Instance]) -> dict[Group, list[int]]:
         """Indices of the requests that may share a batch."""
         groups: dict[Group, list[int]] = {}
         for i, request in enumerate(requests):
-            settings: dict[str, Any] = request.arguments[1]
-            until = settings.get("until") or ()
-            stop = (until,) if isinstance(until, str) else tuple(until)
-            config = self._resolve(settings.get("max_gen_toks") or DEFAULT_LENGTH)
-            groups.setdefault(Group(stop, config), []).append(i)
+            groups.setdefault(self._group(request), []).append(i)
+        self._used |= dict.fromkeys(group.decode for group in groups)
         return groups
+
+    def _group(self, request: Instance) -> Group:
+        """A request's stop strings and settings; what of its gen_kwargs gives way is said once."""
+        asked = read_gen_kwargs(request.arguments[1])
+        config, used, remarks = overlay(self.decode, self._given, asked)
+        own = self.llm.defaults.gen_length
+        open_length = not config.gen_length and not self.length
+        if open_length and asked.length and own and own != asked.length:
+            remarks.append(
+                f"the model's own length of {own} wins over gen_kwargs: max_gen_toks="
+                f"{asked.length}; gen_length= there, or decode.gen_length=, sets another"
+            )
+        for remark in remarks:
+            self._say(remark)
+        if used:
+            self.gen_kwargs.setdefault(request.task_name or "", {}).update(used)
+        return Group(asked.stop, self._resolve(asked.length or DEFAULT_LENGTH, config))
+
+    def _say(self, remark: str) -> None:
+        """Logs a warning, once."""
+        if remark not in self._said:
+            self._said.add(remark)
+            log.warning(remark)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Token ids of a context and its continuation."""
@@ -334,66 +388,25 @@ class JdllmLM(LM):
         whole, prefix = self.llm.encode([context + continuation, bare], chat=False)
         return prefix, whole[len(prefix) :]
 
-    def _resolve(self, length: int) -> DecodeConfig:
-        """The decode settings, with `length` (filled up to whole blocks) as the last resort."""
+    def _resolve(self, length: int, config: DecodeConfig | None = None) -> DecodeConfig:
+        """Settings with `length`, filled up to whole blocks, as the last resort."""
+        config = config or self.decode
         usual = self.llm.defaults.block_length or 32
-        block = self.decode.block_length or min(usual, length)
-        return self.llm.resolve(self.decode, gen_length=-(-length // block) * block)
+        block = config.block_length or min(usual, length)
+        return self.llm.resolve(config, gen_length=self.length or -(-length // block) * block)
 
     def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Token ids of the prompts, framed where lm-eval has not done it.
-
-        A prompt that starts with the token that every framed prompt starts with has been framed:
-        that holds for system messages, few-shot turns and requests from lm-eval's cache too.
-        """
-        rows = self.llm.encode(prompts, chat=False)
-        if not self.chat:
-            return rows
-        before, _ = chat_frame(self.tokenizer)
-        opening = self.llm.encode([before], chat=False)[0][:1]
-        framed = self.llm.encode(prompts, chat=True)
-        return [
-            row if opening and row[:1] == opening else with_frame
-            for row, with_frame in zip(rows, framed, strict=True)
-        ]
+        """Token ids of the prompts, framed where that is asked for and lm-eval has not done it."""
+        if self.frames:
+            prompts = [
+                prompt
+                if prompt in self._rendered
+                else render(self.tokenizer, [{"role": "user", "content": prompt}])
+                for prompt in prompts
+            ]
+        elif self.chat is None and self.tokenizer.chat_template and not self._rendered:
+            self._say(RAW)
+        return self.llm.encode(prompts, chat=False)
 
 
 register_model("jdllm")(JdllmLM)  # as a decorator it would hide the signature from type checkers
-
-
-def number_repeats(keys: Sequence[str]) -> tuple[list[str], list[int]]:
-    """Keys that tell repeats of a key apart, and how often each key came before."""
-    seen: Counter[str] = Counter()
-    numbers = []
-    for key in keys:
-        numbers.append(seen[key])
-        seen[key] += 1
-    return [digest([key, n]) for key, n in zip(keys, numbers, strict=True)], numbers
-
-
-def read_settings[T](words: dict[str, Any], bases: dict[str, T]) -> dict[str, T]:
-    """`bases` changed by words such as decode.threshold, which is how model_args set decoding.
-
-    ValueError, with the nearest names, for a word that is not a setting, or no preset's name.
-    """
-    words = dict(words)
-    preset = words.pop("decode.preset", None)
-    known = {
-        f"{name}.{field.name}": (name, field.name)
-        for name, base in bases.items()
-        for field in dataclasses.fields(base)  # pyright: ignore[reportArgumentType]
-    }
-    for word in words:
-        if word not in known:
-            near = difflib.get_close_matches(word, known) or list(known)
-            raise ValueError(f"{word} is not a setting of this model; try {', '.join(near)}")
-    changes: dict[str, dict[str, Any]] = {name: {} for name in bases}
-    if preset:
-        changes["decode"] |= preset_settings(preset)
-    for word, value in words.items():
-        name, field = known[word]
-        changes[name][field] = value
-    return {
-        name: dataclasses.replace(base, **changes[name])  # pyright: ignore[reportArgumentType]
-        for name, base in bases.items()
-    }

@@ -7,7 +7,8 @@ is opened; damage anywhere else is an error, because it cannot come from a kill.
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +89,13 @@ class Journal:
             ) from error
         self._size += len(data)
         self.records |= {record["key"]: record for record in records}
+
+
+def number_repeats(keys: Sequence[str]) -> tuple[list[str], list[int]]:
+    """Keys that tell repeats of a key apart, and how often each key came before."""
+    seen: Counter[str] = Counter()
+    numbers = []
+    for key in keys:
+        numbers.append(seen[key])
+        seen[key] += 1
+    return [digest([key, n]) for key, n in zip(keys, numbers, strict=True)], numbers

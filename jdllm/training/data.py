@@ -20,8 +20,9 @@ from tqdm import tqdm
 from jdllm.model.config import ModelConfig
 from jdllm.runtime.files import atomic_file
 from jdllm.tasks import TASKS
-from jdllm.tokenizer import encode_prompts, encode_responses
+from jdllm.tokenizer import Message, encode_prompts, encode_responses
 
+type Pair = tuple[str | Sequence[Message], str]
 CHUNK = 20_000
 
 
@@ -98,13 +99,12 @@ def check_file(path: Path) -> None:
         )
 
 
-def file_pairs(path: Path) -> Iterator[tuple[str, str]]:
+def file_pairs(path: Path) -> Iterator[Pair]:
     """Prompt and response of every row of a .jsonl file; a .txt file is one response.
 
-    A row has the keys prompt and response, or messages (the last one is the response, the user
-    turn before it the prompt, earlier ones are left out with a note), or text; empty lines are
-    skipped. An empty prompt means plain text. ValueError, naming the line, for any other row;
-    FileNotFoundError where there is no such file.
+    A row has the keys prompt and response, or messages (the last one is the response, all turns
+    before it are the prompt), or text; empty lines are skipped. An empty prompt means plain text.
+    ValueError, naming the line, for any other row; FileNotFoundError where there is no such file.
     """
     check_file(path)
     try:
@@ -122,57 +122,59 @@ def _not_blank(path: Path, text: str) -> str:
     return text
 
 
-def _jsonl_pairs(path: Path) -> Iterator[tuple[str, str]]:
-    shortened = 0
+def _jsonl_pairs(path: Path) -> Iterator[Pair]:
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                prompt, response, earlier = _parse_row(json.loads(line))
+                yield _parse_row(json.loads(line))
             except json.JSONDecodeError as error:
                 reason = f"not valid JSON: {error.msg} at column {error.colno}"
                 raise ValueError(f"{path}, line {number}: {reason}") from None
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from None
-            shortened += earlier > 0
-            yield prompt, response
-    if shortened:
-        print(f"note: of {shortened} conversations only the last question and answer are used")
 
 
-def _parse_row(row: Any) -> tuple[str, str, int]:
-    """Prompt, response and the number of earlier turns of one row."""
+def _parse_row(row: Any) -> Pair:
+    """Prompt and response of one row; a single question is a string, a conversation its turns."""
     match row:
         case {"prompt": str(prompt), "response": str(response)}:
-            return prompt, response, 0
+            return prompt, response
         case {
             "messages": [
                 *earlier,
                 {"role": "user", "content": str(prompt)},
                 {"role": "assistant", "content": str(response)},
             ]
-        }:
-            return prompt, response, len(earlier)
+        } if all(map(_is_turn, earlier)):
+            return [*earlier, {"role": "user", "content": prompt}] if earlier else prompt, response
         case {"text": str(text)}:
-            return "", text, 0
+            return "", text
     rule = (
-        "a row needs the strings prompt and response, or messages that end with a user and an "
-        "assistant turn, or the string text"
+        "a row needs the strings prompt and response, or messages (each with the strings role and "
+        "content) that end with a user and an assistant turn, or the string text"
     )
     keys = f"it has the keys {', '.join(row) or '(none)'}" if isinstance(row, dict) else ""
     raise ValueError(f"{rule}; {keys or f'it is of type {type(row).__name__}'}")
 
 
+def _is_turn(message: Any) -> bool:
+    match message:
+        case {"role": str(), "content": str()}:
+            return True
+    return False
+
+
 def _encode(
-    tokenizer: Any, pairs: Sequence[tuple[str, str]], config: ModelConfig
+    tokenizer: Any, pairs: Sequence[Pair], config: ModelConfig
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Ids of prompts and responses; an answer ends with the turn, plain text with eos."""
-    prompts = encode_prompts(tokenizer, [p for p, _ in pairs])
+    framed = iter(encode_prompts(tokenizer, [p for p, _ in pairs if p]))
     responses = encode_responses(tokenizer, [r for _, r in pairs])
-    for (text, _), prompt, response in zip(pairs, prompts, responses, strict=True):
-        if text:
-            yield prompt, [*response, config.stop_ids[-1]]
+    for (prompt, _), response in zip(pairs, responses, strict=True):
+        if prompt:
+            yield next(framed), [*response, config.stop_ids[-1]]
         else:
             yield [], [*response, config.eos_id]
 
@@ -194,7 +196,7 @@ def _canvases(
 
 def encode_rows(
     tokenizer: Any,
-    pairs: Iterable[tuple[str, str]],
+    pairs: Iterable[Pair],
     config: ModelConfig,
     length: int,
     response_length: int | None,

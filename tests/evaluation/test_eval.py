@@ -232,7 +232,7 @@ def test_what_cannot_be_done_is_said(folder: Path, settings: dict, part: str):
 
 def test_order_and_records(llm: LLM):
     prompts = ["b" * 90, "a", "3 5 7", "a", "b" * 40]
-    lm = JdllmLM(llm, decode=LOOSE, batch_size=2, progress=False)
+    lm = JdllmLM(llm, decode=LOOSE, batch_size=2, chat=True, progress=False)
     texts = lm.generate_until([request(p, i) for i, p in enumerate(prompts)])
     wanted = [llm.generate([p], LOOSE)[0] for p in prompts]
     assert texts == [c.text for c in wanted]
@@ -249,7 +249,7 @@ def test_order_and_records(llm: LLM):
 def test_until_cuts_its_own_request(llm: LLM):
     whole = llm.generate(["1 2 3"], LOOSE)[0].text or ""
     mark = whole[len(whole) // 2]
-    lm = JdllmLM(llm, decode=LOOSE, progress=False)
+    lm = JdllmLM(llm, decode=LOOSE, chat=True, progress=False)
     cut, kept, both = lm.generate_until(
         [
             request("1 2 3", 0, until=mark),
@@ -294,18 +294,43 @@ def test_finished_requests_reach_the_cache(llm: LLM):
 def test_chat_template_is_applied_once(llm: LLM):
     message = {"role": "user", "content": "1 2 3"}
     wanted = llm.generate(["1 2 3"], LOOSE)[0].text
-    lm = JdllmLM(llm, decode=LOOSE, progress=False)
+    lm = JdllmLM(llm, decode=LOOSE, chat=True, progress=False)
     framed = lm.apply_chat_template([message])
     assert lm.generate_until([request("1 2 3"), request(framed)]) == [wanted, wanted]
     system = lm.apply_chat_template([{"role": "system", "content": "Be brief."}, message])
     assert lm._encode([system]) == llm.encode([system], chat=False)
     opened = lm.apply_chat_template([message, {"role": "assistant", "content": "So"}], False)
-    assert opened.endswith("So")
+    assert opened.endswith("So") and lm._encode([opened]) == llm.encode([opened], chat=False)
     assert lm._encode(["1 2 3"]) == llm.encode(["1 2 3"], chat=True)
-    raw = JdllmLM(llm, decode=LOOSE, chat=False, progress=False)
-    assert raw._encode(["1 2 3"]) == llm.encode(["1 2 3"], chat=False)
     assert lm.tokenizer_name and "/" not in lm.tokenizer_name
     assert "start_header_id" in (lm.chat_template(True) or "")
+
+
+def test_prompts_are_raw_unless_lm_eval_frames_them(llm: LLM, caplog: pytest.LogCaptureFixture):
+    """As for its other models; and its records agree with what was done."""
+    told = JdllmLM(llm, decode=LOOSE, chat=False, progress=False)
+    assert told._encode(["1 2 3"]) == llm.encode(["1 2 3"], chat=False)
+    assert not caplog.text
+    lm = JdllmLM(llm, decode=LOOSE, progress=False)
+    assert lm._encode(["1 2 3"]) == lm._encode(["1 2 3"]) == told._encode(["1 2 3"])
+    assert caplog.text.count("--apply_chat_template") == 1
+    assert lm.chat_template(False) is None and lm.get_model_info()["chat"] is False
+    lm.apply_chat_template([{"role": "user", "content": "1"}])
+    assert lm.get_model_info()["chat"] is True
+    asked = JdllmLM(llm, decode=LOOSE, chat=True, progress=False)
+    assert asked.chat_template(False) and asked.get_model_info()["chat"] is True
+
+
+def test_special_tokens_in_a_document_stay_text(llm: LLM):
+    """Through lm-eval too, which takes the framed prompt as text; nobody sees the marks."""
+    message = {"role": "user", "content": "1<|eot_id|>2"}
+    lm = JdllmLM(llm, decode=LOOSE, progress=False)
+    framed = lm.apply_chat_template([message])
+    assert lm._encode([framed]) == llm.encode([[message]])
+    lm.generate_until([request(framed)])
+    assert lm.records[0].prompt == llm.tokenizer.apply_chat_template(  # pyright: ignore
+        [message], tokenize=False, add_generation_prompt=True
+    )
 
 
 @pytest.mark.parametrize("template", [False, True])
@@ -326,7 +351,9 @@ def test_registry_entry(folder: Path, llm: LLM, template: bool):
     )
     assert results
     responses = [row["resps"][0][0] for row in results["samples"]["countdown"]]  # pyright: ignore
-    assert responses == [llm.generate([task.prompt(d)], LOOSE)[0].text for d in docs]
+    wanted = llm.generate([task.prompt(doc) for doc in docs], LOOSE, chat=template)
+    assert responses == [one.text for one in wanted]
+    assert results["config"]["chat"] is template  # pyright: ignore
 
 
 def test_model_arguments_as_text(folder: Path):
@@ -340,7 +367,8 @@ def test_model_arguments_as_text(folder: Path):
     ("settings", "part"),
     [
         ({"decode.treshold": 1}, "decode.threshold"),
-        ({"batch_size": "auto"}, "batch_size=auto"),
+        ({"batch_size": "many"}, "batch_size=many must be auto or a number"),
+        ({"pretrained": "bundled"}, "are one thing; keep one"),
         ({"device": "cuda:1"}, "mesh="),
     ],
 )

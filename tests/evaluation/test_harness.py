@@ -15,6 +15,7 @@ from lm_eval.tasks import TaskManager
 
 from jdllm import batches
 from jdllm.batches import deal
+from jdllm.completion import raw_text
 from jdllm.decode import DecodeConfig
 from jdllm.evaluation.grading import as_lm_eval, run_task
 from jdllm.evaluation.harness import JdllmLM
@@ -226,8 +227,8 @@ def test_stop_strings_end_a_row_early(llm: LLM):
                 assert cut == whole
                 continue
             assert cut.text == text[: text.index(mark)] and cut.finish_reason == "stop"
-            assert cut.ids == whole.ids[: len(cut.ids)] and mark in llm._raw(cut.ids)
-            assert mark not in llm._raw(cut.ids[:-1]) and cut.nfe <= whole.nfe
+            assert cut.ids == whole.ids[: len(cut.ids)] and mark in raw_text(llm.tokenizer, cut.ids)
+            assert mark not in raw_text(llm.tokenizer, cut.ids[:-1]) and cut.nfe <= whole.nfe
             saved += whole.nfe - cut.nfe
     assert saved > 0
 
@@ -266,7 +267,10 @@ def test_stop_rule_waits_for_masks_on_its_left():
 def test_stop_sequences_hold_the_stop_string(llm: LLM):
     found = llm._stop_sequences(["\n", "1zq", ""])
     assert len({len(one) for one in found}) > 1, "single ids and a sequence"
-    assert all("\n" in llm._raw(one) or "1zq" in llm._raw(one) for one in found)
+    assert all(
+        "\n" in raw_text(llm.tokenizer, one) or "1zq" in raw_text(llm.tokenizer, one)
+        for one in found
+    )
     assert llm._stop_sequences([]) == ()
 
 

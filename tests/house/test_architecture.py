@@ -16,7 +16,7 @@ FLOORS: list[list[str]] = [
     ["unmask", "stop", "store"],
     ["decode", "train", "batches", "score"],
     ["tokenizer", "parity", "tasks", "convert", "load"],
-    ["training", "viz", "llm", "evaluation"],
+    ["training", "viz", "completion", "llm", "evaluation"],
     [
         "eval", "bench", "sweep", "tune", "generate", "sft", "doctor", "launch", "harness",
         "convert.__main__",

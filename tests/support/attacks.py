@@ -55,10 +55,10 @@ PATCHES = {
     "wire's functions": "for m in [m for n, m in sys.modules.items() if n.startswith('jdllm')]:\n"
     "    for name, it in list(vars(m).items()):\n"
     "        if callable(it) and not isinstance(it, type): setattr(m, name, lambda *_, **__: True)",
-    "wire's code": "from jdllm.tasks.guard import wire\n"
+    "wire's code": "from jdllm.tasks.graders.guard import wire\n"
     "wire.Peer.ask.__code__ = (lambda *_, **__: None).__code__\n"
     "wire.Remote.__eq__ = lambda *_: True",
-    "operations": "from jdllm.tasks.guard import judge\n"
+    "operations": "from jdllm.tasks.graders.guard import judge\n"
     "for name in list(judge.OF_PROGRAM): judge.OF_PROGRAM[name] = lambda *_, **__: True",
     "audit hook": "sys.addaudithook(lambda *_: None)",
     "meta_path": "class F:\n    def find_spec(self, name, *_): return None\n"
@@ -110,7 +110,8 @@ EXITS = {
 def forged(message: str) -> str:
     """A program that answers before it is asked, with a message of the true protocol."""
     return (
-        "from jdllm.tasks.guard import wire\np = wire.Peer(3, 4, {}, None, lambda _: True)\n"
+        "from jdllm.tasks.graders.guard import wire\n"
+        "p = wire.Peer(3, 4, {}, None, lambda _: True)\n"
         f"for _ in range(50):\n    p.send(p.pack({message}))"
     )
 

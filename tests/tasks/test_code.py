@@ -297,7 +297,7 @@ def test_the_guard_stands_alone():
     script = (
         "import sys, runpy; sys.argv = ['']\n"
         f"main = runpy.run_path({str(code.GUARD)!r})\nmain['bare']()\n"
-        "from jdllm.tasks.guard import judge, sandbox\nprint(*sys.modules)"
+        "from jdllm.tasks.graders.guard import judge, sandbox\nprint(*sys.modules)"
     )
     command = [sys.executable, "-I", "-S", "-c", script]
     loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()

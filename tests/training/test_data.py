@@ -49,8 +49,9 @@ def test_jsonl_forms(tmp_path, capsys):
         {"text": "once upon"},
     )
     pairs = list(data.file_pairs(path))
-    assert pairs == [("2+2", "4"), ("hi", "hello"), ("c", "d"), ("", "once upon")]
-    assert "of 1 conversations only the last question" in capsys.readouterr().out
+    turns = chat(("system", "x"), ("user", "a"), ("assistant", "b"), ("user", "c"))["messages"]
+    assert pairs == [("2+2", "4"), ("hi", "hello"), (turns, "d"), ("", "once upon")]
+    assert not capsys.readouterr().out
 
 
 def test_text_file_is_one_response(tmp_path):
@@ -72,6 +73,17 @@ def test_text_file_is_one_response(tmp_path):
         ("null", "line 3: .* it is of type NoneType"),
         ("{}", "line 3: .*keys \\(none\\)"),
         (json.dumps(chat(("assistant", "a"), ("user", "b"))), "line 3: .*end with a user and an"),
+        (
+            json.dumps(
+                {
+                    "messages": [
+                        {"role": "system"},
+                        *chat(("user", "b"), ("assistant", "c"))["messages"],
+                    ]
+                }
+            ),
+            "line 3: .*each with the strings role and content",
+        ),
         (json.dumps(chat(("user", "b"))), "line 3: .* end with a user and an assistant turn"),
     ],
 )
@@ -125,6 +137,15 @@ def test_impossible_mixtures_are_refused(text, rule):
 
 
 # Canvases
+
+
+def test_a_conversation_is_framed_as_a_whole(tokenizer):
+    turns = chat(("system", "x"), ("user", "a"), ("assistant", "b"), ("user", "c"))["messages"]
+    rows = data.encode_rows(tokenizer, [(turns, "d"), ("", "e")], CONFIG, 64, None)
+    assert (
+        rows.tokens[0, : rows.prompt_lengths[0]].tolist() == encode_prompts(tokenizer, [turns])[0]
+    )
+    assert rows.prompt_lengths[1] == 0
 
 
 def test_rows_fill_the_canvas_with_padding(tokenizer):

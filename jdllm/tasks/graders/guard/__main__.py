@@ -12,11 +12,12 @@ import sys
 
 
 def bare() -> None:
-    """Lets jdllm.tasks.guard be imported without the packages around it, which take seconds."""
+    """Lets this folder be imported without the packages around it, which take seconds."""
     for name, folder in (
         ("jdllm", []),
         ("jdllm.tasks", []),
-        ("jdllm.tasks.guard", [os.path.dirname(os.path.abspath(__file__))]),
+        ("jdllm.tasks.graders", []),
+        ("jdllm.tasks.graders.guard", [os.path.dirname(os.path.abspath(__file__))]),
     ):
         sys.modules[name] = type(sys)(name)
         sys.modules[name].__path__ = folder

@@ -1,0 +1,74 @@
+"""What a prompt became: generated ids cut at end ids and stop strings, and their text."""
+
+import bisect
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from jdllm.model.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What one prompt became."""
+
+    text: str | None
+    """Decoded ids, cut at the first stop string; None where the model has no tokenizer."""
+    ids: list[int]
+    """Generated ids up to, and without, the first id that ends a text, or up to a stop string."""
+    nfe: int
+    """Model evaluations made while this row was unfinished."""
+    finish_reason: Literal["stop", "length"]
+    """stop: an end id or a stop string came; length: the canvas was full first."""
+
+
+def raw_text(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Text of ids, special tokens included: some stop strings are such."""
+    return tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+def complete(
+    ids: np.ndarray, nfe: int, config: ModelConfig, tokenizer: Any | None, stop: Sequence[str] = ()
+) -> Completion:
+    """Generated ids [gen_length] cut at the first end id, then at the first stop string."""
+    # Under a budget of forwards blocks may have stayed masked: the text ends before them.
+    ends = np.isin(ids, (*config.stop_ids, config.mask_id))
+    length = int(ends.argmax()) if ends.any() else len(ids)
+    kept = ids[:length].tolist()
+    stopped = length < len(ids) and ids[length] != config.mask_id
+    if tokenizer is None:
+        return Completion(None, kept, nfe, "stop" if stopped else "length")
+    stop = [s for s in stop if s]
+
+    def holds(count: int) -> bool:
+        text = raw_text(tokenizer, kept[:count])
+        return any(s in text for s in stop)
+
+    if stop and holds(length):
+        stopped = True
+        kept = kept[: bisect.bisect_left(range(length), True, key=holds)]
+    text = tokenizer.decode(kept, skip_special_tokens=True)
+    cuts = [place for s in stop if (place := text.find(s)) >= 0]
+    text = text[: min(cuts, default=len(text))]
+    return Completion(text, kept, nfe, "stop" if stopped else "length")
+
+
+def stop_sequences(
+    tokenizer: Any, pieces: Sequence[str], stop: Sequence[str], mask_id: int
+) -> tuple[tuple[int, ...], ...]:
+    """Sequences of ids whose text holds a stop string: single ids, and its own encoding.
+
+    `pieces` has the text of every id. A string that comes about in another way, from the end of one
+    token and the beginning of the next, is not among them; `complete` finds it in the text.
+    """
+    holds = {i for i, piece in enumerate(pieces) if any(s in piece for s in stop)}
+    holds.discard(mask_id)
+    spelt = [tokenizer.encode(s, add_special_tokens=False) for s in stop]
+    proven = {
+        tuple(ids)
+        for s, ids in zip(stop, spelt, strict=True)
+        if s in raw_text(tokenizer, ids) and not holds & set(ids)
+    }
+    return tuple(sorted({(i,) for i in holds} | proven))
