@@ -7,12 +7,13 @@ python -m jdllm.convert plan llada-8b mesh=1x2 batch=16 length=1024 memory=80
 
 import contextlib
 import dataclasses
+import json
 import logging
 import sys
 from collections.abc import Generator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -86,6 +87,8 @@ class PlanConfig:
     dtype: str = "auto"
     """As in the other commands; with memory=, auto is the stored one."""
     decode: DecodeConfig = DecodeConfig()
+    json: bool = False
+    """Print one JSON object, in bytes, instead of the table."""
 
     def __post_init__(self):
         if self.batch < 1 or (self.length or 1) < 1 or not (self.memory or 1) > 0:
@@ -124,14 +127,14 @@ def run_convert(command: str, words: Sequence[str]) -> None:
     folder = fetch(config.source)
     source = open_source(folder, family, config.dtype, config.allow_unknown)
     convert(source, folder, output)
-    print(f"wrote {output}")
+    print(f"wrote {output}", file=sys.stderr)
 
 
 def run_export(words: Sequence[str]) -> None:
     """The subcommand export."""
     config = cli.parse(ExportConfig, words, f"{PROG} export")
     export(config.source, config.output, config.dtype, config.shard_bytes)
-    print(f"wrote {config.output}")
+    print(f"wrote {config.output}", file=sys.stderr)
 
 
 def describe_model(model: str, allow_unknown: Sequence[str] = ()) -> ModelConfig:
@@ -140,7 +143,7 @@ def describe_model(model: str, allow_unknown: Sequence[str] = ()) -> ModelConfig
     family = COMMANDS[model][0] if model in COMMANDS else None
     if config := NAMED.get(model.removeprefix("random:")) or of_family.get(family or ""):
         return config
-    if "/" not in model and not Path(model).is_dir():
+    if "/" not in model and not Path(model).expanduser().is_dir():
         raise ValueError(
             f"{model} is neither a family ({', '.join(COMMANDS)}) nor a named shape "
             f"({', '.join(NAMED)}) nor a folder"
@@ -163,6 +166,25 @@ def with_model(words: Sequence[str]) -> list[str]:
     return [f"model={words[0]}", *words[1:]] if bare else list(words)
 
 
+def shown_plan(facts: dict[str, Any]) -> str:
+    """What `plan` found, as it is shown."""
+    parts = [f"{name:<14}{size / 1e9:>8.3f}" for name, size in facts["bytes"].items()]
+    verdict = "fits" if facts["fits"] else "does not fit"
+    mesh = " x ".join(f"{axis}={size}" for axis, size in facts["mesh"].items())
+    return "\n".join(
+        [
+            f"{facts['model']}: {facts['parameters'] / 1e9:.2f} B parameters in {facts['dtype']}",
+            f"mesh {mesh}, batch {facts['batch']}, {facts['columns']} columns, "
+            f"{facts['block_length']} a block, cache {facts['cache']}",
+            "",
+            "GB on each device",
+            *parts,
+            f"{'total':<14}{facts['total'] / 1e9:>8.3f}  {verdict} in {facts['memory'] / 1e9:.3f}",
+            f"largest batch that fits: {facts['largest_batch']}",
+        ]
+    )
+
+
 def run_plan(words: Sequence[str]) -> None:
     """The subcommand plan."""
     config = cli.parse(PlanConfig, with_model(words), f"{PROG} plan")
@@ -177,24 +199,29 @@ def run_plan(words: Sequence[str]) -> None:
     planner = Planner(model, mesh, length, decoding, elsewhere)
     plan = planner.plan(config.batch)
     memory = int(config.memory * 1e9) if config.memory else memory_here()
-    print(
-        f"{config.model}: {count_parameters(model) / 1e9:.2f} B parameters in {model.dtype}\n"
-        f"mesh data={mesh.shape['data']} x model={mesh.shape['model']}, batch {config.batch}, "
-        f"{length} columns, {decoding.block_length} a block, cache {decoding.cache}\n\n"
-        f"GB on each device"
-    )
-    for part in dataclasses.fields(plan):
-        print(f"{part.name:<14}{getattr(plan, part.name) / 1e9:>8.3f}")
-    verdict = "fits" if plan.total <= memory else "does not fit"
-    print(f"{'total':<14}{plan.total / 1e9:>8.3f}  {verdict} in {memory / 1e9:.3f}")
-    print(f"largest batch that fits: {planner.largest_batch(memory)}")
+    facts = {
+        "model": config.model,
+        "parameters": count_parameters(model),
+        "dtype": model.dtype,
+        "mesh": dict(mesh.shape),
+        "batch": config.batch,
+        "columns": length,
+        "block_length": decoding.block_length,
+        "cache": decoding.cache,
+        "bytes": dataclasses.asdict(plan),
+        "total": plan.total,
+        "memory": memory,
+        "fits": plan.total <= memory,
+        "largest_batch": planner.largest_batch(memory),
+    }
+    print(json.dumps(facts, indent=2) if config.json else shown_plan(facts))
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Runs a subcommand; a checkpoint that cannot be converted is one sentence and status 1."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs a traceback before it raises
     commands = {command: partial(run_convert, command) for command in COMMANDS}
-    with cli.one_sentence():
+    with cli.one_sentence("nothing was written; the same command starts again"):
         cli.dispatch(commands | {"export": run_export, "plan": run_plan}, words, PROG)
 
 

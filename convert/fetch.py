@@ -1,5 +1,6 @@
 """Where checkpoints come from: a folder as it is, or a Hugging Face id downloaded once."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ PATTERNS = ("*.json", "*.safetensors", "*.jinja", "merges.txt")
 
 def converted_folder(source: str) -> Path:
     """Where the conversion of a folder or an id is kept when no output is named."""
-    path = Path(source)
+    path = Path(source).expanduser()
     name = path.resolve().name if path.is_dir() else source.replace("/", "--")
     return home() / "models" / name
 
@@ -25,6 +26,7 @@ def fetch(source: str, patterns: Sequence[str] = PATTERNS) -> Path:
 
     FileNotFoundError, in one sentence, where it is neither a folder nor can be downloaded.
     """
+    source = os.path.expanduser(source)
     if Path(source).is_dir():
         return Path(source)
     if source.count("/") != 1 or source.startswith((".", "/")):

@@ -1,12 +1,17 @@
 """jdllm: diffusion language models in JAX."""
 
 import importlib
+import signal
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jdllm.decode import DecodeConfig
     from jdllm.llm import LLM, Completion
     from jdllm.model.config import ModelConfig
+
+if sys.argv[:1] == ["-m"]:  # a command is being started, which takes over in cli.run
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until then Ctrl-C ends it without a traceback
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "Completion", "DecodeConfig", "ModelConfig"]

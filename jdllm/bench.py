@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from jdllm.decode import DecodeConfig
 from jdllm.evaluation.report import table
@@ -25,6 +24,7 @@ from jdllm.model.config import count_parameters
 from jdllm.runtime import cli, sharding
 from jdllm.runtime.environment import environment
 from jdllm.runtime.files import atomic_file
+from jdllm.runtime.progress import Bar
 from jdllm.tasks import TASKS
 
 GENERATED = 50  # questions of a generated task
@@ -191,7 +191,7 @@ def measure(
 
     found = {}
     prompts = [question.prompt for question in questions]
-    with tqdm(total=len(prompts), desc=name, unit="prompt") as bar:
+    with Bar(total=len(prompts), desc=name, unit="prompt") as bar:
         for batch in llm.stream(prompts, decode, batch_size=batch_size):
             cost = Cost.of(batch)
             pairs = zip(batch.index, batch.completions, strict=True)
@@ -324,7 +324,7 @@ def grid(config: GridConfig) -> None:
     facts = {"model": config.model, "parameters": count_parameters(llm.config)}
     facts |= {"dtype": llm.config.dtype, "mesh": sharding.describe(llm.mesh)}
     rows = []
-    for batch, tokens, cache, decode in tqdm(config.points(), unit="point"):
+    for batch, tokens, cache, decode in Bar(config.points(), unit="point"):
         prompts = [
             chance.integers(0, min(llm.config.mask_id, *llm.config.stop_ids) or 1, n).tolist()
             for n in itertools.islice(itertools.cycle(lengths), batch)

@@ -40,6 +40,8 @@ class DoctorConfig:
 
     seconds: float = 300.0
     """How long finding devices and generating may take together."""
+    json: bool = False
+    """Print one JSON object instead of the table."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,13 +323,17 @@ def examine(table: list[Check]) -> Iterator[tuple[str, Finding]]:
 
 def main(config: DoctorConfig) -> None:
     """Prints the table; exit status 1 where something is WRONG."""
-    wrong = 0
+    found = []
     for name, finding in examine(checks(config.seconds)):
-        print(f"{finding.status:<6} {name:<13} {finding.text}", flush=True)
-        if finding.fix and finding.status != "ok":
-            print(f"{'':20} fix: {finding.fix}")
-        wrong += finding.status == "WRONG"
-    if wrong:
+        fix = finding.fix if finding.status != "ok" else ""
+        found.append({"check": name, **dataclasses.asdict(finding), "fix": fix})
+        if not config.json:
+            print(f"{finding.status:<6} {name:<13} {finding.text}", flush=True)
+            print(f"{'':20} fix: {fix}\n" * bool(fix), end="", flush=True)
+    good = all(one["status"] != "WRONG" for one in found)
+    if config.json:
+        print(json.dumps({"good": good, "checks": found}, indent=2))
+    if not good:
         raise SystemExit(1)
 
 

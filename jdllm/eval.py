@@ -25,7 +25,7 @@ from jdllm.model.config import ModelConfig, count_parameters
 from jdllm.runtime import cli, processes, sharding
 from jdllm.runtime.environment import environment
 from jdllm.runtime.files import alone, atomic_file
-from jdllm.runtime.journal import Journal
+from jdllm.runtime.journal import Journal, going_on
 from jdllm.score.likelihood import LikelihoodConfig
 from jdllm.tasks import published as presets
 from jdllm.tasks.graders import code
@@ -89,6 +89,8 @@ class EvalConfig:
     def __post_init__(self):
         if self.preset and self.decode_file:
             raise ValueError("preset and decode_file both set how to decode; leave one out")
+        if self.data and not self.data.is_dir():
+            raise ValueError(f"data={self.data} is no folder; name the one with the tasks' files")
         resolve.check(
             self.tasks,
             data=self.data,
@@ -121,6 +123,11 @@ class EvalConfig:
                 f"{name}.{n}": v for n, v in dataclasses.asdict(used).items() if v != published[n]
             }
         return [f"{name}={value}" for name, value in words.items()]
+
+    @property
+    def going_on(self) -> str:
+        """How to go on after an interrupt."""
+        return going_on(self.output)
 
     @property
     def settings(self) -> DecodeConfig:
@@ -268,7 +275,7 @@ def save(folder: Path, facts: dict[str, Any], results: Sequence[TaskResult]) -> 
             file.write(line.encode() + b"\n")
     with atomic_file(folder / "results.json") as file:
         file.write(json.dumps(facts, indent=2, default=str).encode() + b"\n")
-    print(f"wrote {folder / 'results.json'} and samples.jsonl")
+    processes.say(f"wrote {folder / 'results.json'} and samples.jsonl")
 
 
 def evaluate(
@@ -323,10 +330,11 @@ def longest(loaded: dict[str, dict[str, Any]]) -> int:
 
 
 def introduce(name: str, llm: Any) -> None:
-    """Prints what was loaded, and where."""
-    print(f"model {name}: {count_parameters(llm.config):,} parameters in {llm.config.dtype}")
+    """Says what was loaded, and where."""
+    what = f"{count_parameters(llm.config):,} parameters in {llm.config.dtype}"
     where = f"{processes.describe()}, {sharding.describe(llm.mesh)}"
-    print(f"{where} ({os.cpu_count()} CPU cores, jax {jax.__version__})")
+    cores = f"{os.cpu_count()} CPU cores, jax {jax.__version__}"
+    processes.say(f"model {name}: {what}\n{where} ({cores})")
 
 
 def report(config: EvalConfig, model: ModelConfig, results: Sequence[TaskResult]) -> dict[str, Any]:
@@ -363,20 +371,21 @@ def main(config: EvalConfig) -> None:
     enable_compilation_cache()
     row = find(config.preset) if config.preset else None
     if row:
-        print(f"{presets.describe(row, changed=config.departures)}\n")
+        processes.say(f"{presets.describe(row, changed=config.departures)}\n")
     with contextlib.ExitStack() as stack:
         journal = None
         if config.output:
             journal = open_journal(config.output, stack)
             if journal.records:
-                print(f"{len(journal.records)} samples are finished in {config.output} already")
+                processes.say(f"{len(journal.records)} samples are in {config.output} already")
         facts, results = evaluate(config, journal)
+        if row:
+            facts["preset"] = dataclasses.asdict(row) | {"departures": config.departures}
+        if config.output and processes.leads():  # before it is shown to whoever has gone
+            save(config.output, facts, results)
         show(facts["speed"], results)
         if row:
             print(f"\n{compared(row, results[0], config.departures)}\n")
-            facts["preset"] = dataclasses.asdict(row) | {"departures": config.departures}
-        if config.output and processes.leads():
-            save(config.output, facts, results)
 
 
 def compared(row: presets.Preset, result: TaskResult, departures: Sequence[str]) -> str:
@@ -397,9 +406,9 @@ def open_journal(folder: Path, stack: contextlib.ExitStack) -> Journal:
 
 
 def show(speed: dict[str, Any], results: Sequence[TaskResult]) -> None:
-    """Prints the table, a worked example and the cost."""
+    """Prints the table and a worked example, and says the cost."""
     print(f"\n{summary(results)}\n\n{example(results[0])}\n")
-    print(
+    processes.say(
         f"{speed['completion_tokens']} completion tokens, {speed['forwards']} forwards in "
         f"{speed['seconds']:.1f} s ({speed['forwards_per_second']:.1f} forwards/s), "
         f"after {speed['compile_seconds']:.1f} s of compilation; "
@@ -409,12 +418,13 @@ def show(speed: dict[str, Any], results: Sequence[TaskResult]) -> None:
         if result.sandbox:
             print(f"{result.name}: programs ran in {result.sandbox}")
         if result.estimates and result.estimates["stderr_mean"] is not None:
-            print(
+            processes.say(
                 "{}: {n} likelihoods, the standard error of an estimate is {stderr_mean:.3f} nats "
                 "on average, {stderr_max:.3f} at most".format(result.name, **result.estimates)
             )
     if speed["shared_tokens"]:
-        print(f"{speed['shared_tokens']} prompt tokens came from prefixes that were computed once")
+        shared = speed["shared_tokens"]
+        processes.say(f"{shared} prompt tokens came from prefixes that were computed once")
 
 
 if __name__ == "__main__":

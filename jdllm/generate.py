@@ -6,6 +6,7 @@ python -m jdllm.generate replay=run.jsonl viz=live
 """
 
 import dataclasses
+import json
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +16,8 @@ import jdllm
 from jdllm.decode import DecodeConfig
 from jdllm.evaluation.settings import check_verifier, loading
 from jdllm.load import enable_compilation_cache
-from jdllm.runtime import cli, processes, sharding
+from jdllm.runtime import cli, files, processes, sharding
+from jdllm.runtime.progress import Bar
 from jdllm.viz import replay, trace
 from jdllm.viz.pieces import Lexicon
 from jdllm.viz.show import Player
@@ -55,6 +57,8 @@ class GenerateConfig:
     """The causal model that decode.rule=verify asks."""
     seed: int = 0
     """Seed of the weights of random:<name>; sampling has decode.seed."""
+    json: bool = False
+    """Print one JSON object with the completion and its cost instead of the text."""
 
     def __post_init__(self):
         if self.replay is None and not self.prompt.strip():
@@ -64,6 +68,8 @@ class GenerateConfig:
         check_verifier(self.verifier, [self.decode])
         if self.replay and not self.html and self.viz == "none":
             raise ValueError(f"replay={self.replay} shows nothing; add viz=live or html=FILE")
+        if self.json and (self.replay or self.viz == "live"):
+            raise ValueError("json=true prints one object and nothing else; leave viz, replay out")
         if not 0 < self.fps <= 1000:
             raise ValueError(f"fps={self.fps} must lie above 0 and not above 1000")
         if self.trace and self.trace == self.html:
@@ -82,30 +88,37 @@ class GenerateConfig:
 def main(config: GenerateConfig) -> None:
     """Completes the prompt, or shows a recorded run, and writes the files that were asked for."""
     for path in config.outputs.values():
-        path.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after the run
-    try:
-        if config.replay:
-            show_again(config, trace.read(config.replay))
-        else:
-            complete(config)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        files.require_writable(path)  # now rather than after the run
+    if config.replay:
+        show_again(config, trace.read(config.replay))
+    else:
+        complete(config)
 
 
 def complete(config: GenerateConfig) -> None:
-    """Prints the completion, then a line with what it cost."""
+    """Prints the completion; a line on standard error says what it cost."""
     from jdllm.llm import LLM
 
     enable_compilation_cache()
-    llm = LLM.load(**loading(config))
-    if config.viz == "live" or config.outputs:
+    with Bar(total=1, unit="prompt", leave=False, disable=not processes.leads()) as bar:
+        bar.set_postfix_str(f"loading {config.model}")
+        llm = LLM.load(**loading(config))
+        bar.set_postfix_str("")
+        watched = config.viz == "live" or config.outputs
+        if not watched:
+            (batch,) = llm.stream([config.prompt], config.decode, chat=config.chat)
+    if watched:
         batch = watch(llm, config)
-    else:
-        (batch,) = llm.stream([config.prompt], config.decode, chat=config.chat)
+    elif not config.json:
         print(batch.completions[0].text)
     completion = batch.completions[0]
     tokens = len(completion.ids)
-    print(
+    if config.json:
+        facts = describe(llm, config, llm.resolve(config.decode), batch)
+        facts |= {"ids": completion.ids, "compile_seconds": round(batch.compile_seconds, 6)}
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    processes.say(
         f"\nfinish {completion.finish_reason}, {tokens} tokens, NFE {completion.nfe}, "
         f"{tokens / batch.seconds:.1f} tokens/s on {processes.describe()}, "
         f"{sharding.describe(llm.mesh)} "
@@ -122,7 +135,8 @@ def watch(llm: "LLM", config: GenerateConfig) -> "Batch":
             [config.prompt], decode, chat=config.chat, watch=lambda _, stretch: player(stretch)
         )
     about = describe(llm, config, decode, batch)
-    player.finish(about["completion"])
+    if not config.json:
+        player.finish(about["completion"])
     save(config, trace.Run(player.record, pieces, about))
     return batch
 

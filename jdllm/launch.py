@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import IO
 
-from jdllm.runtime import cli
+from jdllm.runtime import cli, signals
 
 PROG = "python -m jdllm.launch"
 GRACE_SECONDS = 10  # between asking a process to end and ending it
@@ -111,13 +111,13 @@ def end(children: list[subprocess.Popen]) -> None:
 
 def main(words: Sequence[str]) -> int:
     """Runs the command; the exit status is that of the first process that failed, else 0."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends all
     own, command = split(words)
     config = cli.parse(LaunchConfig, own, PROG)
     if not command:
         print(f"error: {PROG} needs a module to run, such as jdllm.eval", file=sys.stderr)
         return 2
     with contextlib.ExitStack() as stack:
+        stack.enter_context(signals.raised())
         logs = [
             stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
             for _ in range(config.processes)
@@ -125,10 +125,12 @@ def main(words: Sequence[str]) -> int:
         children = start(config, command, logs)
         try:
             lost = wait(children)
-        except KeyboardInterrupt:  # the terminal has told all processes
-            with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
-                children[0].wait(GRACE_SECONDS)
-            return 128 + signal.SIGINT
+        except KeyboardInterrupt as error:
+            status = signals.status(error)
+            if status == 128 + signal.SIGINT:  # the terminal has told all processes
+                with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+                    children[0].wait(GRACE_SECONDS)
+            return status
         finally:
             end(children)
         if lost is None:

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from jdllm.batches import bucket, common_prefixes, deal, heights, plan_batches, row_seeds
 from jdllm.completion import Completion, complete, stop_sequences
@@ -34,6 +33,8 @@ from jdllm.model.cache import Cache
 from jdllm.model.config import ModelConfig
 from jdllm.parity import make_setup
 from jdllm.runtime import processes, sharding
+from jdllm.runtime.programs import Programs
+from jdllm.runtime.progress import Bar
 from jdllm.score.likelihood import LikelihoodConfig
 from jdllm.score.scoring import Device, Ids, Likelihood, score
 from jdllm.stop import EosStop, StopStrings
@@ -111,7 +112,7 @@ class LLM:
         self.defaults = defaults or DecodeConfig()
         self._graph, self._params = graph, params
         self._verifier = verifier or (None, None, None)
-        self._programs: dict[Any, Any] = {}
+        self._programs = Programs()
         self._pieces: list[str] = []
 
     @classmethod
@@ -196,7 +197,7 @@ class LLM:
         batches = self.stream(
             prompts, config, batch_size=batch_size, chat=chat, stop=stop, samples=samples
         )
-        with tqdm(total=len(prompts), unit="prompt", disable=not progress) as bar:
+        with Bar(total=len(prompts), unit="prompt", disable=not progress) as bar:
             for batch in batches:
                 found |= zip(batch.index, batch.completions, strict=True)
                 bar.update(len(batch.index))
@@ -346,11 +347,7 @@ class LLM:
 
     def _compiled(self, key: Any, make: Callable[[], Any]) -> tuple[Any, float]:
         """The program kept under `key`, and the seconds spent if it is made now."""
-        if key in self._programs:
-            return self._programs[key], 0.0
-        start = time.perf_counter()
-        self._programs[key] = make()
-        return self._programs[key], time.perf_counter() - start
+        return self._programs.get(key, make)
 
     def loglikelihood(
         self,

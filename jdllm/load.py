@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,6 +56,7 @@ def locate(model: str, allow_unknown: Sequence[str] = ()) -> Path | None:
         return None
     if model == "bundled":
         return BUNDLED
+    model = os.path.expanduser(model)
     if Path(model).is_dir():
         checkpoint.refuse_run(Path(model))
         return Path(model)

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ import jax
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
-from tqdm import tqdm
 
 from jdllm.load import choose_mesh, compute_dtype, load_parts, locate
 from jdllm.model.config import ModelConfig, count_parameters, require_trainable
-from jdllm.runtime import cli, files, processes, sharding
+from jdllm.runtime import cli, files, processes, sharding, signals
+from jdllm.runtime.progress import Bar
 from jdllm.store import checkpoint
 from jdllm.tokenizer import FILES, copy_tokenizer, load_tokenizer
 from jdllm.train import step as train
@@ -109,6 +109,11 @@ class SFTConfig:
             compute_dtype(self.dtype, "bfloat16")
         if self.task is not None:
             parse_mixture(self.task)
+
+    @property
+    def going_on(self) -> str:
+        """How to go on after an interrupt."""
+        return f"the same command goes on from the last checkpoint in {self.output}"
 
 
 def flatten(facts: dict[str, Any]) -> dict[str, Any]:
@@ -245,6 +250,16 @@ class Metrics:
         self.pending = None
 
 
+def interruptible() -> contextlib.AbstractContextManager[Callable[[], BaseException | None]]:
+    """Puts Ctrl-C and SIGTERM off until a step is saved.
+
+    Several processes do not hear of it at the same step, so they end at once, as after a kill.
+    """
+    if jax.process_count() > 1:
+        return contextlib.nullcontext(lambda: None)
+    return signals.deferred("saving after this step; once more ends at once")
+
+
 def fit(
     config: SFTConfig,
     rows: Rows,
@@ -268,11 +283,12 @@ def fit(
         if start:
             like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
             state = manager.restore(start, args=ocp.args.StandardRestore(like))
-            print(f"resumed at step {start}")
+            processes.say(f"resumed at step {start}")
         leads = processes.leads()
         metrics = Metrics(config.output / "metrics.jsonl", config.log_every, start, writes=leads)
-        bar = tqdm(total=steps, initial=start, unit="step", mininterval=1.0, disable=not leads)
-        with metrics.file, bar:
+        bar = Bar(total=steps, initial=start, unit="step", mininterval=1.0, disable=not leads)
+        with metrics.file, bar, interruptible() as asked:
+            bar.set_postfix_str("compiling")
             for step, batch in enumerate(batches(config, rows, mesh, start), start + 1):
                 state, values = train.train_step(
                     state, batch, key,
@@ -281,9 +297,12 @@ def fit(
                 metrics.add(step, values)
                 bar.update()
                 bar.set_postfix({k: f"{v:.4f}" for k, v in metrics.last.items()}, refresh=False)
-                if step % config.save_every == 0 or step == steps:
+                ended = asked()
+                if step % config.save_every == 0 or step == steps or ended:
                     metrics.flush()
                     manager.save(step, args=ocp.args.StandardSave(state), force=True)
+                if ended:
+                    raise ended
             metrics.flush()
     return state
 
@@ -297,7 +316,7 @@ def write_model(
         checkpoint.save_model(partial, dataclasses.replace(model, dtype=dtype), params)
         if processes.leads():
             copy_tokenizer(source, partial)
-    print(f"wrote {folder}")
+    processes.say(f"wrote {folder}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,7 +348,7 @@ def prepare(config: SFTConfig) -> Job | None:
             "on a disk that all processes share"
         )
     mesh = choose_mesh(config.mesh, config.model, "float32", config.allow_unknown, copies=4)
-    print(f"{processes.describe()}, {sharding.describe(mesh)}")
+    processes.say(f"{processes.describe()}, {sharding.describe(mesh)}")
     split_rows(config, mesh)
     if config.data is not None:
         check_file(config.data)  # before a large model is loaded
@@ -343,7 +362,7 @@ def prepare(config: SFTConfig) -> Job | None:
     rows = processes.first(lambda: load_rows(config, model, source))
     if processes.leads():
         settle(config, rows)
-    print(f"{len(rows.tokens)} examples, {count_parameters(model):,} parameters")
+    processes.say(f"{len(rows.tokens)} examples, {count_parameters(model):,} parameters")
     return Job(mesh, model, graph, params, rows, source)
 
 
@@ -357,16 +376,11 @@ def main(config: SFTConfig) -> None:
     with files.alone(config.output) if processes.leads() else contextlib.nullcontext():
         job = prepare(config)
         if job is None:
-            print(f"{final} is there already: this run is finished, nothing to do")
+            processes.say(f"{final} is there already: this run is finished, nothing to do")
             return
         optimizer = train.make_optimizer(config.recipe)
         state = train.create_state(job.params, optimizer, job.mesh)
-        try:
-            state = fit(config, job.rows, job.graph, state, optimizer, job.mesh)
-        except KeyboardInterrupt:
-            raise SystemExit(
-                "interrupted: the same command goes on from the last checkpoint"
-            ) from None
+        state = fit(config, job.rows, job.graph, state, optimizer, job.mesh)
         write_model(final, job.model, state, config.save_dtype, job.tokenizer)
 
 

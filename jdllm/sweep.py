@@ -11,18 +11,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from jdllm.decode import DecodeConfig
 from jdllm.eval import FINISHED, EvalConfig, TaskResult, evaluate, load
 from jdllm.evaluation.plans import Plan, read_plan
-from jdllm.evaluation.report import Row, require_plots, write_report
+from jdllm.evaluation.report import NO_PLOTS, Row, can_plot, write_report
 from jdllm.evaluation.settings import check_verifier, label
 from jdllm.load import enable_compilation_cache
 from jdllm.runtime import cli, sharding
 from jdllm.runtime.environment import environment
 from jdllm.runtime.files import alone, atomic_file
-from jdllm.runtime.journal import Journal
+from jdllm.runtime.journal import Journal, going_on
+from jdllm.runtime.progress import Bar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +60,11 @@ class SweepConfig:
     def __post_init__(self):
         check_verifier(self.verifier, self.chosen().settings)
         self.runs()  # every mistake in the plan is found here
+
+    @property
+    def going_on(self) -> str:
+        """How to go on after an interrupt."""
+        return going_on(self.output)
 
     def chosen(self) -> Plan:
         """The plan with `model` and `task` in place of its own."""
@@ -114,7 +118,7 @@ def perform(runs: Sequence[EvalConfig], journal: Journal) -> Iterator[tuple[Eval
         for name in run.tasks:
             load(name, run)
     verifier = next((run.verifier for run in runs if run.verifier), None)
-    bar = tqdm(total=len(runs), unit="run", desc="sweep")
+    bar = Bar(total=len(runs), unit="run", desc="sweep")
     with bar:
         for model, own in itertools.groupby(runs, key=lambda run: run.model):
             bar.set_postfix_str(f"loading {model}")
@@ -131,7 +135,7 @@ def perform(runs: Sequence[EvalConfig], journal: Journal) -> Iterator[tuple[Eval
                     f"{model}  {run.task}  {row['setting']}: {row['accuracy']:.1f} %, "
                     f"{row['tokens_per_forward']:.2f} tokens/forward, "
                     f"{row['tokens_per_second']:.0f} tokens/s",
-                    file=sys.stdout,
+                    file=sys.stderr,
                 )
                 bar.update(1)
                 yield dataclasses.replace(run, decode=decode, decode_file=None), row
@@ -149,7 +153,8 @@ def command(config: SweepConfig) -> str:
 
 def main(config: SweepConfig) -> None:
     """Runs the plan and writes the report."""
-    require_plots()
+    if not can_plot():
+        print(f"note: {NO_PLOTS}", file=sys.stderr)
     enable_compilation_cache()
     with alone(config.output):
         with atomic_file(config.output / "config.json") as file:
@@ -160,7 +165,7 @@ def main(config: SweepConfig) -> None:
         where = environment() | {"mesh": sharding.describe(sharding.parse_mesh(config.mesh))}
         names = write_report(config.output, rows, {"command": command(config), **where})
     print((config.output / "table.md").read_text())
-    print(f"wrote {', '.join(names)} to {config.output}")
+    print(f"wrote {', '.join(names)} to {config.output}", file=sys.stderr)
 
 
 if __name__ == "__main__":

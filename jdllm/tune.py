@@ -6,6 +6,7 @@ python -m jdllm.eval task=sudoku decode_file=tuned.json
 
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -16,7 +17,7 @@ from jdllm.evaluation.settings import label, write_decode
 from jdllm.load import enable_compilation_cache
 from jdllm.runtime import cli
 from jdllm.runtime.files import alone, atomic_file
-from jdllm.runtime.journal import Journal
+from jdllm.runtime.journal import Journal, going_on
 from jdllm.sweep import SweepConfig, perform
 
 VALIDATION_SEED = 7_000_003  # generated validation documents: none that seed=0, 1, ... draw
@@ -67,6 +68,11 @@ class TuneConfig:
             raise ValueError("settings are tuned for one task and one model at a time")
         self.runs()
 
+    @property
+    def going_on(self) -> str:
+        """How to go on after an interrupt."""
+        return going_on(self.output.with_suffix(""))
+
     def runs(self) -> list[EvalConfig]:
         """The evaluations, the measure first."""
         names = {field.name for field in dataclasses.fields(SweepConfig)} - {"output"}
@@ -113,7 +119,7 @@ def main(config: TuneConfig) -> None:
         f"{config.max_drop} on {best['n']} validation documents (standard error of one accuracy: "
         f"{best['stderr'] or 0:.1f}), {gain:.1f} times the {config.by.replace('_', ' ')}"
     )
-    print(f"wrote {config.output}; use it with decode_file={config.output}")
+    print(f"wrote {config.output}; use it with decode_file={config.output}", file=sys.stderr)
 
 
 if __name__ == "__main__":

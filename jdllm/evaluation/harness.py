@@ -18,7 +18,6 @@ import lm_eval.models  # noqa: F401  a registry that holds our name alone would 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
-from tqdm import tqdm
 
 from jdllm.completion import Completion
 from jdllm.decode import DecodeConfig
@@ -35,6 +34,7 @@ from jdllm.llm import LLM
 from jdllm.runtime import processes
 from jdllm.runtime.files import alone
 from jdllm.runtime.journal import Journal, digest, number_repeats
+from jdllm.runtime.progress import Bar
 from jdllm.score.likelihood import LikelihoodConfig
 from jdllm.score.scoring import Likelihood
 from jdllm.tokenizer import render, unmarked
@@ -314,11 +314,11 @@ class JdllmLM(LM):
                 fact["verifier"] = self.verifier_fingerprint
         return number_repeats([digest(fact) for fact in facts])
 
-    def _bar(self, requests: Sequence[Instance], hidden: bool) -> tqdm:
+    def _bar(self, requests: Sequence[Instance], hidden: bool) -> Bar:
         """A progress bar over requests, shown by one of several processes."""
         name = requests[0].task_name if requests else None
         hidden = hidden or not self.progress or not processes.leads()
-        return tqdm(total=len(requests), desc=name, unit="prompt", disable=hidden, leave=self.leave)
+        return Bar(total=len(requests), desc=name, unit="prompt", disable=hidden, leave=self.leave)
 
     @property
     def tokenizer_name(self) -> str:

@@ -77,7 +77,7 @@ def read_plan(name: str) -> Plan:
     """
     facts = BUILT_IN.get(name)
     if facts is None:
-        path = Path(name)
+        path = Path(name).expanduser()
         if not path.is_file():
             raise ValueError(f"plan={name} is neither a file nor one of {', '.join(BUILT_IN)}")
         try:

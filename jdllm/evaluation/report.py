@@ -13,6 +13,7 @@ from jdllm.evaluation.pareto import aup, front
 from jdllm.runtime.files import atomic_file
 
 Row = dict[str, Any]
+NO_PLOTS = "tables alone are written; plots need matplotlib: python -m pip install -e '.[plot]'"
 COLUMNS = {  # column of the table -> how a value is written
     "model": "{}", "task": "{}", "setting": "{}", "n": "{}", "accuracy": "{:.1f}",
     "stderr": "{:.1f}", "nfe": "{:.1f}", "tokens_per_forward": "{:.2f}",
@@ -94,10 +95,9 @@ def markdown(rows: Sequence[Row]) -> str:
     return f"{text}\n\n" + "\n".join(["| task | model | AUP |", "|---|---|---|", *under]) + "\n"
 
 
-def require_plots() -> None:
-    """ValueError, with the command that helps, without matplotlib: before a sweep, not after it."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("plots need matplotlib: python -m pip install -e '.[plot]'")
+def can_plot() -> bool:
+    """Whether matplotlib is there; without it a report has no plots."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def figure(rows: Sequence[Row], task: str) -> bytes:
@@ -190,14 +190,17 @@ def page(rows: Sequence[Row], plots: dict[str, bytes], facts: dict[str, Any]) ->
 
 
 def write_report(folder: Path, rows: Sequence[Row], facts: dict[str, Any]) -> list[str]:
-    """Writes table.md, table.csv, a PNG a task and report.html; returns their names."""
+    """Writes table.md, table.csv, report.html and, with matplotlib, a PNG per task.
+
+    Returns their names.
+    """
     rows = mark_front(rows)
     sheet = io.StringIO()
     writer = csv.DictWriter(sheet, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     tasks = dict.fromkeys(row["task"] for row in rows)
-    plots = {task: figure(rows, task) for task in tasks}
+    plots = {task: figure(rows, task) for task in tasks} if can_plot() else {}
     outputs = {f"{task}.png": data for task, data in plots.items()} | {
         "table.md": markdown(rows).encode(),
         "table.csv": sheet.getvalue().encode(),

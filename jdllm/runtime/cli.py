@@ -9,13 +9,19 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import os
 import re
 import sys
+import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import tyro
+
+from jdllm.runtime import signals
+from jdllm.runtime.hints import nearest_choices, nearest_settings
 
 WORD = re.compile(r"[A-Za-z_][\w.-]*=")
 CONF = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
@@ -43,6 +49,20 @@ def _read_truth(word: str) -> bool:
     if word.lower() not in TRUTH:
         raise ValueError(f"expected true or false, got {word}")
     return TRUTH[word.lower()]
+
+
+@REGISTRY.primitive_rule
+def _path(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
+    """Paths, of which `~` is the home folder: no shell expands it behind a `key=`."""
+    if info.type is not Path:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: Path(os.path.expanduser(words[0])),
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda value: [str(value)],
+    )
 
 
 def nested(config: type, prefix: str = "") -> Iterator[tuple[str, type]]:
@@ -125,10 +145,42 @@ def check_names(config: type, options: Sequence[str], prog: str | None) -> None:
         name = option.removeprefix("--").partition("=")[0].replace("-", "_")
         if not option.startswith("--") or name in (*names, "help"):
             continue
-        near = [known for known in names if known.endswith(f".{name}")]  # its group was left out
-        near = near or difflib.get_close_matches(name, names, n=3)
+        near = nearest_settings(name, names)
         hint = f"did you mean {', or '.join(near)}?" if near else f"there are {', '.join(names)}."
         print(f"error: {prog or 'this command'} has no setting {name!r}; {hint}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def choices(kind: Any) -> list[str]:
+    """The words that a Literal, or one that may be None, allows; [] for other types."""
+    several = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    kinds = typing.get_args(kind) if several else (kind,)
+    if not all(one is types.NoneType or typing.get_origin(one) is Literal for one in kinds):
+        return []
+    words = [str(word) for one in kinds for word in typing.get_args(one)]
+    return words + ["None"] * (types.NoneType in kinds)
+
+
+def check_choices(config: type, options: Sequence[str], prog: str | None) -> None:
+    """Exits with status 2 and the nearest choices where a setting has none of its own."""
+    kinds = {
+        prefix + name: kind
+        for prefix, group in nested(config)
+        for name, kind in typing.get_type_hints(group).items()
+    }
+    for i, option in enumerate(options):
+        name, equals, value = _name(option), "=" in option, option.partition("=")[2]
+        value = value if equals else next(iter(options[i + 1 : i + 2]), "")
+        known = choices(kinds.get(name))
+        if not known or value in known:
+            continue
+        near = nearest_choices(value, known)
+        hint = f"; did you mean {', or '.join(near)}?" if near else ""
+        print(
+            f"error: {prog or 'this command'} knows no {name}={value}; it is one of "
+            f"{', '.join(known)}{hint}",
+            file=sys.stderr,
+        )
         raise SystemExit(2)
 
 
@@ -161,6 +213,7 @@ def parse[T](
     """
     options = expand_presets(config, to_options(sys.argv[1:] if words is None else words), prog)
     check_names(config, options, prog)
+    check_choices(config, options, prog)
     shared: Any = {
         "args": options,
         "prog": prog,
@@ -181,30 +234,79 @@ def parse[T](
 def run[T](main: Callable[[T], Any], config: type[T], prog: str) -> None:
     """An entry point: parses the process's arguments and runs `main`.
 
-    What the user asked for and cannot be done (ValueError, OSError) becomes one sentence and exit
-    status 1; `python -X dev` shows where it came from.
+    What `one_sentence` says ends it in one sentence. A config's `going_on`, where it has such a
+    property, tells how to go on after an interrupt; `python -X dev` shows where errors came from.
     """
-    settings = parse(config, prog=prog)
     try:
         with one_sentence():
-            main(settings)
+            settings = parse(config, prog=prog)
+            with one_sentence(getattr(settings, "going_on", "")):
+                main(settings)
     except BaseException as error:
-        from jdllm.runtime import processes  # here, so that --help does not wait for JAX
-
-        processes.fail(error)
+        if processes := sys.modules.get("jdllm.runtime.processes"):  # --help did not wait for JAX
+            processes.fail(error)
         raise
 
 
 @contextlib.contextmanager
-def one_sentence() -> Iterator[None]:
-    """Turns ValueError and OSError into "error: ..." and exit status 1."""
+def one_sentence(going_on: str = "") -> Iterator[None]:
+    """Ends the process in one sentence for what a user asked for or did.
+
+    ValueError, OSError and a JAX_PLATFORMS that this machine does not serve: status 1. Ctrl-C and
+    SIGTERM: 130 and 143, with how to go on. Output that nobody reads any more: 141.
+    """
     try:
-        yield
+        with signals.raised():
+            yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _end("error: what was to read the output has closed it", 141)
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        _end(f"error: {_told(error)}", 1)
+    except KeyboardInterrupt as error:
+        newline = "\n" * sys.stderr.isatty()  # behind the terminal's own ^C
+        _end(f"{newline}interrupted{going_on and f': {going_on}'}", signals.status(error))
+    except (RuntimeError, AssertionError):
+        if not (platforms := _missing_platforms()):
+            raise
+        _end(
+            f"error: JAX_PLATFORMS={platforms} names devices that JAX cannot use here; unset it, "
+            "or let python -m jdllm.doctor say why",
+            1,
+        )
+
+
+def _told(error: Exception) -> str:
+    """An error as it is shown: of one that the system raised, its reason and the file."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def _missing_platforms() -> str:
+    """JAX_PLATFORMS, where it keeps JAX from finding any device; else ""."""
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if not platforms or not (jax := sys.modules.get("jax")):
+        return ""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError):
+        return platforms
+    return ""
+
+
+def _end(sentence: str, status: int) -> typing.NoReturn:
+    """Says why the process ends and ends it; what cannot be written any more is dropped."""
+    for stream, text in ((sys.stdout, ""), (sys.stderr, sentence + "\n")):
+        try:
+            stream.write(text)
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())  # Python flushes again at its end
+    raise SystemExit(status) from None
 
 
 def dispatch(

@@ -29,6 +29,31 @@ def refuse_existing(folder: Path) -> None:
         raise FileExistsError(f"{folder} exists already: remove it or name another output")
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it; OSError, in one sentence, where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"{folder} cannot be made ({error.strerror or error}): name an output that you may "
+            "write to"
+        ) from None
+
+
+def require_writable(path: Path) -> None:
+    """OSError, in one sentence, where a file cannot take the name `path`; its folder is made."""
+    make_folder(path.parent)
+    partial = path.with_name(path.name + PARTIAL + uuid.uuid4().hex[:8])
+    try:
+        partial.touch()
+        partial.unlink()
+    except OSError as error:
+        raise OSError(
+            f"{path} cannot be written ({error.strerror or error}): name an output that you may "
+            "write to"
+        ) from None
+
+
 def require_space(folder: Path, size: int) -> None:
     """OSError where the disk of an existing folder has less than `size` bytes free."""
     free = shutil.disk_usage(folder).free
@@ -48,12 +73,12 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     """
     folder = folder.absolute()
     refuse_existing(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     for stale in folder.parent.iterdir():
         if stale.name.startswith(folder.name + PARTIAL):
             _remove_stale(stale, folder)
     partial = folder.with_name(f"{folder.name}{PARTIAL}{uuid.uuid4().hex[:8]}")
-    partial.mkdir()
+    make_folder(partial)
     lock = _lock(partial)
     try:
         yield partial
@@ -91,7 +116,8 @@ def alone(folder: Path) -> Iterator[None]:
 
     BlockingIOError, in one sentence, where another run holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
+    require_writable(folder / "lock")
     with (folder / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -106,4 +132,4 @@ def alone(folder: Path) -> Iterator[None]:
 
 def home() -> Path:
     """The folder for converted models and compilation caches: JDLLM_HOME or ~/.cache/jdllm."""
-    return Path(os.environ.get("JDLLM_HOME", Path.home() / ".cache" / "jdllm"))
+    return Path(os.environ.get("JDLLM_HOME", "~/.cache/jdllm")).expanduser()

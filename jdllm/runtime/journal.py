@@ -21,6 +21,13 @@ def digest(facts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+def going_on(folder: Path | None) -> str:
+    """How a run with a journal in `folder` goes on after an interrupt."""
+    if folder is None:
+        return "nothing was kept; with output=FOLDER the same command would go on"
+    return f"the same command goes on; what is finished is in {folder}"
+
+
 class Journal:
     """Records by key, in the order of the file. The caller sees to it that it writes alone."""
 

@@ -192,6 +192,12 @@ def leads() -> bool:
     return jax.process_index() == 0
 
 
+def say(text: str) -> None:
+    """Prints what accompanies the work to standard error, once for all processes."""
+    if leads():
+        print(text, file=sys.stderr, flush=True)
+
+
 def meet(name: str) -> None:
     """Waits until every process has come here, however long another works; `name` is for errors.
 

@@ -60,9 +60,11 @@ def parse_mesh(
         )
     data, model = _sizes(text)
     if data * model > len(devices):
+        kind = devices[0].platform
+        virtual = f", or start with JAX_NUM_CPU_DEVICES={data * model} for virtual ones"
         raise ValueError(
-            f"mesh={text} needs {data * model} devices, but only {len(devices)} "
-            f"{devices[0].platform} device(s) are here; ask for fewer"
+            f"mesh={text} needs {data * model} devices, but only {len(devices)} {kind} device(s) "
+            f"are here; ask for fewer{virtual if kind == 'cpu' else ''}"
         )
     return _mesh(devices, data, model)
 

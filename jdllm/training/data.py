@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jdllm.model.config import ModelConfig
+from jdllm.runtime import processes
 from jdllm.runtime.files import atomic_file
 from jdllm.tasks import TASKS
 from jdllm.tokenizer import Message, encode_prompts, encode_responses
@@ -237,9 +238,9 @@ def encode_rows(
         reason = f"{dropped} prompts leave none within length={length}" if parts else "it is empty"
         raise ValueError(f"no example has room for a response in the training text: {reason}")
     if cut:
-        print(f"note: {cut} examples are longer than their canvas and lose their end")
+        processes.say(f"note: {cut} examples are longer than their canvas and lose their end")
     if dropped:
-        print(f"note: {dropped} examples are left out: their prompt fills length={length}")
+        processes.say(f"note: {dropped} examples are left out: their prompt fills length={length}")
     tokens, starts, ends = (np.concatenate(column) for column in zip(*parts, strict=True))
     return Rows(tokens, starts.astype(np.int32), ends.astype(np.int32))
 

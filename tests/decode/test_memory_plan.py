@@ -131,6 +131,10 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert set(table) == {"weights", "cache", "activations", "copies", "total"}
     assert table["total"].endswith("fits in 0.050")
     assert int(lines[-1].split()[-1]) > 10
+    main(["plan", "tiny", *words, "json=true"])
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["mesh"] == {"data": 4, "model": 2} and facts["fits"] is True
+    assert facts["total"] == sum(facts["bytes"].values()) and facts["memory"] == 50_000_000
 
 
 @pytest.mark.parametrize(

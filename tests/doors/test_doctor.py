@@ -1,6 +1,7 @@
 """The doctor: broken facts are named with a fix, and a real run really generates."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -176,3 +177,18 @@ def test_the_command(tmp_path: Path, home: str):
     else:
         assert run.returncode == 1 and lines["JDLLM_HOME"].startswith("WRONG")
         assert "set JDLLM_HOME" in run.stdout
+
+
+def test_json_holds_the_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    found = [("one", Finding("ok", "fine", "unused")), ("two", Finding("WRONG", "bad", "mend it"))]
+    monkeypatch.setattr(doctor, "examine", lambda table: iter(found))
+    with pytest.raises(SystemExit) as stop:
+        doctor.main(doctor.DoctorConfig(json=True))
+    assert stop.value.code == 1
+    assert json.loads(capsys.readouterr().out) == {
+        "good": False,
+        "checks": [
+            {"check": "one", "status": "ok", "text": "fine", "fix": ""},
+            {"check": "two", "status": "WRONG", "text": "bad", "fix": "mend it"},
+        ],
+    }

@@ -13,7 +13,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from jdllm import eval, generate
+from jdllm import eval, generate, sweep, tune
 from jdllm.decode import DecodeConfig
 from jdllm.evaluation.grading import as_lm_eval, run_task
 from jdllm.evaluation.harness import JdllmLM
@@ -111,8 +111,9 @@ def test_results_are_consistent(folder: Path, tmp_path: Path, capsys: pytest.Cap
     assert results["config"]["decode"]["gen_length"] == 8
     assert results["environment"]["lm_eval"].startswith("0.4")
     assert not list((tmp_path / "out").glob("*.partial*"))
-    out = capsys.readouterr().out
-    assert "solved" in out and "countdown" in out and "mesh data=1 x model=1" in out
+    out, said = capsys.readouterr()
+    assert "solved" in out and "countdown" in out and "mesh data" not in out
+    assert "mesh data=1 x model=1" in said and "forwards/s" in said and "wrote" in said
     assert "verdict" in out and rows[0]["prompt"].splitlines()[-1] in out
 
 
@@ -403,10 +404,22 @@ def test_speed_adds_up():
 def test_generate_prints_the_completion(folder: Path, llm: LLM, capsys: pytest.CaptureFixture):
     words = [f"model={folder}", "prompt=1 2 3", *WORDS]
     generate.main(cli.parse(generate.GenerateConfig, words))
-    out = capsys.readouterr().out
+    out, said = capsys.readouterr()
     wanted = llm.generate(["1 2 3"], LOOSE)[0]
-    assert out.startswith((wanted.text or "") + "\n")
-    assert f"NFE {wanted.nfe}," in out and "tokens/s" in out
+    assert out == f"{wanted.text}\n"
+    assert f"NFE {wanted.nfe}," in said and "tokens/s" in said
+    generate.main(cli.parse(generate.GenerateConfig, [*words, "json=true"]))
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["completion"] == wanted.text and facts["ids"] == wanted.ids
+    assert (facts["nfe"], facts["finish_reason"]) == (wanted.nfe, wanted.finish_reason)
+
+
+def test_data_that_is_no_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture):
+    for config in (eval.EvalConfig, sweep.SweepConfig, tune.TuneConfig):
+        with pytest.raises(SystemExit) as stop:
+            cli.parse(config, [f"data={tmp_path / 'no'}"])
+        assert stop.value.code == 2
+        assert f"data={tmp_path / 'no'} is no folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [[], ["prompt= "]])

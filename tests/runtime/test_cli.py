@@ -1,11 +1,24 @@
 """The command-line grammar."""
 
 import dataclasses
-from typing import ClassVar
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar, Literal, get_type_hints
 
+import jax
 import pytest
 
-from jdllm.runtime import cli
+from jdllm.convert.__main__ import ConvertConfig
+from jdllm.eval import EvalConfig
+from jdllm.generate import GenerateConfig
+from jdllm.runtime import cli, hints, signals
+from jdllm.sft import SFTConfig
+from jdllm.sweep import SweepConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +136,163 @@ def test_an_unknown_preset_names_the_nearest_and_help_lists_them(capsys):
     assert "prog knows no decode.preset=quik; did you mean quick?" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.parse(Outer, ["decode.prest=quick"], "prog")
-    assert "did you mean decode.preset," in capsys.readouterr().err
+    assert "did you mean decode.preset?" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.parse(Outer, ["--help"], "prog")
     text = capsys.readouterr().out
     assert "A command with presets." in text and "there are quick, exact." in text
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """A command whose settings other tools call otherwise."""
+
+    gen_length: int = 1
+    shots: int = 0
+    inner: Inner = Inner()
+    mesh: str = "auto"
+    place: Path | None = None
+    cache: Literal["none", "prefix", "dual"] | None = None
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("max_new_tokens=5", "gen_length"),
+        ("--max-new-tokens=5", "gen_length"),
+        ("num_fewshot=5", "shots"),
+        ("device=cuda", "mesh"),
+        ("inner.conf_threshold=0.5", "inner.threshold"),
+        ("inner.treshold=0.5", "inner.threshold"),
+        ("tresholt=0.5", "inner.threshold, or shots"),
+        ("cache=dula", "dual"),
+        ("cache=dual_cache", "dual"),
+        ("cache=true", "dual"),
+    ],
+)
+def test_words_of_other_tools_name_ours(word: str, meant: str, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(Named, [word], "prog")
+    assert stop.value.code == 2
+    assert f"did you mean {meant}?" in capsys.readouterr().err
+
+
+def test_every_alias_is_of_a_setting_that_some_command_has():
+    commands = (EvalConfig, SFTConfig, GenerateConfig, SweepConfig, ConvertConfig)
+    names = {name.rpartition(".")[2] for one in commands for name in cli.field_names(one)}
+    assert set(hints.ALIASES) <= names
+    allowed = {
+        word
+        for one in commands
+        for _, group in cli.nested(one)
+        for kind in get_type_hints(group).values()
+        for word in cli.choices(kind)
+    }
+    assert set(hints.CHOICES.values()) <= allowed | {"float16"}
+
+
+def test_choices_that_are_right_pass():
+    for word in ("cache=dual", "cache=None", "--cache=none"):
+        cli.parse(Named, [word], "prog")
+    assert cli.parse(Named, ["--cache", "prefix"], "prog").cache == "prefix"
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert cli.parse(Named, ["place=~/a"], "prog").place == Path("/somewhere/a")
+    assert cli.parse(Named, ["--place", "~"], "prog").place == Path("/somewhere")
+    assert cli.parse(Named, ["place=a~b"], "prog").place == Path("a~b")
+
+
+def ended(main: Callable, capsys, monkeypatch, config: type = Config) -> tuple[int, str]:
+    """The exit status and the standard error of a command."""
+    monkeypatch.setattr(sys, "argv", ["prog"])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main, config, "prog")
+    assert isinstance(stop.value.code, int)
+    return stop.value.code, capsys.readouterr().err
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept(Config):
+    """A command that can go on."""
+
+    going_on: ClassVar[str] = "the same command goes on"
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_is_one_sentence(number: int, status: int, capsys, monkeypatch):
+    def main(_: Config) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+
+    before = signal.getsignal(number)
+    assert ended(main, capsys, monkeypatch) == (status, "interrupted\n")
+    wanted = (status, "interrupted: the same command goes on\n")
+    assert ended(main, capsys, monkeypatch, Kept) == wanted
+    assert signal.getsignal(number) is before
+
+
+def test_a_block_can_put_an_interrupt_off(capsys):
+    with signals.raised(), signals.deferred("saving first") as asked:
+        assert asked() is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert str(asked()) == "SIGTERM" and "saving first" in capsys.readouterr().err
+        with pytest.raises(signals.Interrupted, match="SIGINT"):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+
+
+def test_errors_of_the_system_name_the_file(capsys, monkeypatch, tmp_path: Path):
+    status, told = ended(lambda _: (tmp_path / "no").read_text(), capsys, monkeypatch)
+    assert (status, told) == (1, f"error: {tmp_path / 'no'}: No such file or directory\n")
+
+
+SAYS = """
+import dataclasses
+from jdllm import cli
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    lines: int = 100_000
+
+def main(config):
+    for i in range(config.lines):
+        print(i)
+
+cli.run(main, Config, "says")
+"""
+
+
+@pytest.mark.parametrize(
+    ("shell", "told", "status"),
+    [
+        ("{} | head -n 1", "error: what was to read the output has closed it\n", 141),
+        ("{} lines=10 > /dev/full", "error: [Errno 28] No space left on device\n", 1),
+        ("{} --help | true", None, None),
+    ],
+)
+def test_output_that_nobody_takes(shell: str, told: str, status: int, tmp_path: Path):
+    (tmp_path / "says.py").write_text(SAYS)
+    command = shell.format(f"{sys.executable} {tmp_path / 'says.py'}")
+    words = ["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    if told:
+        assert (done.stderr, done.returncode) == (told, status)
+
+
+def test_a_platform_that_is_not_there(capsys, monkeypatch):
+    def main(_: Config) -> None:
+        raise AssertionError
+
+    def none() -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(sys, "argv", ["prog"])
+    with pytest.raises(AssertionError):
+        cli.run(main, Config, "prog")
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr(jax, "devices", none)
+    status, told = ended(main, capsys, monkeypatch)
+    assert status == 1 and told.startswith("error: JAX_PLATFORMS=cuda names devices")

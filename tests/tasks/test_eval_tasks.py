@@ -88,7 +88,7 @@ def test_a_preset_is_printed_with_both_numbers_and_gives_way(
     )
     decode = results["config"]["decode"]
     assert (decode["rule"], decode["steps"], decode["gen_length"]) == ("quota", 2, 64)
-    out = capsys.readouterr().out
+    out = "".join(capsys.readouterr())
     assert "measured   not yet" in out and "published  16.11 %" in out
     here = f"but here   model={model} decode.gen_length=64 decode.steps=2\n"
     assert out.count(here) == 2
@@ -124,7 +124,7 @@ def test_a_preset_fixes_how_likelihoods_are_estimated(
     assert (used["mc_num"], used["mc_batch"], used["cfg_scale"]) == (2, 2, 0.5)
     found = results["tasks"]["mmlu_sample_likelihood"]["likelihoods"]
     assert found == {"n": 4, "stderr_mean": 0.0, "stderr_max": 0.0}  # one token each is exact
-    out = capsys.readouterr().out
+    out = "".join(capsys.readouterr())
     assert out.count(f"but here   model={model} limit=1 likelihood.mc_num=2\n") == 2
     assert "4 likelihoods, the standard error of an estimate is" in out
 

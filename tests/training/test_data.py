@@ -165,7 +165,7 @@ def test_response_length_ends_the_canvas_after_the_prompt(tokenizer, capsys):
     pairs = [("2+2", "4"), ("1", "1234567890")]
     rows = data.encode_rows(tokenizer, pairs, CONFIG, 64, response_length=6)
     np.testing.assert_array_equal(rows.lengths - rows.prompt_lengths, [6, 6])
-    assert "1 examples are longer than their canvas and lose their end" in capsys.readouterr().out
+    assert "1 examples are longer than their canvas and lose their end" in capsys.readouterr().err
     row, start = rows.tokens[1], rows.prompt_lengths[1]
     assert tokenizer.decode(row[start : start + 6]) == "123456"
     assert set(row[start + 6 :]) == {CONFIG.pad_id}
@@ -177,7 +177,7 @@ def test_prompts_that_leave_no_room_are_counted(tokenizer, capsys):
     pairs = [("1" * 50, "2"), ("1", "2")]
     rows = data.encode_rows(tokenizer, pairs, CONFIG, 30, None)
     assert len(rows.tokens) == 1
-    assert "1 examples are left out: their prompt fills length=30" in capsys.readouterr().out
+    assert "1 examples are left out: their prompt fills length=30" in capsys.readouterr().err
     with pytest.raises(ValueError, match="no example .*1 prompts leave none within length=30"):
         data.encode_rows(tokenizer, pairs[:1], CONFIG, 30, None)
     with pytest.raises(ValueError, match="no example .*it is empty"):
@@ -194,7 +194,7 @@ def test_plain_text_is_cut_into_windows_without_loss(tokenizer, response_length,
     kept = len(tokenizer(text)["input_ids"])
     assert tokenizer.decode(ids[:kept]) == text
     assert set(ids[kept:]) == {CONFIG.eos_id}  # the end of the text, then padding
-    assert "lose" not in capsys.readouterr().out
+    assert "lose" not in capsys.readouterr().err
 
 
 def test_chunks_do_not_show(tokenizer, monkeypatch):

@@ -26,7 +26,7 @@ from jdllm import sft
 from jdllm.launch import free_port
 from jdllm.load import BUNDLED, load_parts
 from jdllm.model.config import NAMED
-from jdllm.runtime import cli, files, sharding
+from jdllm.runtime import cli, files, sharding, signals
 from jdllm.sft import SFTConfig
 from jdllm.store import checkpoint
 from jdllm.tokenizer import copy_tokenizer, load_tokenizer
@@ -296,24 +296,29 @@ def test_words_that_cannot_be_are_status_2(words, rule, capsys):
 # Kills
 
 
-def test_an_interrupt_says_how_to_go_on(tiny, tmp_path, monkeypatch):
-    """Ctrl-C in the fourth step: one sentence, and the rest of the curve is what it would be."""
+def test_an_interrupt_says_how_to_go_on(tiny, tmp_path, monkeypatch, capsys):
+    """SIGTERM in the third step, then in the last: each is saved, and the curve is what it was."""
     whole = settings(tiny, tmp_path / "whole")
     sft.main(whole)
     config = dataclasses.replace(whole, output=tmp_path / "run")
     step = sft.train.train_step
 
     def interrupted(state, *args, **kwargs):
-        if state.step == 3:
-            raise KeyboardInterrupt
+        if state.step == interrupt:
+            os.kill(os.getpid(), signal.SIGTERM)
         return step(state, *args, **kwargs)
 
+    assert "goes on from the last checkpoint" in config.going_on
     with monkeypatch.context() as patch:
         patch.setattr(sft.train, "train_step", interrupted)
-        with pytest.raises(SystemExit, match="interrupted: the same command"):
-            sft.main(config)
-    assert [row["step"] for row in lines(config.output)] == [1, 2, 3]
+        for interrupt in (2, 3):
+            with pytest.raises(signals.Interrupted, match="SIGTERM"):
+                sft.main(config)
+            assert "saving after this step" in capsys.readouterr().err
+            assert [row["step"] for row in lines(config.output)] == [*range(1, interrupt + 2)]
+            assert not (config.output / "model").exists()
     sft.main(config)
+    assert "resumed at step 4" in capsys.readouterr().err
     assert lines(config.output) == lines(whole.output)
     same_weights(config.output / "model", whole.output / "model")
 
@@ -498,7 +503,7 @@ def test_two_processes_train_as_one_and_survive_a_loss(tiny, tmp_path):
     assert seconds_since_loss(tmp_path) < 60
     assert lost.returncode == 128 + signal.SIGKILL, lost.stderr
     assert "process 1 of 2 was lost (signal 9); ended the others" in lost.stderr
-    assert "2 processes x 2 devices, mesh data=2 x model=2" in lost.stdout
+    assert "2 processes x 2 devices, mesh data=2 x model=2" in lost.stderr
     assert not (tmp_path / "two" / "model").exists()
     again = launch(words, 2, tmp_path)
     assert again.returncode == 0, again.stderr
