@@ -25,7 +25,8 @@ import numpy as np
 from jdllm import DecodeConfig
 from jdllm.batches import bucket
 from jdllm.decode.memory import Planner
-from jdllm.kernels.attention import IMPLEMENTATIONS, attention, reference
+from jdllm.kernels import choose, shapes
+from jdllm.kernels.attention import reference
 from jdllm.llm import LLM
 from jdllm.load import weight_bytes
 from jdllm.model.config import NAMED
@@ -91,19 +92,19 @@ def kernels() -> list[dict[str, Any]]:
     Fresh numbers; rows of all lengths; several rows with few queries, one row with many.
     """
     found = []
-    for number, (B, T, S, H, G) in enumerate(((8, 32, 1024, 32, 32), (1, 1000, 1000, 28, 4))):
+    for number, (B, T, S, H, G, K) in enumerate(shapes.PUBLISHED_ATTENTION):
         rng = np.random.default_rng(number)
-        shapes = (B, T, H, 128), (B, S, G, 128), (B, S, G, 128)
-        low = [jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes]
+        sizes = (B, T, H, K), (B, S, G, K), (B, S, G, K)
+        low = [jnp.asarray(rng.normal(size=size), jnp.bfloat16) for size in sizes]
         lengths = jnp.asarray(rng.integers(1, S + 1, B), jnp.int32)
         with jax.default_matmul_precision("highest"):
             q, k, v = (x.astype(jnp.float32) for x in low)
-            expected = reference(q, k, v, lengths)
-        for name in IMPLEMENTATIONS:
-            run = jax.jit(partial(attention, implementation=name))
+            expected = reference.attention(q, k, v, lengths)
+        for name in choose.TABLES["attention"]:
+            run = jax.jit(partial(choose.attention, kernel=f"attention:{name}"))
             wrong = run(low[0], low[1], low[2], lengths).astype(jnp.float32) - expected
             error = float(jnp.linalg.norm(wrong.ravel()) / jnp.linalg.norm(expected.ravel()))
-            found.append({"name": name, "shapes": shapes, "relative_error": error})
+            found.append({"name": name, "shapes": sizes, "relative_error": error})
     return found
 
 
@@ -115,7 +116,7 @@ def named_shapes() -> dict[str, dict[str, float]]:
         if weight_bytes(config, mesh) > limit:
             continue
         start = time.perf_counter()
-        params = LLM.load(f"random:{name}", mesh)._params
+        params = LLM.load(f"random:{name}", mesh).model.params
         jax.block_until_ready(params)
         size = sum(x.nbytes for x in jax.tree.leaves(params)) / 1e9
         found[name] = {"seconds": time.perf_counter() - start, "gigabytes": size}
@@ -133,7 +134,7 @@ def plan_and_peak(model: str, batch: int, length: int) -> dict[str, Any]:
     device = jax.devices()[0]
     decoding = DecodeConfig(gen_length=64, block_length=32, stop="none")
     llm = LLM.load(model, sharding.parse_mesh("1x1"))
-    jax.block_until_ready(llm._params)
+    jax.block_until_ready(llm.model)
     loaded = (device.memory_stats() or {})["peak_bytes_in_use"]
     prompt = [7] * (length - 64)
     next(iter(llm.stream([prompt] * batch, decoding, batch_size=batch)))

@@ -23,7 +23,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from jdllm import DecodeConfig
 from jdllm.decode import Request, Setup, State, make_setup
@@ -31,9 +30,10 @@ from jdllm.decode.layout import put
 from jdllm.decode.look import Call, look_at
 from jdllm.decode.loop import enter_block
 from jdllm.decode.start import start
-from jdllm.decode.work import make_work
+from jdllm.decode.work import Work
 from jdllm.llm import LLM
 from jdllm.load import enable_compilation_cache
+from jdllm.model.model import Model
 from jdllm.runtime import cli, sharding
 
 RESULTS = Path(__file__).resolve().parent / "results" / "gpu.jsonl"
@@ -111,13 +111,13 @@ def median_seconds(run: Callable[[], Any], repeats: int) -> float:
     return statistics.median(times)
 
 
-@partial(jax.jit, static_argnames=("graph", "setup"))
-def bare_loop(graph: nnx.GraphDef, params: nnx.State, request: Request, setup: Setup):
+@partial(jax.jit, static_argnames=("setup",))
+def bare_loop(model: Model, request: Request, setup: Setup):
     """The model calls of a request with one token a step, and next to nothing besides.
 
     Every call writes one column, by a sign of its hidden states, so that none can be left out.
     """
-    work = make_work(graph, params, request, setup)
+    work = Work(model, setup, request)
 
     def call(state: State, full: bool) -> State:
         rows = state.rows
@@ -149,7 +149,7 @@ def copy_rate(megabytes: int, repeats: int) -> float:
 def floor_seconds(llm: LLM, case: Case, rate: float) -> float:
     """A block step's weights and keys at the memory's rate; the embedding is not read whole."""
     config = llm.config
-    weights = sum(x.nbytes for x in jax.tree.leaves(llm._params))
+    weights = sum(x.nbytes for x in jax.tree.leaves(llm.model))
     width = jnp.dtype(config.dtype).itemsize
     embedding = config.vocab * config.embed * width
     columns = case.rows * (case.prompt + case.gen_length)
@@ -161,11 +161,9 @@ def measure(llm: LLM, case: Case, config: LoopConfig, rate: float) -> dict[str, 
     """A whole request: seconds, calls, memory. ms_per_step is the mean over all calls."""
     request, setup = prepare(llm, case)
     program, compile_seconds = llm._program(request, setup)
-    state = program(llm._params, request, None)
+    state = program(llm.model, request, None)
     forwards = int(state.forwards)
-    seconds = median_seconds(
-        lambda: program(llm._params, request, None).rows.tokens, config.repeats
-    )
+    seconds = median_seconds(lambda: program(llm.model, request, None).rows.tokens, config.repeats)
     memory = program.memory_analysis()
     sizes = (memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes)
     return {
@@ -198,11 +196,11 @@ def request_row(llm: LLM, config: LoopConfig, rate: float) -> dict[str, Any]:
     case = Case(1, prompt, config.gen_length, config.block, "dual", 1)
     row = measure(llm, case, config, rate)
     request, setup = prepare(llm, case)
-    bare = bare_loop.lower(llm._graph, llm._params, request, setup).compile()
-    _, forwards = bare(llm._params, request)
+    bare = bare_loop.lower(llm.model, request, setup).compile()
+    _, forwards = bare(llm.model, request)
     if int(forwards) != row["forwards"]:
         raise ValueError(f"the bare loop makes {forwards} calls, the loop {row['forwards']}")
-    seconds = median_seconds(lambda: bare(llm._params, request), config.repeats)
+    seconds = median_seconds(lambda: bare(llm.model, request), config.repeats)
     return row | {"bare_seconds": seconds, "outside_share": 1 - seconds / row["seconds"]}
 
 
@@ -236,7 +234,7 @@ def main(config: LoopConfig) -> None:
     """Appends every row to the file as soon as it is measured."""
     enable_compilation_cache()
     llm = LLM.load(config.model, sharding.parse_mesh("1x1"))
-    jax.block_until_ready(llm._params)
+    jax.block_until_ready(llm.model)
     facts = {
         "device": jax.devices()[0].device_kind,
         "versions": {name: version(name) for name in ("jax", "jaxlib", "flax")},

@@ -34,7 +34,7 @@ from jdllm import DecodeConfig  # noqa: E402
 from jdllm.decode import Request, decode  # noqa: E402
 from jdllm.load import compute_dtype, weight_bytes  # noqa: E402
 from jdllm.model.config import NAMED, ModelConfig  # noqa: E402
-from jdllm.model.transformer import abstract, assemble, named  # noqa: E402
+from jdllm.model.model import Model, abstract, assemble, named  # noqa: E402
 from jdllm.parity import make_setup  # noqa: E402
 from jdllm.runtime import cli, sharding  # noqa: E402
 from jdllm.store import checkpoint  # noqa: E402
@@ -78,9 +78,9 @@ class MeshConfig:
             raise ValueError(f"variant={self.variant} must be one of {', '.join(VARIANTS)}")
 
 
-def cheap_weights(config: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
+def cheap_weights(config: ModelConfig, mesh: jax.sharding.Mesh) -> Model:
     """A model whose weights are waves of the right size: one small program a shape."""
-    leaves = named(checkpoint.nnx.state(abstract(config)))
+    leaves = named(abstract(config))
     places = checkpoint.placements(config, mesh)
 
     @functools.cache
@@ -95,7 +95,7 @@ def cheap_weights(config: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
         return jax.jit(wave, out_shardings=place)
 
     arrays = {n: maker(leaf.shape, leaf.dtype, places[n])() for n, leaf in leaves.items()}
-    return assemble(config, arrays)
+    return assemble(config, arrays, mesh)
 
 
 def request(config: ModelConfig, options: MeshConfig, mesh: Any, rows: int, masks: int) -> Request:
@@ -120,10 +120,9 @@ def median_seconds(run: Any, repeats: int) -> float:
     return float(np.median(times))
 
 
-def measure(options: MeshConfig, mesh_text: str, rows: int, parts: Any, trace: Path | None) -> dict:
+def measure(options: MeshConfig, model: Model, rows: int, trace: Path | None) -> dict:
     """One case: milliseconds a block step and an opening pass, rates, memory."""
-    config, graph, params = parts
-    mesh = sharding.parse_mesh(mesh_text)
+    config, mesh = model.config, model.mesh
     wanted = DecodeConfig(
         gen_length=options.gen_length,
         block_length=options.block_length,
@@ -134,11 +133,11 @@ def measure(options: MeshConfig, mesh_text: str, rows: int, parts: Any, trace: P
     full = request(config, options, mesh, rows, options.block_length)
     few = request(config, options, mesh, rows, 2)
     start = time.perf_counter()
-    program = decode.lower(graph, params, full, make_setup(wanted, config)).compile()
+    program = decode.lower(model, full, make_setup(wanted, config)).compile()
     compiled = time.perf_counter() - start
 
     def run(asked: Request) -> Any:
-        return jax.block_until_ready(program(params, asked))
+        return jax.block_until_ready(program(model, asked))
 
     seconds, less = (median_seconds(lambda r=r: run(r), options.repeats) for r in (full, few))
     forwards, fewer = int(run(full).forwards), int(run(few).forwards)
@@ -147,7 +146,7 @@ def measure(options: MeshConfig, mesh_text: str, rows: int, parts: Any, trace: P
     memory = program.memory_analysis()
     profile = {} if trace is None else {"profile": profiled(lambda: run(full), trace)}
     return {
-        "mesh": mesh_text,
+        "mesh": "{data}x{model}".format(**mesh.shape),
         "rows": rows,
         "ms_per_block_step": 1e3 * step,
         "ms_per_opening_pass": 1e3 * (seconds - (forwards - blocks) * step) / blocks,
@@ -266,8 +265,7 @@ def run_variant(options: MeshConfig, name: str) -> dict[str, Any]:
 def one_variant(options: MeshConfig) -> dict[str, Any]:
     """What a process of `run_variant` does."""
     config = named_config(options)
-    graph, params = cheap_weights(config, sharding.parse_mesh("1x2"))
-    row = measure(options, "1x2", 1, (config, graph, params), None)
+    row = measure(options, cheap_weights(config, sharding.parse_mesh("1x2")), 1, None)
     sums = all_reduce_microseconds(config, options.block_length)
     return {"ms_per_block_step": row["ms_per_block_step"], "all_reduce_microseconds": sums}
 
@@ -313,16 +311,16 @@ def main(options: MeshConfig) -> None:
         print(json.dumps(found, indent=2), flush=True)
 
     for mesh_text in dict.fromkeys(mesh for mesh, _ in CASES):
-        parts = None
+        model = None
         for rows in (rows for mesh, rows in CASES if mesh == mesh_text):
             if late():
                 found["left_out"].append(f"{mesh_text} rows={rows}")
                 continue
-            parts = parts or (config, *cheap_weights(config, sharding.parse_mesh(mesh_text)))
+            model = model or cheap_weights(config, sharding.parse_mesh(mesh_text))
             watched = trace if rows == 1 else None
-            found["rows"].append(measure(options, mesh_text, rows, parts, watched))
+            found["rows"].append(measure(options, model, rows, watched))
             save()
-        del parts  # before the next mesh's weights are made
+        del model  # before the next mesh's weights are made
     found["efficiency"] = efficiencies(found["rows"])
     if not late():
         found["all_reduce_microseconds"] = all_reduce_microseconds(config, options.block_length)

@@ -19,6 +19,7 @@ import numpy as np
 from jdllm.decode import DecodeConfig
 from jdllm.evaluation.report import table
 from jdllm.evaluation.settings import loading
+from jdllm.kernels.choose import choices
 from jdllm.load import enable_compilation_cache
 from jdllm.model.config import count_parameters
 from jdllm.runtime import cli, sharding
@@ -241,7 +242,7 @@ def main(config: BenchConfig) -> None:
     if len(rows) == 2:
         facts["comparison"] = compare(rows)
     facts |= {"config": dataclasses.asdict(config), "environment": environment()}
-    facts["environment"]["mesh"] = sharding.describe(llm.mesh)
+    facts["environment"] |= {"mesh": sharding.describe(llm.mesh), "kernels": choices()}
     columns = ["throughput", "total_time", "latency_p50", "latency_p95", "forwards_per_second",
                "tokens_per_forward", "accuracy", "compile_seconds"]  # fmt: skip
     cells = [[name, *(f"{rows[name][c]:.2f}" for c in columns)] for name in rows]

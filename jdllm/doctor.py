@@ -65,6 +65,8 @@ class Probe:
     solved: bool = False
     tokens: int = 0
     seconds: float = 0.0
+    kernels: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """What `kernels.choose.choices` tells of the generation."""
     error: str = ""
 
 
@@ -225,6 +227,18 @@ def check_generation(facts: Probe) -> Finding:
     return Finding("ok", f"the bundled model solved a sudoku, {speed}")
 
 
+def check_kernels(facts: Probe) -> Finding:
+    """Which implementation served the generation, and why no other did that is preferred."""
+    if not facts.kernels:
+        fix = "see to the generation, one line above"
+        return Finding("note", "unknown, since nothing was generated", fix)
+    said = []
+    for row in facts.kernels:
+        why = ", ".join(f"{name}: {reason}" for name, reason in row["refused"].items())
+        said.append(f"{row['operation']} by {row['chosen']}" + (f" ({why})" if why else ""))
+    return Finding("ok", "; ".join(said))
+
+
 def probe() -> None:
     """What the child process does: a line of JSON about devices, then one about a generation."""
     import jax
@@ -235,6 +249,7 @@ def probe() -> None:
     seen = {"backend": jax.default_backend(), "devices": kinds, "device_memory": memory}
     print(json.dumps(seen), flush=True)
 
+    from jdllm.kernels.choose import choices
     from jdllm.llm import LLM
     from jdllm.load import enable_compilation_cache
     from jdllm.tasks import TASKS
@@ -247,6 +262,7 @@ def probe() -> None:
     text = completion.text or ""
     done = {"text": text, "solved": task.grade(puzzle, text)["solved"] == 1}
     done |= {"tokens": len(completion.ids), "seconds": time.perf_counter() - start}
+    done |= {"kernels": choices()}
     print(json.dumps(done), flush=True)
 
 
@@ -308,6 +324,7 @@ def checks(seconds: float) -> list[Check]:
         Check("JDLLM_HOME", machine.read_home, check_home),
         Check("Hugging Face", machine.read_hugging_face, check_hugging_face),
         Check("generation", read_child, check_generation),
+        Check("kernels", read_child, check_kernels),
     ]
 
 

@@ -20,6 +20,7 @@ import jax
 from jdllm.decode import DecodeConfig
 from jdllm.evaluation.report import table
 from jdllm.evaluation.settings import check_verifier, loading, read_decode
+from jdllm.kernels.choose import choices
 from jdllm.load import enable_compilation_cache
 from jdllm.model.config import ModelConfig, count_parameters
 from jdllm.runtime import cli, processes, sharding
@@ -361,7 +362,7 @@ def report(config: EvalConfig, model: ModelConfig, results: Sequence[TaskResult]
             for result in results
         },
         "speed": speed.facts(),
-        "environment": environment(),
+        "environment": environment() | {"kernels": choices()},
     }
 
 

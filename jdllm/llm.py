@@ -13,7 +13,6 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from jdllm.batches import bucket, common_prefixes, deal, heights, plan_batches, row_seeds
@@ -28,15 +27,17 @@ from jdllm.decode import (
     decode,
     read_prefix,
 )
-from jdllm.load import choose_mesh, load_parts, locate
+from jdllm.kernels.choose import parse
+from jdllm.load import choose_mesh, load_model, locate
 from jdllm.model.cache import Cache
 from jdllm.model.config import ModelConfig
+from jdllm.model.model import Model
 from jdllm.parity import make_setup
 from jdllm.runtime import processes, sharding
 from jdllm.runtime.programs import Programs
 from jdllm.runtime.progress import Bar
 from jdllm.score.likelihood import LikelihoodConfig
-from jdllm.score.scoring import Device, Ids, Likelihood, score
+from jdllm.score.scoring import Ids, Likelihood, score
 from jdllm.stop import EosStop, StopStrings
 from jdllm.store.fingerprint import fingerprint
 from jdllm.tokenizer import Message, encode_prompts, load_tokenizer, read_lengths
@@ -98,20 +99,17 @@ class LLM:
 
     def __init__(
         self,
-        config: ModelConfig,
-        graph: nnx.GraphDef,
-        params: nnx.State,
-        mesh: Mesh,
+        model: Model,
         tokenizer: Any | None = None,
         defaults: DecodeConfig | None = None,
-        verifier: tuple[ModelConfig, nnx.GraphDef, nnx.State] | None = None,
+        verifier: Model | None = None,
     ):
-        self.config = config
-        self.mesh = mesh
+        self.model = model
+        self.config: ModelConfig = model.config
+        self.mesh: Mesh = model.mesh
         self.tokenizer = tokenizer
         self.defaults = defaults or DecodeConfig()
-        self._graph, self._params = graph, params
-        self._verifier = verifier or (None, None, None)
+        self.verifier = verifier
         self._programs = Programs()
         self._pieces: list[str] = []
 
@@ -124,23 +122,26 @@ class LLM:
         seed: int = 0,
         verifier: str | None = None,
         allow_unknown: Sequence[str] = (),
+        kernel: str = "auto",
     ) -> Self:
         """Loads whatever `model=` may be: bundled, a folder, random:<name>, a Hugging Face id.
 
         `mesh` is a Mesh or text such as "4x1" (data x model). `dtype` auto keeps the stored one,
         except that a CPU computes in float32. `verifier` is a causal model of the same tokenizer,
-        which rule=verify asks; `allow_unknown` keys of a published config.json to ignore.
-        ValueError or OSError, in one sentence, where there is no such model or it does not fit.
+        which rule=verify asks; `allow_unknown` keys of a published config.json to ignore. `kernel`
+        forces implementations (`kernels.choose.parse`). ValueError or OSError, in one sentence,
+        where there is no such model or it does not fit.
         """
+        parse(kernel)  # before anything is loaded
         mesh = choose_mesh(mesh, model, dtype, allow_unknown) if isinstance(mesh, str) else mesh
         folder = locate(model, allow_unknown)
         # Small files before large ones: what is wrong is said at once.
         tokenizer, defaults = None, DecodeConfig()
         if folder:
             tokenizer, defaults = load_tokenizer(folder), DecodeConfig(**read_lengths(folder))
-        parts = load_parts(model, mesh, dtype, seed, allow_unknown)
-        second = load_parts(verifier, mesh, dtype, seed, allow_unknown) if verifier else None
-        return cls(*parts, mesh, tokenizer, defaults, second)
+        found = load_model(model, mesh, dtype, seed, allow_unknown)
+        second = load_model(verifier, mesh, dtype, seed, allow_unknown) if verifier else None
+        return cls(dataclasses.replace(found, kernel=kernel), tokenizer, defaults, second)
 
     def resolve(self, config: DecodeConfig | None = None, gen_length: int = 128) -> DecodeConfig:
         """`config` with open lengths filled from the model's own defaults, then `gen_length`."""
@@ -237,7 +238,7 @@ class LLM:
             slots = deal(len(index), height, replicas)
             program, compile_seconds = self._program(request, setup, watch is not None)
             compiling, start = compiling + compile_seconds, time.perf_counter()
-            found = program(self._params, request, self._verifier[2])
+            found = program(self.model, request, self.verifier)
             for state in found if watch else [found]:
                 seen = state.rows.tokens, state.rows.nfe, state.forwards, state.trace
                 tokens, nfe, forwards, kept = processes.gather(seen)
@@ -260,7 +261,7 @@ class LLM:
     def _setup(self, config: DecodeConfig, rows: Sequence[Sequence[int]]) -> Setup:
         """What a resolved `config` means here; ValueError where it cannot serve the prompts."""
         setup, longest = make_setup(config, self.config), max(map(len, rows), default=0)
-        if config.rule == "verify" and not (self._verifier[0] and self._verifier[0].causal):
+        if config.rule == "verify" and not (self.verifier and self.verifier.config.causal):
             raise ValueError("rule=verify asks a causal model: name it, verifier=FOLDER")
         if setup.canvas_length(longest) > self.config.max_length:
             raise ValueError(
@@ -278,12 +279,10 @@ class LLM:
         tokens = [processes.place(np.array([ids], np.int32), whole) for ids in common.prefixes]
         program, compile_seconds = self._compiled(
             ("prefix", common.length, setup.block_length),
-            lambda: read_prefix.lower(
-                self._graph, self._params, tokens[0], setup.block_length
-            ).compile(),
+            lambda: read_prefix.lower(self.model, tokens[0], setup.block_length).compile(),
         )
         start = time.perf_counter()
-        caches: list[Cache] = [program(self._params, one) for one in tokens]
+        caches: list[Cache] = [program(self.model, one) for one in tokens]
         cache = jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches)
         jax.block_until_ready(cache)
         seconds = time.perf_counter() - start
@@ -334,14 +333,12 @@ class LLM:
 
         Where it is watched, it yields its state block by block.
         """
-        _, second, weights = self._verifier
-        given = self._graph, self._params, request, setup
         shared = request.prefixes and request.prefixes.cache.keys[0].shape
 
         def make() -> Any:
             if watched:
-                return compile_blocks(*given, self.mesh, second, weights)
-            return decode.lower(*given, False, second, weights).compile()
+                return compile_blocks(self.model, request, setup, self.verifier)
+            return decode.lower(self.model, request, setup, False, self.verifier).compile()
 
         return self._compiled((request.tokens.shape, shared, setup, watched), make)
 
@@ -358,18 +355,16 @@ class LLM:
         finished: Callable[[int, Likelihood], None] = lambda index, found: None,
     ) -> list[Likelihood]:
         """log p(target | prefix) of pairs of token ids, in order; see jdllm.score.scoring.score."""
-        device = Device(self._graph, self._params, self.config, self.mesh)
         config = config or LikelihoodConfig()
-        return score(pairs, config, device, batch_size=batch_size, finished=finished)
+        return score(pairs, config, self.model, batch_size=batch_size, finished=finished)
 
     def fingerprint(self) -> str:
         """What tells this model from any other: a digest of its facts and weights' content."""
-        return fingerprint(self.config, self._params)
+        return fingerprint(self.model)
 
     def verifier_fingerprint(self) -> str | None:
         """The verifier's, where there is one."""
-        config, _, params = self._verifier
-        return fingerprint(config, params) if config and params else None
+        return fingerprint(self.verifier) if self.verifier else None
 
     def _with_stops(self, setup: Setup, stop: Sequence[str]) -> Setup:
         """`setup` whose rows also end at token ids that prove a stop string."""

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 
 from jdllm.convert.families import open_source
 from jdllm.convert.fetch import converted_folder, fetch
 from jdllm.model.config import NAMED, ModelConfig, is_converted
-from jdllm.model.transformer import abstract, named
+from jdllm.model.model import Model, abstract, named
 from jdllm.runtime import processes, sharding
 from jdllm.runtime.files import home
 from jdllm.store import checkpoint
@@ -77,7 +76,7 @@ def locate(model: str, allow_unknown: Sequence[str] = ()) -> Path | None:
 def read_facts(model: str, dtype: str = "auto", allow_unknown: Sequence[str] = ()) -> ModelConfig:
     """The config of `model`, with the dtype its weights will have; none of them is read.
 
-    A Hugging Face id is downloaded. ValueError or OSError, in one sentence, as in `load_parts`.
+    A Hugging Face id is downloaded. ValueError or OSError, in one sentence, as in `load_model`.
     """
     folder = locate(model, allow_unknown)
     if folder is not None and not is_converted(folder):
@@ -95,7 +94,7 @@ def read_facts(model: str, dtype: str = "auto", allow_unknown: Sequence[str] = (
 
 def weight_bytes(config: ModelConfig, mesh: Mesh) -> int:
     """Bytes of the weights that one device of `mesh` holds; ValueError where they do not split."""
-    leaves = named(nnx.state(abstract(config)))
+    leaves = named(abstract(config))
     placed = checkpoint.placements(config, mesh).items()
     return sum(
         math.prod(place.shard_shape(leaves[name].shape)) * leaves[name].dtype.itemsize
@@ -132,25 +131,24 @@ def choose_mesh(
     return sharding.parse_mesh(text, serves=serves)
 
 
-def load_parts(
+def load_model(
     model: str,
     mesh: Mesh,
     dtype: str = "auto",
     seed: int = 0,
     allow_unknown: Sequence[str] = (),
-) -> tuple[ModelConfig, nnx.GraphDef, nnx.State]:
-    """Config, static graph and parameters of `model`, placed on `mesh`.
+) -> Model:
+    """The model that `model` names, placed on `mesh`.
 
     `dtype` is what the weights become (auto: see `compute_dtype`). ValueError or OSError, in one
     sentence, where there is no such model or it cannot be loaded.
     """
     folder = locate(model, allow_unknown)
     if folder is None:
-        config = read_facts(model, dtype)
-        return config, *checkpoint.random_model(config, mesh, seed)
+        return checkpoint.random_model(read_facts(model, dtype), mesh, seed)
     if is_converted(folder):
         stored = checkpoint.read_config(folder).dtype
         return checkpoint.restore_model(folder, mesh, compute_dtype(dtype, stored))
     wanted = compute_dtype(dtype, "")  # empty: as stored
     source = open_source(folder, dtype=wanted or None, allow_unknown=allow_unknown)
-    return source.config, *checkpoint.place_stream(source.config, mesh, source.units())
+    return checkpoint.place_stream(source.config, mesh, source.units())

@@ -19,10 +19,10 @@ from typing import Any
 import jax
 import optax
 import orbax.checkpoint as ocp
-from flax import nnx
 
-from jdllm.load import choose_mesh, compute_dtype, load_parts, locate
+from jdllm.load import choose_mesh, compute_dtype, load_model, locate
 from jdllm.model.config import ModelConfig, count_parameters, require_trainable
+from jdllm.model.model import Model
 from jdllm.runtime import cli, files, processes, sharding, signals
 from jdllm.runtime.progress import Bar
 from jdllm.store import checkpoint
@@ -263,7 +263,7 @@ def interruptible() -> contextlib.AbstractContextManager[Callable[[], BaseExcept
 def fit(
     config: SFTConfig,
     rows: Rows,
-    graph: nnx.GraphDef,
+    model: Model,
     state: train.TrainState,
     optimizer: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
@@ -275,7 +275,6 @@ def fit(
     """
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
     key = processes.place(jax.random.key(config.seed), sharding.replicated(mesh))
-    dtype = compute_dtype(config.dtype, "bfloat16")
     folder = config.output.absolute() / "checkpoints"
     steps = config.recipe.steps
     with ocp.CheckpointManager(folder, options=options) as manager:
@@ -292,7 +291,7 @@ def fit(
             for step, batch in enumerate(batches(config, rows, mesh, start), start + 1):
                 state, values = train.train_step(
                     state, batch, key,
-                    graph=graph, optimizer=optimizer, dtype=dtype, remat=config.remat,
+                    model=model, optimizer=optimizer, remat=config.remat,
                 )  # fmt: skip
                 metrics.add(step, values)
                 bar.update()
@@ -308,12 +307,13 @@ def fit(
 
 
 def write_model(
-    folder: Path, model: ModelConfig, state: train.TrainState, dtype: str, source: Path
+    folder: Path, model: Model, state: train.TrainState, dtype: str, source: Path
 ) -> None:
     """Writes the trained weights as `dtype`, with the tokenizer from `source`, or nothing."""
     with processes.shared_folder(folder) as partial:
         params = jax.tree.map(lambda x: x.astype(dtype), state.params)
-        checkpoint.save_model(partial, dataclasses.replace(model, dtype=dtype), params)
+        config = dataclasses.replace(model.config, dtype=dtype)
+        checkpoint.save_model(partial, dataclasses.replace(model, config=config, params=params))
         if processes.leads():
             copy_tokenizer(source, partial)
     processes.say(f"wrote {folder}")
@@ -323,10 +323,7 @@ def write_model(
 class Job:
     """Everything that training needs, loaded and checked."""
 
-    mesh: jax.sharding.Mesh
-    model: ModelConfig
-    graph: nnx.GraphDef
-    params: nnx.State
+    model: Model
     rows: Rows
     tokenizer: Path
 
@@ -355,15 +352,14 @@ def prepare(config: SFTConfig) -> Job | None:
     source = locate(config.tokenizer or config.model, config.allow_unknown)
     if source is None:
         raise ValueError(f"model={config.model} has no tokenizer of its own; add tokenizer=bundled")
-    model, graph, params = load_parts(
-        config.model, mesh, "float32", config.seed, config.allow_unknown
-    )
-    require_trainable(model)
-    rows = processes.first(lambda: load_rows(config, model, source))
+    model = load_model(config.model, mesh, "float32", config.seed, config.allow_unknown)
+    model = dataclasses.replace(model, dtype=compute_dtype(config.dtype, "bfloat16"))
+    require_trainable(model.config)
+    rows = processes.first(lambda: load_rows(config, model.config, source))
     if processes.leads():
         settle(config, rows)
-    processes.say(f"{len(rows.tokens)} examples, {count_parameters(model):,} parameters")
-    return Job(mesh, model, graph, params, rows, source)
+    processes.say(f"{len(rows.tokens)} examples, {count_parameters(model.config):,} parameters")
+    return Job(model, rows, source)
 
 
 @processes.joined()
@@ -379,9 +375,10 @@ def main(config: SFTConfig) -> None:
             processes.say(f"{final} is there already: this run is finished, nothing to do")
             return
         optimizer = train.make_optimizer(config.recipe)
-        state = train.create_state(job.params, optimizer, job.mesh)
-        state = fit(config, job.rows, job.graph, state, optimizer, job.mesh)
-        write_model(final, job.model, state, config.save_dtype, job.tokenizer)
+        mesh, bare = job.model.mesh, dataclasses.replace(job.model, params=None)
+        state = train.create_state(job.model.params, optimizer, mesh)
+        state = fit(config, job.rows, bare, state, optimizer, mesh)
+        write_model(final, bare, state, config.save_dtype, job.tokenizer)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,12 @@ from jdllm.decode.layout import put, take, take_rows
 from jdllm.decode.rows import Rows
 from jdllm.decode.setup import Setup
 from jdllm.model.cache import Cache
-from jdllm.model.transformer import Transformer
+from jdllm.model.mask import Mask
+from jdllm.model.model import Model
 
 
 def feed(
-    model: Transformer,
+    model: Model,
     setup: Setup,
     rows: Rows,
     cache: Cache | None,
@@ -29,14 +30,14 @@ def feed(
         tokens_BT = _interleave(tokens_BT, free_BT)
     window_BW, ends_B = paired(setup, window_BW), paired(setup, ends_B)
     if rows.inputs is None:
-        x_BWD = model.embed(take(tokens_BT, window_BW), model.embedding[...].dtype)
+        x_BWD = model.embed(take(tokens_BT, window_BW))
     else:
         x_BWD = take_rows(rows.inputs, jnp.minimum(window_BW, tokens_BT.shape[1] - 1))
-    hidden_BWD, after = model(x_BWD, window_BW, ends_B, cache)
-    return hidden_BWD, None if cache is None else after
+    found = model(x_BWD, window_BW, Mask.of(model.config, ends_B, setup.longest_block), cache)
+    return found.hidden, found.cache
 
 
-def guided(model: Transformer, setup: Setup, hidden_BND: jax.Array) -> jax.Array:
+def guided(model: Model, setup: Setup, hidden_BND: jax.Array) -> jax.Array:
     """Logits [B, N, V] of the columns in view, with guidance where there is some."""
     logits_BNV, scale = model.logits(hidden_BND), setup.cfg_scale
     if not scale:
@@ -46,7 +47,7 @@ def guided(model: Transformer, setup: Setup, hidden_BND: jax.Array) -> jax.Array
 
 
 def smoothed(
-    model: Transformer,
+    model: Model,
     setup: Setup,
     before: Rows,
     after: Rows,
@@ -63,20 +64,18 @@ def smoothed(
     assert smooth is not None and before.inputs is not None
     weight_B = jnp.minimum(smooth.init + smooth.growth * before.nfe, smooth.weight)
     kind = before.inputs.dtype
-    table_VD = model.embedding[...].astype(kind)
     B, W = window_BW.shape
     short = -W % N
     hidden = jnp.pad(hidden_BWD, ((0, 0), (0, short), (0, 0)))
     hidden = hidden.reshape(B, -1, N, hidden.shape[-1]).swapaxes(0, 1)
 
     def expected(hidden_BND: jax.Array) -> jax.Array:
-        p_BNV = jax.nn.softmax(model.logits(hidden_BND), axis=-1)
-        return jnp.einsum("BNV,VD->BND", p_BNV.astype(kind), table_VD[: p_BNV.shape[-1]])
+        return model.expected(jax.nn.softmax(model.logits(hidden_BND), axis=-1))
 
     mixed = jax.lax.map(expected, hidden).swapaxes(0, 1).reshape(B, W + short, -1)[:, :W]
     open_BW1 = take(after.open, window_BW)[..., None]
     plus = jnp.where(open_BW1, weight_B[:, None, None].astype(kind) * mixed, 0)
-    embedded = model.embed(take(after.tokens, window_BW), kind)
+    embedded = model.embed(take(after.tokens, window_BW))
     return put(before.inputs, embedded + plus, window_BW)
 
 

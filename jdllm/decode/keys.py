@@ -12,7 +12,7 @@ from jdllm.decode.setup import Setup
 from jdllm.decode.trace import COMMIT, PREFILL
 from jdllm.decode.work import State, Work
 from jdllm.model.cache import Cache
-from jdllm.model.transformer import Transformer
+from jdllm.model.model import Model
 
 
 def prefill(work: Work, state: State, rows_B: jax.Array) -> State:
@@ -59,7 +59,7 @@ def write_keys(
 
 
 def absorb(
-    model: Transformer,
+    model: Model,
     setup: Setup,
     rows: Rows,
     cache: Cache | None,

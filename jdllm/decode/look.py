@@ -12,7 +12,7 @@ from jdllm.decode.layout import off_canvas, take, take_rows, visible_end, window
 from jdllm.decode.rows import Rows
 from jdllm.decode.setup import Setup
 from jdllm.model.cache import Cache
-from jdllm.model.transformer import Transformer
+from jdllm.model.model import Model
 from jdllm.stop import Look
 
 Judge = Callable[[jax.Array, jax.Array], unmask.Verify]
@@ -50,7 +50,7 @@ class Seen:
 
 
 def look_at(
-    model: Transformer, setup: Setup, rows: Rows, cache: Cache | None, call: Call
+    model: Model, setup: Setup, rows: Rows, cache: Cache | None, call: Call
 ) -> tuple[Seen, Cache | None]:
     """What the rule is shown of each row's view by one model call, and the cache after it."""
     columns_BN, window_BW = setup.view.columns(rows), window(setup, rows, call.full)

@@ -9,7 +9,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from jdllm.decode import verify
 from jdllm.decode.keys import commit
@@ -19,18 +18,17 @@ from jdllm.decode.setup import Setup
 from jdllm.decode.start import start
 from jdllm.decode.step import block_step
 from jdllm.decode.trace import FULL, STEP
-from jdllm.decode.work import State, Work, make_work
+from jdllm.decode.work import State, Work
+from jdllm.model.model import Model
 
 
-@partial(jax.jit, static_argnames=("graph", "setup", "trace", "verifier_graph"))
+@partial(jax.jit, static_argnames=("setup", "trace"))
 def decode(
-    graph: nnx.GraphDef,
-    params: nnx.State,
+    model: Model,
     request: Request,
     setup: Setup,
     trace: bool = False,
-    verifier_graph: nnx.GraphDef | None = None,
-    verifier_params: nnx.State | None = None,
+    verifier: Model | None = None,
 ) -> State:
     """Runs a request to its end; the result holds canvases, NFE and forwards.
 
@@ -38,7 +36,7 @@ def decode(
     ends for any weights: a block has at most `setup.step_limit` steps besides full passes. With
     `trace` every model call is recorded. A verifier is needed by rule=verify only.
     """
-    work = make_work(graph, params, request, setup, verifier_graph, verifier_params)
+    work = Work(model, setup, request, verifier)
     state = jax.lax.while_loop(
         lambda state: ~jnp.all(state.rows.done),
         partial(run_block, work),

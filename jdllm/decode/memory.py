@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import AbstractMesh
 
 from jdllm.decode import DecodeConfig, Request, Setup, decode, make_setup
 from jdllm.model.config import ModelConfig
-from jdllm.model.transformer import abstract, named
+from jdllm.model.model import abstract, named
 from jdllm.runtime import sharding
 
 # From the third layer on, each one more adds the same to what a program needs.
@@ -45,7 +44,7 @@ class Plan:
 def weight_bytes(config: ModelConfig, mesh: AbstractMesh) -> int:
     """What one device holds of the weights, by `sharding.RULES`; ValueError as there."""
     total = 0
-    for name, leaf in named(nnx.state(abstract(config))).items():
+    for name, leaf in named(abstract(config)).items():
         spec = sharding.spec(name, leaf.shape, leaf.get_metadata("axes"), mesh)
         parts = math.prod(mesh.shape[axis] for axis in spec if axis is not None)
         total += leaf.size * leaf.dtype.itemsize // parts
@@ -89,16 +88,15 @@ class Program(NamedTuple):
 
 def compile_program(config: ModelConfig, setup: Setup, rows: int, length: int) -> Program:
     """Compiles the decode loop from shapes alone, and looks at what it would need."""
-    graph, params = nnx.split(abstract(config))
     shape: Any = jax.ShapeDtypeStruct
-    params = jax.tree.map(lambda leaf: shape(leaf.shape, leaf.dtype), params)
+    model = jax.tree.map(lambda leaf: shape(leaf.shape, leaf.dtype), abstract(config))
     request = Request(
         tokens=shape((rows, length), jnp.int32),
         prompt_lengths=shape((rows,), jnp.int32),
         keys=jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)),
         idle=shape((rows,), jnp.bool),
     )
-    lowered = decode.lower(graph, params, request, setup)
+    lowered = decode.lower(model, request, setup)
     # Without autotuning: that would run every matrix product at full size.
     found = lowered.compile({"xla_gpu_autotune_level": 0}).memory_analysis()
     if found is None:

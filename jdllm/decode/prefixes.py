@@ -4,19 +4,18 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from jdllm.decode.work import merged
 from jdllm.model.cache import Cache
+from jdllm.model.mask import Mask
+from jdllm.model.model import Model
 
 
-@partial(jax.jit, static_argnames=("graph", "block_length"))
-def read_prefix(
-    graph: nnx.GraphDef, params: nnx.State, tokens_FP: jax.Array, block_length: int
-) -> Cache:
+@partial(jax.jit, static_argnames=("block_length",))
+def read_prefix(model: Model, tokens_FP: jax.Array, block_length: int) -> Cache:
     """Keys and values of what rows begin with, whole blocks, for `Request.prefixes`."""
-    model = merged(graph, params, block_length)
-    x_FPD = model.embed(tokens_FP, model.embedding[...].dtype)
-    columns_FP = jnp.broadcast_to(jnp.arange(tokens_FP.shape[1]), tokens_FP.shape)
-    _, cache = model(x_FPD, columns_FP, jnp.ones(tokens_FP.shape, bool))
-    return cache
+    F, P = tokens_FP.shape
+    columns_FP = jnp.broadcast_to(jnp.arange(P), (F, P))
+    mask = Mask.of(model.config, jnp.ones((F, P), bool), block_length)
+    found = model(model.embed(tokens_FP), columns_FP, mask, model.empty_cache(F, P))
+    assert found.cache is not None
+    return found.cache

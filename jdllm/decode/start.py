@@ -7,7 +7,6 @@ from jdllm.decode.keys import prefill
 from jdllm.decode.rows import Rows
 from jdllm.decode.trace import Trace
 from jdllm.decode.work import State, Work
-from jdllm.model.cache import Cache
 
 
 def start(work: Work, calls: int = 0) -> State:
@@ -17,17 +16,18 @@ def start(work: Work, calls: int = 0) -> State:
     """
     model, setup, request = work.model, work.setup, work.request
     B, T = request.tokens.shape
-    kind, zero = model.embedding[...].dtype, jnp.zeros((), jnp.int32)
     cache = None
     if setup.plan.cached:
-        cache = Cache.zeros(model.config, 2 * B if setup.cfg_scale else B, T, kind)
+        cache = model.empty_cache(2 * B if setup.cfg_scale else B, T)
         shared = request.prefixes
         cache = cache if shared is None else cache.begun(shared.cache, shared.which)
     state = State(
         rows=start_rows(work),
         cache=cache,
-        forwards=zero,
-        trace=Trace.empty(setup, request.tokens, calls, zero) if calls else None,
+        forwards=jnp.zeros((), jnp.int32),
+        trace=Trace.empty(setup, request.tokens, calls, jnp.zeros((), jnp.int32))
+        if calls
+        else None,
     )
     if setup.driver:
         return setup.driver.start(work, state)
@@ -52,5 +52,5 @@ def start_rows(work: Work) -> Rows:
         step=zero_B, opened=zero_B, left=no_B, dirty=no_B, accepted=zero_B,
         unmask=memory,
         stop=setup.stop.start(request.tokens),
-        inputs=model.embed(request.tokens, model.embedding[...].dtype) if setup.smooth else None,
+        inputs=model.embed(request.tokens) if setup.smooth else None,
     )  # fmt: skip

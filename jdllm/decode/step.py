@@ -13,12 +13,12 @@ from jdllm.decode.look import Call, Seen, look_at, stop_look
 from jdllm.decode.rows import Rows, keep
 from jdllm.decode.setup import Setup
 from jdllm.model.cache import Cache
-from jdllm.model.transformer import Transformer
+from jdllm.model.model import Model
 from jdllm.unmask import Decision
 
 
 def block_step(
-    model: Transformer, setup: Setup, rows: Rows, cache: Cache | None, call: Call
+    model: Model, setup: Setup, rows: Rows, cache: Cache | None, call: Call
 ) -> tuple[Rows, Cache | None, Seen, Decision]:
     """The rows after one model call, the cache, and what was seen and decided on the way.
 

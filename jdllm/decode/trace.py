@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jdllm.decode.feed import guided
 from jdllm.decode.setup import Setup
 from jdllm.decode.step import Seen
-from jdllm.model.transformer import Transformer
+from jdllm.model.model import Model
 from jdllm.unmask import Decision
 
 PREFILL, FULL, STEP, COMMIT = range(4)
@@ -59,7 +59,7 @@ class Trace:
     def seen(
         self,
         forwards: jax.Array,
-        model: Transformer,
+        model: Model,
         setup: Setup,
         seen: Seen,
         decision: Decision,

@@ -7,19 +7,19 @@ import jax.numpy as jnp
 
 from jdllm.decode.rows import Request
 from jdllm.model.cache import Cache
-from jdllm.model.transformer import Transformer
+from jdllm.model.mask import Mask
+from jdllm.model.model import Model
 from jdllm.unmask.view import Verify
 
 
-def read_prompt(model: Transformer, request: Request) -> Cache:
+def read_prompt(model: Model, request: Request) -> Cache:
     """The verifier's cache after every column was fed once; those of the prompt are final."""
     B, T = request.tokens.shape
     columns_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-    empty = Cache.zeros(model.config, B, T, model.embedding[...].dtype)
-    return _run(model, request.tokens, columns_BT, empty)[1]
+    return _run(model, request.tokens, columns_BT, model.empty_cache(B, T))[1]
 
 
-def judge(model: Transformer, tokens_BT: jax.Array, view_BN: jax.Array) -> Verify:
+def judge(model: Model, tokens_BT: jax.Array, view_BN: jax.Array) -> Verify:
     """The verifier's logits of drafts in the columns in view.
 
     Its logits of a column stand in the column before, so the last final token is fed again.
@@ -37,8 +37,10 @@ def judge(model: Transformer, tokens_BT: jax.Array, view_BN: jax.Array) -> Verif
 
 
 def _run(
-    model: Transformer, ids_BT: jax.Array, columns_BT: jax.Array, cache: Cache
+    model: Model, ids_BT: jax.Array, columns_BT: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
-    seen_B = jnp.full(ids_BT.shape[0], cache.length)
-    x_BTD = model.embed(jnp.minimum(ids_BT, model.config.vocab - 1), cache.keys[0].dtype)
-    return model(x_BTD, columns_BT, seen_B, cache)
+    mask = Mask.of(model.config, jnp.full(ids_BT.shape[0], cache.length))
+    x_BTD = model.embed(jnp.minimum(ids_BT, model.config.vocab - 1))
+    found = model(x_BTD, columns_BT, mask, cache)
+    assert found.cache is not None
+    return found.hidden, found.cache

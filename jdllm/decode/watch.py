@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from jdllm.decode.loop import close_trace, run_block
@@ -16,31 +15,29 @@ from jdllm.decode.rows import Request
 from jdllm.decode.setup import Setup
 from jdllm.decode.start import start
 from jdllm.decode.trace import Trace
-from jdllm.decode.work import State, Work, make_work
+from jdllm.decode.work import State, Work
 from jdllm.model.cache import Cache
+from jdllm.model.model import Model
 from jdllm.runtime import processes, sharding
 
-Blocks = Callable[[nnx.State, Request, nnx.State | None], Iterator[State]]
+Blocks = Callable[[Model, Request, Model | None], Iterator[State]]
 
 
 def compile_blocks(
-    graph: nnx.GraphDef,
-    params: nnx.State,
+    model: Model,
     request: Request,
     setup: Setup,
-    mesh: Mesh,
-    verifier_graph: nnx.GraphDef | None = None,
-    verifier_params: nnx.State | None = None,
+    verifier: Model | None = None,
 ) -> Blocks:
-    """A function of weights, request and the verifier's weights, as `decode`, that yields states.
+    """A function of model, request and verifier, as `decode`, that yields states.
 
     The first is the one before any block, then comes one for each block; all calls of `decode` are
     made, in its order. A state's trace holds the calls since the state before, so that recording
     takes the room of one block. Read a state before asking for the next, which takes its buffers.
     """
 
-    def work(params: nnx.State, request: Request, verifier_params: nnx.State | None) -> Work:
-        return make_work(graph, params, request, setup, verifier_graph, verifier_params)
+    def work(model: Model, request: Request, verifier: Model | None) -> Work:
+        return Work(model, setup, request, verifier)
 
     def begin(*inputs) -> State:
         return close_trace(start(work(*inputs), setup.block_calls))
@@ -49,9 +46,9 @@ def compile_blocks(
         fresh = Trace.empty(setup, state.rows.tokens, setup.block_calls, state.forwards)
         return close_trace(run_block(work(*inputs), dataclasses.replace(state, trace=fresh)))
 
-    given = params, request, verifier_params
+    given = model, request, verifier
     shapes = jax.eval_shape(begin, *given)
-    places = lay_out(shapes, mesh)
+    places = lay_out(shapes, model.mesh)
     first = jax.jit(begin, out_shardings=places).lower(*given).compile()
     again = jax.jit(advance, out_shardings=places, donate_argnums=0)
     placed = jax.tree.map(

@@ -12,15 +12,19 @@ from jdllm.model.config import ModelConfig
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """One array a layer (stacking them costs 2.4x in the decode loop: XLA copies the slices).
+    """One array per layer (stacking them costs 2.4x in the decode loop: XLA copies the slices).
 
-    Keys are stored after rotary embedding, so column s of a row always means position s.
+    A model knows `length`, `at`, `update` and `view` alone, so that keys may also lie in pages.
+    Keys are stored after rotary embedding. Unless `at` says otherwise, position s of a row lies in
+    column s.
     """
 
     keys: tuple[jax.Array, ...]
     """L arrays [B, S, G, K]."""
     values: tuple[jax.Array, ...]
     """L arrays [B, S, G, K]."""
+    slots: jax.Array | None = None
+    """int32 [B, T]: the columns that `update` writes, of one model call alone; else None."""
 
     @classmethod
     def zeros(cls, config: ModelConfig, batch: int, length: int, dtype: jnp.dtype) -> Self:
@@ -34,6 +38,27 @@ class Cache:
     def length(self) -> int:
         """Columns S."""
         return self.keys[0].shape[1]
+
+    def at(self, slots_BT: jax.Array | None) -> Self:
+        """This cache, whose updates write columns `slots_BT`; those at or beyond S are dropped."""
+        return dataclasses.replace(self, slots=slots_BT)
+
+    def update(self, layer: int, k_BTGK: jax.Array, v_BTGK: jax.Array) -> Self:
+        """This cache with the keys and values of T columns of a layer, written at the slots.
+
+        ValueError where nobody said which (`at`).
+        """
+        if self.slots is None:
+            raise ValueError("a cache is written at slots: name them, cache.at(slots)")
+        k = write(self.keys[layer], k_BTGK, self.slots)
+        v = write(self.values[layer], v_BTGK, self.slots)
+        keys = (*self.keys[:layer], k, *self.keys[layer + 1 :])
+        values = (*self.values[:layer], v, *self.values[layer + 1 :])
+        return dataclasses.replace(self, keys=keys, values=values)
+
+    def view(self, layer: int) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [B, S, G, K] of a layer, as attention reads them."""
+        return self.keys[layer], self.values[layer]
 
     def begun(self, prefixes: Self, which_B: jax.Array) -> Self:
         """With the columns of `prefixes` ([F, P, G, K] a layer) in front; row b has which_B[b]."""

@@ -9,6 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jdllm.model.weights import product
 from jdllm.runtime import sharding
 
 # Float32 logits of a device up to LOGIT_BYTES are made in one go: cutting the head up copies it.
@@ -123,7 +124,6 @@ def _search(
     first: jax.Array | int,
 ) -> Best:
     """Best of a head whose columns stand for the ids from `first` on."""
-    head = head.astype(hidden_BND.dtype)
     axis, letters = (0, "VD") if tied else (1, "DV")
     V, rows = head.shape[axis], hidden_BND.shape[0] * hidden_BND.shape[1]
     if chunk is None:
@@ -135,9 +135,8 @@ def _search(
         # The last chunk begins early enough to be whole; what came before counts no more.
         start = jnp.minimum(number * chunk, V - chunk)
         piece = jax.lax.dynamic_slice_in_dim(head, start, chunk, axis) if chunk < V else head
-        logits_BNV = jnp.einsum(
-            f"BND,{letters}->BNV", hidden_BND, piece, preferred_element_type=jnp.float32
-        )
+        float32 = jnp.dtype("float32")
+        logits_BNV = product(f"BND,{letters}->BNV", hidden_BND, piece, result=float32)
         columns_V = start + jnp.arange(chunk)
         fresh_V = columns_V >= number * chunk
         return reference(logits_BNV, special, jnp.where(fresh_V, first + columns_V, -1))

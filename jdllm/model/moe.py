@@ -5,15 +5,15 @@ those of model.py: E experts, P picks of a token, M expert mlp, J experts of a g
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jdllm.kernels.experts import experts
+from jdllm.kernels.choose import experts
 from jdllm.model.config import MoEConfig
-from jdllm.model.weights import bias, weight
+from jdllm.model.weights import bias, product, weight
 from jdllm.runtime import sharding
 
 
@@ -30,8 +30,8 @@ class Routing(NamedTuple):
 
 def router_logits(x_BTD: jax.Array, router_DE: jax.Array) -> jax.Array:
     """Float32 logits [..., E]: the input is upcast and the product not rounded below float32."""
-    x, router = x_BTD.astype(jnp.float32), router_DE.astype(jnp.float32)
-    return jnp.einsum("...D,DE->...E", x, router, precision=jax.lax.Precision.HIGHEST)
+    x, highest = x_BTD.astype(jnp.float32), jax.lax.Precision.HIGHEST
+    return product("...D,DE->...E", x, router_DE, precision=highest)
 
 
 def keep_best_groups(scores_BTE: jax.Array, moe: MoEConfig) -> jax.Array:
@@ -65,11 +65,11 @@ def route(logits_BTE: jax.Array, bias_E: jax.Array | None, moe: MoEConfig) -> Ro
     return Routing(logits_BTE, picks, weights * moe.scale)
 
 
-def swiglu(x_BTD: jax.Array, gate_up_DCF: jax.Array, down_FD: jax.Array) -> jax.Array:
-    """down(silu(gate x) * up x), in the dtype of x."""
-    gate_up = jnp.einsum("BTD,DCF->CBTF", x_BTD, gate_up_DCF.astype(x_BTD.dtype))
+def swiglu(x_BTD: jax.Array, gate_up_DCF: Any, down_FD: Any) -> jax.Array:
+    """down(silu(gate x) * up x), in the dtype of x; the weights are what `product` takes."""
+    gate_up = product("BTD,DCF->CBTF", x_BTD, gate_up_DCF)
     hidden = jax.nn.silu(gate_up[0]) * gate_up[1]
-    return jnp.einsum("BTF,FD->BTD", hidden, down_FD.astype(x_BTD.dtype))
+    return product("BTF,FD->BTD", hidden, down_FD)
 
 
 class Experts(nnx.Module):
@@ -91,7 +91,9 @@ class Experts(nnx.Module):
         bias_E = None if self.moe.expert_bias == "none" else self.bias[...].astype(jnp.float32)
         return route(router_logits(x_BTD, self.router[...]), bias_E, self.moe)
 
-    def __call__(self, x_BTD: jax.Array, shared: Sequence[nnx.Param] = ()) -> jax.Array:
+    def __call__(
+        self, x_BTD: jax.Array, shared: Sequence[nnx.Param] = (), kernel: str = "auto"
+    ) -> jax.Array:
         """The mixed outputs [B, T, D], plus the MLP of the two weights `shared`, where given.
 
         A device of a mesh routes its own rows, runs its own experts and its slice of `shared`; one
@@ -107,7 +109,7 @@ class Experts(nnx.Module):
             own = picks - sharding.shard_index("experts") * gate_up.shape[0]
             P, (B, T, D) = self.moe.top_k, x_BTD.shape
             flat = x_BTD.reshape(-1, D), own.reshape(-1, P), factors.reshape(-1, P)
-            mixed_BTD = experts(flat[0], gate_up, down, *flat[1:]).reshape(B, T, D)
+            mixed_BTD = experts(flat[0], gate_up, down, *flat[1:], kernel).reshape(B, T, D)
             if shared:
                 mixed_BTD += swiglu(x_BTD, *more[:2])
             return sharding.sum_shards(mixed_BTD, "experts")

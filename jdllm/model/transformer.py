@@ -1,20 +1,39 @@
-"""The forward pass: one transformer, whose facts are in ModelConfig.
+"""The forward pass: one transformer, made by the facts of a ModelConfig. `model_api` wraps it.
 
 Shape letters, in suffixes and einsums: B batch, T canvas, S keys, L layers, D embed, H query
 heads, G key/value heads, K head dim, F mlp, V vocab, N block. Experts: see moe.py.
 """
 
+import dataclasses
+import fnmatch
+from collections.abc import Sequence
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jdllm.kernels.attention import as_mask, attention
-from jdllm.model.cache import Cache, write
+from jdllm.kernels.choose import attention
+from jdllm.model.cache import Cache
 from jdllm.model.config import ModelConfig
 from jdllm.model.head import NOTHING, Best, Special, best
+from jdllm.model.mask import Mask
 from jdllm.model.moe import Experts, swiglu
-from jdllm.model.weights import bias, weight
+from jdllm.model.weights import bias, probing, product, weight
 from jdllm.runtime import sharding
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What a call of the model gives."""
+
+    hidden: jax.Array
+    """[B, T, D], after the last norm."""
+    cache: Cache | None
+    """With the keys and values of the columns that were fed; None where there was none."""
+    probes: dict[str, jax.Array]
+    """What was asked for: products by the dotted names of their weights."""
 
 
 def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
@@ -42,25 +61,6 @@ def rotate(
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHK.dtype)
 
 
-def visible_keys(
-    config: ModelConfig, positions_BT: jax.Array, visible: jax.Array, columns: int | None
-) -> jax.Array:
-    """Which keys each query sees: as given where that is the same for all, else bool [B, T, S].
-
-    `visible` is bool [B, S], or int32 [B] where rows see their first so many keys. Keys stand at
-    `positions_BT` themselves, or in a cache of `columns`, whose column s is position s. Blocks are
-    counted from position 0, so that the prompt falls into blocks as well; a causal model's
-    blocks have one column.
-    """
-    block = 1 if config.causal else config.block_causal
-    if block is None:
-        return visible
-    keys_BS = positions_BT if columns is None else jnp.arange(columns)[None]
-    visible_BS = as_mask(visible, keys_BS.shape[1])
-    blocks_BT, blocks_BS = positions_BT // block, keys_BS // block
-    return visible_BS[:, None, :] & (blocks_BS[:, None, :] <= blocks_BT[:, :, None])
-
-
 def serving(x_BSGK: jax.Array, first: jax.Array | int, heads: int, group: int) -> jax.Array:
     """The key/value heads that serve `heads` query heads from number `first` on.
 
@@ -76,7 +76,7 @@ def serving(x_BSGK: jax.Array, first: jax.Array | int, heads: int, group: int) -
 class Attention(nnx.Module):
     """Grouped-query attention. Multi-head models hold q, k, v as one weight, others q and kv."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, number: int):
         D, H, G, K = config.embed, config.heads, config.kv_heads, config.head_dim
         kind = config.dtype
         if H == G:
@@ -95,6 +95,7 @@ class Attention(nnx.Module):
         if config.qk_norm:
             self.q_norm = weight(rngs, (K,), ("head_dim",), kind, 0)
             self.k_norm = weight(rngs, (K,), ("head_dim",), kind, 0)
+        self.number = number
         self.fused = H == G
         self.group = H // G
         self.biased = config.qkv_bias
@@ -106,12 +107,12 @@ class Attention(nnx.Module):
         """Queries [B, T, H, K], keys and values [B, T, G, K]."""
         kind = x_BTD.dtype
         if self.fused:
-            qkv = jnp.einsum("BTD,DCHK->CBTHK", x_BTD, self.qkv[...].astype(kind))
+            qkv = product("BTD,DCHK->CBTHK", x_BTD, self.qkv)
             if self.biased:
                 qkv += self.qkv_bias[...].astype(kind)[:, None, None]
             return qkv[0], qkv[1], qkv[2]
-        q = jnp.einsum("BTD,DHK->BTHK", x_BTD, self.q[...].astype(kind))
-        kv = jnp.einsum("BTD,DCGK->CBTGK", x_BTD, self.kv[...].astype(kind))
+        q = product("BTD,DHK->BTHK", x_BTD, self.q)
+        kv = product("BTD,DCGK->CBTGK", x_BTD, self.kv)
         if self.biased:
             q += self.q_bias[...].astype(kind)
             kv += self.kv_bias[...].astype(kind)[:, None, None]
@@ -122,30 +123,36 @@ class Attention(nnx.Module):
         x_BTD: jax.Array,
         positions_BT: jax.Array,
         visible: jax.Array,
-        past: tuple[jax.Array, jax.Array] | None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """The attention branch, and this layer's keys and values after the write."""
+        cache: Cache | None = None,
+        kernel: str = "auto",
+    ) -> tuple[jax.Array, Cache | None]:
+        """The attention branch, and the cache after this layer's update."""
         q, k, v = self.project(x_BTD)
         if self.norm_eps is not None:
             q = rms_norm(q, self.q_norm[...], self.norm_eps)
             k = rms_norm(k, self.k_norm[...], self.norm_eps)
         q = rotate(q, positions_BT, self.theta, self.rotary_dim)
         k = rotate(k, positions_BT, self.theta, self.rotary_dim)
-        if past is not None:
-            k, v = write(past[0], k, positions_BT), write(past[1], v, positions_BT)
-        out = self.out[...].astype(q.dtype)
-        mixed = self.attend(q, k.astype(q.dtype), v.astype(q.dtype), visible)
-        return jnp.einsum("BTHK,HKD->BTD", mixed, out), (k, v)
+        if cache is not None:
+            cache = cache.update(self.number, k, v)
+            k, v = cache.view(self.number)
+        mixed = self.attend(q, k.astype(q.dtype), v.astype(q.dtype), visible, kernel)
+        return product("BTHK,HKD->BTD", mixed, self.out), cache
 
     def attend(
-        self, q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, visible: jax.Array
+        self,
+        q_BTHK: jax.Array,
+        k_BSGK: jax.Array,
+        v_BSGK: jax.Array,
+        visible: jax.Array,
+        kernel: str,
     ) -> jax.Array:
         """Attention, every device with its own rows and query heads."""
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
             first = sharding.shard_index("heads") * q.shape[2]
             k, v = (serving(x, first, q.shape[2], self.group) for x in (k, v))
-            return attention(q, k, v, visible)
+            return attention(q, k, v, visible, kernel)
 
         queries, keys = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
         mask = ("batch", *[None] * (visible.ndim - 1))
@@ -163,7 +170,7 @@ class MLP(nnx.Module):
         self.down = weight(rngs, (F, D), ("mlp", "embed"), config.dtype, F)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return swiglu(x_BTD, self.gate_up[...], self.down[...])
+        return swiglu(x_BTD, self.gate_up, self.down)
 
 
 class Layer(nnx.Module):
@@ -171,7 +178,7 @@ class Layer(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, number: int):
         self.attention_norm = weight(rngs, (config.embed,), ("embed",), config.dtype, 0)
-        self.attention = Attention(config, rngs)
+        self.attention = Attention(config, rngs, number)
         self.mlp_norm = weight(rngs, (config.embed,), ("embed",), config.dtype, 0)
         moe = config.moe_layer(number)
         if moe is None:
@@ -183,35 +190,40 @@ class Layer(nnx.Module):
         self.sparse, self.has_shared = moe is not None, moe is not None and moe.shared_mlp > 0
         self.eps = config.norm_eps
 
-    def feed_forward(self, x_BTD: jax.Array) -> jax.Array:
+    def feed_forward(self, x_BTD: jax.Array, kernel: str = "auto") -> jax.Array:
         """The MLP branch of normed inputs; the shared expert is added as it is."""
         if not self.sparse:
             return self.mlp(x_BTD)
         shared = (self.shared.gate_up, self.shared.down) if self.has_shared else ()
-        return self.experts(x_BTD, shared)
+        return self.experts(x_BTD, shared, kernel)
 
     def __call__(
         self,
         x_BTD: jax.Array,
         positions_BT: jax.Array,
         visible: jax.Array,
-        past: tuple[jax.Array, jax.Array] | None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        with jax.named_scope("attention"):
-            h = rms_norm(x_BTD, self.attention_norm[...], self.eps)
-            mixed, present = self.attention(h, positions_BT, visible, past)
-        x_BTD = x_BTD + mixed
-        with jax.named_scope("mlp"):
-            h = rms_norm(x_BTD, self.mlp_norm[...], self.eps)
-            return x_BTD + self.feed_forward(h), present
+        cache: Cache | None = None,
+        kernel: str = "auto",
+        probes: Sequence[str] | None = None,
+    ) -> tuple[jax.Array, Cache | None, dict[str, jax.Array]]:
+        """The residual stream behind this layer, the cache, and the products asked for."""
+        with probing(probes) as found:
+            with jax.named_scope("attention"):
+                h = rms_norm(x_BTD, self.attention_norm[...], self.eps)
+                mixed, cache = self.attention(h, positions_BT, visible, cache, kernel)
+            x_BTD = x_BTD + mixed
+            with jax.named_scope("mlp"):
+                h = rms_norm(x_BTD, self.mlp_norm[...], self.eps)
+                x_BTD = x_BTD + self.feed_forward(h, kernel)
+        return x_BTD, cache, found
 
 
 class Transformer(nnx.Module):
-    """A thin container of parameters: split it once into a static graph and a pytree."""
+    """A thin container of parameters, which `Model` holds as a static graph and a pytree."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         D, V = config.embed, config.vocab
-        self.config = config
+        self.tied, self.eps = config.tied_head, config.norm_eps
         self.embedding = weight(rngs, (V, D), ("vocab", "embed"), config.dtype, D)
         self.layers = nnx.List([Layer(config, rngs, i) for i in range(config.layers)])
         self.norm = weight(rngs, (D,), ("embed",), config.dtype, 0)
@@ -243,80 +255,50 @@ class Transformer(nnx.Module):
         self,
         x_BTD: jax.Array,
         positions_BT: jax.Array,
-        visible: jax.Array,
+        mask: Mask,
         cache: Cache | None = None,
+        probes: Sequence[str] | None = None,
         remat: bool = False,
-    ) -> tuple[jax.Array, Cache]:
-        """Final-normed hidden states [B, T, D] of embedded tokens, and the keys and values.
+        kernel: str = "auto",
+    ) -> Output:
+        """Final-normed hidden states of embedded tokens [B, T, D], and what `Output` has besides.
 
         Without a cache the T columns attend to each other (S = T). With one, they are first written
-        to its columns `positions_BT` (those beyond S are dropped), then attend to all S columns.
-        `visible` is bool [B, S], or int32 [B] where rows see their first so many columns, which
-        faster kernels serve; a hidden key gets no weight. Attention is bidirectional, or sees no
-        later block or column where the config says so (`visible_keys`). `remat` computes each layer
-        again in the backward pass instead of keeping its activations.
+        to its slots (`Cache.at`; default: `positions_BT`), then attend to all S columns of it.
+        `probes` are patterns such as "layers.*.attention.out"; ValueError for one that matches no
+        product of an activation and a parameter. `remat` computes each layer again in the backward
+        pass instead of keeping its activations.
         """
-        run = jax.checkpoint(Layer.__call__) if remat else Layer.__call__
-        columns = None if cache is None else cache.length
-        seen = visible_keys(self.config, positions_BT, visible, columns)
-        presents = []
+        if cache is not None and cache.slots is None:
+            cache = cache.at(positions_BT)
+        visible = mask.resolve(positions_BT, None if cache is None else cache.length)
+        run = partial(Layer.__call__, kernel=kernel, probes=probes)
+        run = jax.checkpoint(run) if remat else run
+        found = {}
         for i, layer in enumerate(self.layers):
-            past = None if cache is None else (cache.keys[i], cache.values[i])
             with jax.named_scope(f"layer{i}"):
-                x_BTD, present = run(layer, x_BTD, positions_BT, seen, past)
-            presents.append(present)
-        keys, values = zip(*presents, strict=True)
-        return rms_norm(x_BTD, self.norm[...], self.config.norm_eps), Cache(keys, values)
+                x_BTD, cache, seen = run(layer, x_BTD, positions_BT, visible, cache)
+            found |= seen
+        for pattern in probes or ():
+            if not fnmatch.filter(found, pattern):
+                raise ValueError(f"probes: no product matches {pattern}; try layers.*.attention.*")
+        hidden_BTD = rms_norm(x_BTD, self.norm[...], self.eps)
+        return Output(hidden_BTD, cache and cache.at(None), found)
+
+    def expected(self, chances_BNV: jax.Array) -> jax.Array:
+        """Mean embeddings [B, N, D] of tokens that have these probabilities."""
+        return product("BNV,VD->BND", chances_BNV, self.embedding)
 
     def logits(self, hidden_BND: jax.Array) -> jax.Array:
         """Float32 logits [B, N, V] of final-normed hidden states, never shifted."""
-        head, letters = (self.embedding, "VD") if self.config.tied_head else (self.head, "DV")
-        weights = head[...].astype(hidden_BND.dtype)
+        head, letters = (self.embedding, "VD") if self.tied else (self.head, "DV")
         with jax.named_scope("head"):
-            return jnp.einsum(
-                f"BND,{letters}->BNV", hidden_BND, weights, preferred_element_type=jnp.float32
-            )
+            return product(f"BND,{letters}->BNV", hidden_BND, head, result=jnp.dtype("float32"))
 
     def best(
         self, hidden_BND: jax.Array, special: Special = NOTHING, chunk: int | None = None
     ) -> Best:
         """What greedy rules read of the logits, without making all of them: see `head`."""
-        tied = self.config.tied_head
         with jax.named_scope("head"):
-            weights = self.embedding[...] if tied else self.head[...]
-            return best(hidden_BND, weights, special, tied, chunk)
-
-
-def abstract(config: ModelConfig) -> Transformer:
-    """The model with shapes and dtypes in place of arrays: nothing is allocated."""
-    return nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0)))
-
-
-def named(params: nnx.State) -> dict[str, nnx.Param]:
-    """Parameters by dotted name, for example "layers.0.attention.qkv", in a stable order."""
-    return {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(params)}
-
-
-def assemble(config: ModelConfig, arrays: dict[str, jax.Array]) -> tuple[nnx.GraphDef, nnx.State]:
-    """Static graph and parameters of a model whose arrays are given by dotted name.
-
-    Raises ValueError for a name or a shape that is not the model's.
-    """
-    graph, params = nnx.split(abstract(config))
-    expected = named(params)
-    if set(expected) != set(arrays):
-        raise ValueError(f"parameters do not match: {sorted(set(expected) ^ set(arrays))}")
-    for name, leaf in expected.items():
-        if leaf.shape != arrays[name].shape:
-            raise ValueError(f"{name} must have shape {leaf.shape}, got {arrays[name].shape}")
-        leaf.set_value(arrays[name])
-    return graph, params
-
-
-def forward(
-    model: Transformer, tokens_BT: jax.Array, visible_BT: jax.Array, dtype: jnp.dtype
-) -> jax.Array:
-    """Float32 logits [B, T, V] of whole canvases, without a cache. What training and tests call."""
-    columns_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    hidden_BTD, _ = model(model.embed(tokens_BT, dtype), columns_BT, visible_BT)
-    return model.logits(hidden_BTD)
+            weights = self.embedding[...] if self.tied else self.head[...]
+            return best(hidden_BND, weights, special, self.tied, chunk)

@@ -1,10 +1,15 @@
-"""How a weight is made: an array with the names of its axes, which sharding.RULES places."""
+"""How a weight is made, an array whose axes have names, and how it meets an activation."""
 
+import contextlib
+import fnmatch
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 
@@ -27,3 +32,58 @@ def weight(
 def bias(shape: Sequence[int], axes: Sequence[str], dtype: str) -> nnx.Param:
     """A bias with its logical axes; it starts at zero."""
     return nnx.Param(jnp.zeros(shape, dtype), axes=tuple(axes), fan_in=None)
+
+
+def plain(spec: str, x: jax.Array, weight: jax.Array, **options: Any) -> jax.Array:
+    """The product with an array, which is cast to the dtype of `x`."""
+    return jnp.einsum(spec, x, weight.astype(x.dtype), **options)
+
+
+PRODUCTS: dict[type, Callable[..., jax.Array]] = {jax.Array: plain, np.ndarray: plain}
+"""By what a weight is: how it is multiplied. A quantised or an adapted weight is a row more."""
+
+_asked: ContextVar[tuple[Sequence[str], dict[str, jax.Array]] | None] = ContextVar("asked")
+
+
+def product(
+    spec: str,
+    x: jax.Array,
+    weight: Any,
+    result: jnp.dtype | None = None,
+    precision: jax.lax.Precision | None = None,
+) -> jax.Array:
+    """The einsum `spec` of an activation and a weight: the only place where these two meet.
+
+    It is computed in the dtype of `x` and returned as `result` (default: the same). `weight` is a
+    parameter, or what one holds. A parameter's products can be asked for by its name (`probing`).
+    TypeError for a weight that is not in PRODUCTS.
+    """
+    value = weight[...] if isinstance(weight, nnx.Variable) else weight
+    for kind, multiply in PRODUCTS.items():
+        if isinstance(value, kind):
+            found = multiply(spec, x, value, preferred_element_type=result, precision=precision)
+            return _noted(weight, found)
+    raise TypeError(f"{type(value).__name__} is no weight; PRODUCTS lists those that are")
+
+
+@contextlib.contextmanager
+def probing(patterns: Sequence[str] | None) -> Iterator[dict[str, jax.Array]]:
+    """The products made inside, by the dotted names of their weights that `patterns` match.
+
+    They belong to the function that is being traced: it must return them.
+    """
+    found: dict[str, jax.Array] = {}
+    token = _asked.set((patterns, found) if patterns else None)
+    try:
+        yield found
+    finally:
+        _asked.reset(token)
+
+
+def _noted(weight: Any, found: jax.Array) -> jax.Array:
+    asked = _asked.get(None)
+    if asked and isinstance(weight, nnx.Variable):
+        name = weight.get_metadata("name")
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in asked[0]):
+            asked[1][name] = found
+    return found

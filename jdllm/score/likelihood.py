@@ -10,9 +10,9 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from jdllm.model.transformer import Transformer
+from jdllm.model.mask import Mask
+from jdllm.model.model import Model
 from jdllm.runtime.fields import check_fields
 
 CHUNK = 32  # columns whose logits are held at a time
@@ -144,10 +144,9 @@ def draw(
     return Masks(hidden_BT, hidden_BT, ratio_B.astype(jnp.float32))
 
 
-@partial(jax.jit, static_argnames=("graph", "width", "scale"))
+@partial(jax.jit, static_argnames=("width", "scale"))
 def losses(
-    graph: nnx.GraphDef,
-    params: nnx.State,
+    model: Model,
     canvas: Canvas,
     masks: Masks,
     width: int,
@@ -160,7 +159,6 @@ def losses(
     outside of start..end masked out in the unconditional half. Logits are shifted where the
     model's config says so: row t predicts column t + 1, and row 0 column 0 as well.
     """
-    model = nnx.merge(graph, params)
     columns_BW = canvas.start[:, None] + jnp.arange(width)
     at_BW = jnp.minimum(columns_BW, canvas.tokens.shape[1] - 1)
     shown_BT = jnp.where(masks.hidden, model.config.mask_id, canvas.tokens)
@@ -179,16 +177,13 @@ def losses(
     return jnp.sum(entropy_BW, axis=1) / masks.ratio, entropy_BW
 
 
-@partial(jax.jit, static_argnames=("graph", "width", "scale"))
-def is_greedy(
-    graph: nnx.GraphDef, params: nnx.State, canvas: Canvas, width: int, scale: float = 0.0
-) -> jax.Array:
+@partial(jax.jit, static_argnames=("width", "scale"))
+def is_greedy(model: Model, canvas: Canvas, width: int, scale: float = 0.0) -> jax.Array:
     """Whether the target is what the model decodes, most confident token first [B].
 
     LLaDA's check: everything from start to end masked, then one token a call, the one of highest
     probability (the leftmost of equals). A row is given up at its first wrong token.
     """
-    model = nnx.merge(graph, params)
     mask_id = model.config.mask_id
     columns_BW = canvas.start[:, None] + jnp.arange(width)
     at_BW = jnp.minimum(columns_BW, canvas.tokens.shape[1] - 1)
@@ -217,7 +212,7 @@ def is_greedy(
 
 
 def _hidden(
-    model: Transformer, canvas: Canvas, shown_BT: jax.Array, at_BW: jax.Array, scale: float
+    model: Model, canvas: Canvas, shown_BT: jax.Array, at_BW: jax.Array, scale: float
 ) -> jax.Array:
     """Hidden states [B, W, R, D] that predict columns `at_BW`; R is 2 under guidance, else 1."""
     B, T = shown_BT.shape
@@ -227,15 +222,15 @@ def _hidden(
         variants.append(jnp.where(canvas.inside(), shown_BT, model.config.mask_id))
     R = len(variants)
     tokens = jnp.stack(variants, axis=1).reshape(B * R, T)
-    visible_B = jnp.repeat(canvas.length, R, axis=0)
-    x = model.embed(tokens, model.embedding[...].dtype)
-    states, _ = model(x, jnp.broadcast_to(columns_T, tokens.shape), visible_B)
+    mask = Mask.of(model.config, jnp.repeat(canvas.length, R, axis=0))
+    columns = jnp.broadcast_to(columns_T, tokens.shape)
+    states = model(model.embed(tokens), columns, mask).hidden
     from_BW = jnp.maximum(at_BW - 1, 0) if model.config.shift_logits else at_BW
     rows = jnp.take_along_axis(states, jnp.repeat(from_BW, R, axis=0)[..., None], axis=1)
     return rows.reshape(B, R, *rows.shape[1:]).swapaxes(1, 2)
 
 
-def _logits(model: Transformer, hidden_BCRD: jax.Array, scale: float) -> jax.Array:
+def _logits(model: Model, hidden_BCRD: jax.Array, scale: float) -> jax.Array:
     """Logits [B, C, V], guided where there are two states a column."""
     B, C, R, D = hidden_BCRD.shape
     logits = model.logits(hidden_BCRD.reshape(B, C * R, D)).reshape(B, C, R, -1)

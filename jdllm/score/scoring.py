@@ -1,6 +1,6 @@
 """Scores of texts: pairs of ids become rows, rows become batches, and losses become means.
 
-score([(prefix, target), ...], LikelihoodConfig(mc_num=128), Device(graph, params, config, mesh))
+score([(prefix, target), ...], LikelihoodConfig(mc_num=128), model)
 """
 
 import dataclasses
@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh
 
 from jdllm.batches import bucket
 from jdllm.model.config import NO_ID, ModelConfig
+from jdllm.model.model import Model
 from jdllm.runtime import sharding
 from jdllm.score.likelihood import Canvas, LikelihoodConfig, draw, is_greedy, losses
 
@@ -53,16 +52,6 @@ def certainty(scores: Sequence[Likelihood]) -> dict[str, float | None]:
     known = [score.stderr for score in scores if score.stderr is not None]
     mean = statistics.fmean(known) if known else None
     return {"n": len(scores), "stderr_mean": mean, "stderr_max": max(known, default=None)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Device:
-    """A model where it lives."""
-
-    graph: nnx.GraphDef
-    params: nnx.State
-    config: ModelConfig
-    mesh: Mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +163,7 @@ def combine(found: dict[tuple[int, int], float], config: LikelihoodConfig) -> tu
 def score(
     pairs: Sequence[tuple[Ids, Ids]],
     config: LikelihoodConfig,
-    device: Device,
+    model: Model,
     *,
     batch_size: int = 32,
     finished: Callable[[int, Likelihood], None] = lambda index, found: None,
@@ -184,8 +173,8 @@ def score(
     A pair's value is the same in any company. `finished` hears of each pair once it is complete.
     ValueError where the model or a pair cannot be scored.
     """
-    config = resolve(config, device.config)
-    split = [parts(prefix, target, config, device.config) for prefix, target in pairs]
+    config = resolve(config, model.config)
+    split = [parts(prefix, target, config, model.config) for prefix, target in pairs]
     rows = [
         Row(i, p, seed_of(*pairs[i]), number, sample)
         for i, pieces in enumerate(split)
@@ -195,14 +184,14 @@ def score(
     missing = Counter(row.pair for row in rows)
     found: list[list[dict]] = [[{} for _ in pieces] for pieces in split]
     results: dict[int, Likelihood] = {}
-    for chosen, values in _run(rows, split, config, device, batch_size):
+    for chosen, values in _run(rows, split, config, model, batch_size):
         for row, loss in zip(chosen, values, strict=True):
             found[row.pair][row.part][row.round, row.sample] = loss
             missing[row.pair] -= 1
             if missing[row.pair]:
                 continue
             i = row.pair
-            greedy = config.is_check_greedy and _greedy(*pairs[i], config, device)
+            greedy = config.is_check_greedy and _greedy(*pairs[i], config, model)
             results[i] = _likelihood(found[i], split[i], config, greedy)
             finished(i, results[i])
     return [results[i] for i in range(len(pairs))]
@@ -226,15 +215,15 @@ def _run(
     rows: list[Row],
     split: list[list[Part]],
     config: LikelihoodConfig,
-    device: Device,
+    model: Model,
     batch_size: int,
 ) -> Iterator[tuple[list[Row], list[float]]]:
     """Losses of the rows, batch by batch: rows of like canvas and width share a program."""
     rooms: dict[tuple[int, int], list[Row]] = defaultdict(list)
     for row in rows:
         part = split[row.pair][row.part]
-        rooms[_room(part, device.config)].append(row)
-    replicas = device.mesh.shape["data"]
+        rooms[_room(part, model.config)].append(row)
+    replicas = model.mesh.shape["data"]
     height = max(batch_size // replicas, 1) * replicas
     base = jax.random.key(config.seed)
     for (room, width), members in sorted(rooms.items()):
@@ -242,12 +231,12 @@ def _run(
         for first in range(0, len(members), full):
             chosen = members[first : first + full]
             filled = [*chosen, *[chosen[-1]] * (full - len(chosen))]
-            canvas = _canvas([split[r.pair][r.part] for r in filled], room, device)
+            canvas = _canvas([split[r.pair][r.part] for r in filled], room, model)
             numbers = np.array([(r.seed, r.round, r.part, r.sample) for r in filled], np.uint32)
             keys = _fold(base, numbers[:, :3])
-            sample_B = jax.device_put(numbers[:, 3].astype(np.int32), sharding.by_row(device.mesh))
+            sample_B = jax.device_put(numbers[:, 3].astype(np.int32), sharding.by_row(model.mesh))
             masks = draw(canvas, keys, sample_B, config)
-            loss_B, _ = losses(device.graph, device.params, canvas, masks, width, config.cfg_scale)
+            loss_B, _ = losses(model, canvas, masks, width, config.cfg_scale)
             yield chosen, np.asarray(loss_B, np.float64)[: len(chosen)].tolist()
 
 
@@ -265,24 +254,24 @@ def _fold(base: jax.Array, numbers_B3: jax.Array) -> jax.Array:
     ))(numbers_B3)  # fmt: skip
 
 
-def _canvas(pieces: Sequence[Part], room: int, device: Device) -> Canvas:
+def _canvas(pieces: Sequence[Part], room: int, model: Model) -> Canvas:
     """Canvases of `room` columns on the mesh."""
-    tokens = np.full((len(pieces), room), device.config.pad_id, np.int32)
+    tokens = np.full((len(pieces), room), model.config.pad_id, np.int32)
     for i, part in enumerate(pieces):
         tokens[i, : len(part.tokens)] = part.tokens
     facts = [[len(part.tokens), part.start, part.end] for part in pieces]
     columns = np.array(facts, np.int32).T
-    return Canvas(*jax.device_put((tokens, *columns), sharding.by_row(device.mesh)))
+    return Canvas(*jax.device_put((tokens, *columns), sharding.by_row(model.mesh)))
 
 
-def _greedy(prefix: Ids, target: Ids, config: LikelihoodConfig, device: Device) -> bool:
+def _greedy(prefix: Ids, target: Ids, config: LikelihoodConfig, model: Model) -> bool:
     """LLaDA's greedy check of a pair, on the model as it decodes: the target as one block."""
     plain = dataclasses.replace(config, estimator="counts", region="target")
-    replicas = device.mesh.shape["data"]
-    for part in parts(prefix, target, plain, device.config):
-        canvas = _canvas([part] * replicas, _room(part, device.config)[0], device)
-        width = _room(part, device.config)[1]
-        right = is_greedy(device.graph, device.params, canvas, width, config.cfg_scale)
+    replicas = model.mesh.shape["data"]
+    for part in parts(prefix, target, plain, model.config):
+        canvas = _canvas([part] * replicas, _room(part, model.config)[0], model)
+        width = _room(part, model.config)[1]
+        right = is_greedy(model, canvas, width, config.cfg_scale)
         if not bool(right[0]):
             return False
     return True

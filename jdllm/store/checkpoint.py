@@ -21,7 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from jdllm.model.config import ModelConfig, is_converted
-from jdllm.model.transformer import abstract, assemble, named
+from jdllm.model.model import Model, abstract, assemble, named
 from jdllm.model.weights import initial
 from jdllm.runtime import processes, sharding
 
@@ -98,7 +98,7 @@ def unit_of(name: str) -> str:
 def units(config: ModelConfig) -> dict[str, dict[str, nnx.Param]]:
     """Abstract parameters by dotted name, grouped by unit, in the order of the model."""
     grouped: dict[str, dict[str, nnx.Param]] = {}
-    for name, leaf in named(nnx.state(abstract(config))).items():
+    for name, leaf in named(abstract(config)).items():
         grouped.setdefault(unit_of(name), {})[name] = leaf
     return grouped
 
@@ -134,12 +134,12 @@ def write_model(
         (folder / "config.json").write_text(config.to_json())
 
 
-def save_model(folder: Path, config: ModelConfig, params: nnx.State) -> None:
+def save_model(folder: Path, model: Model) -> None:
     """Writes a model that is in memory (on any mesh) into an existing folder."""
-    leaves = named(params)
-    grouped = units(config)
+    leaves = named(model)
+    grouped = units(model.config)
     stream = ((unit, {n: leaves[n][...] for n in names}) for unit, names in grouped.items())
-    write_model(folder, config, stream)
+    write_model(folder, model.config, stream)
 
 
 def refuse_run(folder: Path) -> None:
@@ -162,7 +162,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 def placements(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
     """The sharding of every parameter, by dotted name, on `mesh`."""
-    leaves = named(nnx.state(abstract(config)))
+    leaves = named(abstract(config))
     return {
         name: NamedSharding(mesh, sharding.spec(name, leaf.shape, leaf.get_metadata("axes"), mesh))
         for name, leaf in leaves.items()
@@ -210,9 +210,7 @@ def _restore(path: Path, name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
 
 
-def restore_model(
-    folder: Path, mesh: Mesh, dtype: str | None = None
-) -> tuple[ModelConfig, nnx.GraphDef, nnx.State]:
+def restore_model(folder: Path, mesh: Mesh, dtype: str | None = None) -> Model:
     """Reads a converted model straight into its sharding on `mesh`, as `dtype` (default: stored).
 
     Every device reads only its own slices. ValueError, naming the folder, where it is not a
@@ -232,12 +230,12 @@ def restore_model(
             _check_shapes(checkpointer, path, wanted)
             restored = pool.map(functools.partial(_restore, path), wanted, wanted.values())
             arrays |= zip(wanted, restored, strict=True)
-    return config, *assemble(config, arrays)
+    return assemble(config, arrays, mesh)
 
 
 def place_stream(
     config: ModelConfig, mesh: Mesh, stream: Iterable[tuple[str, dict[str, LazyArray]]]
-) -> tuple[nnx.GraphDef, nnx.State]:
+) -> Model:
     """Puts streamed weights onto `mesh`; for each device only its own slices are read.
 
     The stream's arrays have the config's dtype.
@@ -250,33 +248,31 @@ def place_stream(
                 raise ValueError(f"{name} is no parameter of the model")
             read: Any = lazy.read  # called with one slice an axis, for each device
             arrays[name] = jax.make_array_from_callback(lazy.shape, targets[name], read)
-    return assemble(config, arrays)
+    return assemble(config, arrays, mesh)
 
 
-def random_maker(
-    config: ModelConfig, mesh: Mesh
-) -> Callable[[jax.Array], tuple[nnx.GraphDef, nnx.State]]:
-    """The function that makes static graph and weights of a key, directly in their sharding.
+def random_maker(config: ModelConfig, mesh: Mesh) -> Callable[[jax.Array], Model]:
+    """The function that makes a model of a key, its weights directly in their sharding.
 
     It compiles one small program a shape, not one of the whole model: seconds instead of a minute.
     """
     targets = placements(config, mesh)
-    leaves = named(nnx.state(abstract(config)))
+    leaves = named(abstract(config))
 
     @functools.cache
     def maker(shape: tuple[int, ...], dtype: Any, fan_in: int | None, place: NamedSharding) -> Any:
         return jax.jit(lambda key: initial(key, shape, dtype, fan_in), out_shardings=place)
 
-    def make(key: jax.Array) -> tuple[nnx.GraphDef, nnx.State]:
+    def make(key: jax.Array) -> Model:
         arrays = {}
         for number, (name, leaf) in enumerate(leaves.items()):
             draw = maker(leaf.shape, leaf.dtype, leaf.get_metadata("fan_in"), targets[name])
             arrays[name] = draw(jax.random.fold_in(key, number))
-        return assemble(config, arrays)
+        return assemble(config, arrays, mesh)
 
     return make
 
 
-def random_model(config: ModelConfig, mesh: Mesh, seed: int = 0) -> tuple[nnx.GraphDef, nnx.State]:
+def random_model(config: ModelConfig, mesh: Mesh, seed: int = 0) -> Model:
     """Random weights made directly on the devices, in the target sharding."""
     return random_maker(config, mesh)(jax.random.key(seed))

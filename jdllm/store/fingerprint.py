@@ -9,22 +9,20 @@ import json
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from jdllm.model.config import ModelConfig
-from jdllm.model.transformer import named
+from jdllm.model.model import Model, named
 
 SALTS = (0x2545F491, 0x9E3779B9)
 
 
-def fingerprint(config: ModelConfig, params: nnx.State) -> str:
-    """Hexadecimal digest of `config` and of every weight's bits and places.
+def fingerprint(model: Model) -> str:
+    """Hexadecimal digest of a model's facts and of every weight's bits and places.
 
     Weights of another dtype are another model: they decode differently. Two salted sums of 32 bits
     a weight, so accidents do not collide; it is no defence against an adversary.
     """
-    facts = [json.dumps(dataclasses.asdict(config), sort_keys=True)]
-    for name, leaf in sorted(named(params).items()):
+    facts = [json.dumps(dataclasses.asdict(model.config), sort_keys=True)]
+    for name, leaf in sorted(named(model).items()):
         array = leaf[...]
         sums = jax.device_get(_sums(array))
         facts.append(f"{name} {array.shape} {array.dtype} {sums.tolist()}")

@@ -14,7 +14,8 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from jdllm.model.transformer import Transformer
+from jdllm.model.mask import Mask
+from jdllm.model.model import Model
 from jdllm.runtime import processes, sharding
 
 T_MIN = 1e-3  # the smallest masking probability, so that 1/t stays finite
@@ -136,7 +137,7 @@ def weighted_loss(
     return total / jnp.maximum(jnp.sum(response_BT), 1)
 
 
-def cross_entropy(model: Transformer, hidden_BTD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+def cross_entropy(model: Model, hidden_BTD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     """Negative log likelihood [B, T] in float32, without ever holding all logits.
 
     Columns are taken in chunks whose logits are computed again in the backward pass. A chunk
@@ -159,15 +160,18 @@ def cross_entropy(model: Transformer, hidden_BTD: jax.Array, tokens_BT: jax.Arra
 
 
 def batch_loss(
-    params: nnx.State, graph: nnx.GraphDef, batch: Batch, key: jax.Array, dtype: str, remat: bool
+    params: nnx.State, model: Model, batch: Batch, key: jax.Array, remat: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Loss of one micro-batch, and its plain mean nll over the masked columns (for the log)."""
-    model = nnx.merge(graph, params)
+    """Loss of one micro-batch, and its plain mean nll over the masked columns (for the log).
+
+    The model has `params` in place of its own.
+    """
+    model = dataclasses.replace(model, params=params)
     noisy_BT, masked_BT, t_B = corrupt(key, batch, model.config.mask_id)
     columns_BT = jnp.broadcast_to(jnp.arange(noisy_BT.shape[1]), noisy_BT.shape)
     visible_BT = columns_BT < batch.lengths[:, None]
-    x_BTD = model.embed(noisy_BT, jnp.dtype(dtype))
-    hidden_BTD, _ = model(x_BTD, columns_BT, visible_BT, remat=remat)
+    mask, x_BTD = Mask.of(model.config, visible_BT), model.embed(noisy_BT)
+    hidden_BTD = model(x_BTD, columns_BT, mask, remat=remat).hidden
     nll_BT = cross_entropy(model, hidden_BTD, batch.tokens)
     plain = jnp.sum(jnp.where(masked_BT, nll_BT, 0.0)) / jnp.maximum(jnp.sum(masked_BT), 1)
     return weighted_loss(nll_BT, masked_BT, t_B, response_columns(batch)), plain
@@ -189,7 +193,7 @@ def create_state(
 
 @partial(
     jax.jit,
-    static_argnames=("graph", "optimizer", "dtype", "remat"),
+    static_argnames=("optimizer", "remat"),
     donate_argnames=("state",),
 )
 def train_step(
@@ -197,13 +201,13 @@ def train_step(
     batch: Batch,
     key: jax.Array,
     *,
-    graph: nnx.GraphDef,
+    model: Model,
     optimizer: optax.GradientTransformation,
-    dtype: str,
     remat: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimiser update from A micro-batches: `batch` has shapes [A, B, ...].
 
+    Of `model` only what is static counts, its compute dtype for one: the weights are the state's.
     The gradient is the mean over the micro-batches. Corruption depends on `key` and the step
     alone, so a resumed run repeats itself bit for bit. Metrics are float32 scalars.
     """
@@ -212,7 +216,7 @@ def train_step(
 
     def add(total: Any, pair: tuple[Batch, jax.Array]) -> tuple[Any, None]:
         (loss, plain), gradient = jax.value_and_grad(batch_loss, has_aux=True)(
-            state.params, graph, *pair, dtype, remat
+            state.params, model, *pair, remat
         )
         return jax.tree.map(jnp.add, total, (gradient, loss, plain)), None
 

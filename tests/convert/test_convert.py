@@ -22,9 +22,9 @@ from jdllm.convert.__main__ import main
 from jdllm.convert.fetch import converted_folder
 from jdllm.convert.shards import Shards
 from jdllm.convert.table import ConversionError, apply, source_shape, undo
-from jdllm.load import load_parts
+from jdllm.load import load_model
 from jdllm.model.config import is_converted
-from jdllm.model.transformer import named
+from jdllm.model.model import named
 from jdllm.runtime import files, sharding
 from jdllm.store import checkpoint
 from jdllm.store.checkpoint import pieces
@@ -113,8 +113,8 @@ def assert_same_bits(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None
 
 def load_named(folder: Path, dtype: str = "auto") -> dict[str, np.ndarray]:
     mesh = sharding.parse_mesh("1x1")
-    _, _, params = load_parts(str(folder), mesh, dtype)
-    return {name: np.asarray(leaf[...]) for name, leaf in named(params).items()}
+    model = load_model(str(folder), mesh, dtype)
+    return {name: np.asarray(leaf[...]) for name, leaf in named(model).items()}
 
 
 def convert(*words: object) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from jdllm.convert import families
@@ -15,7 +14,7 @@ from jdllm.convert.__main__ import main
 from jdllm.convert.published import flat_rope
 from jdllm.convert.table import ConversionError, Row
 from jdllm.model.config import NAMED, NO_ID, ModelConfig, count_parameters
-from jdllm.model.transformer import abstract, named
+from jdllm.model.model import abstract, named
 from jdllm.store import checkpoint
 from tests.convert.test_convert import (
     BF16,
@@ -189,7 +188,7 @@ def test_named_shapes_are_those_of_the_published_configs(name: str, parameters: 
 @kinds
 def test_parameters_are_counted(family: str, kv_heads: int, tied: bool):
     facts = families.FAMILIES[family].facts(hf_config(family, kv_heads, tied), {})
-    leaves = named(nnx.state(abstract(facts)))
+    leaves = named(abstract(facts))
     assert sum(leaf.size for leaf in leaves.values()) == count_parameters(facts)
 
 

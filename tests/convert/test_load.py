@@ -11,7 +11,7 @@ from jdllm import load
 from jdllm.convert import fetch
 from jdllm.convert.__main__ import main as convert
 from jdllm.llm import LLM
-from jdllm.model.transformer import named
+from jdllm.model.model import named
 from jdllm.runtime import sharding
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "llada"
@@ -19,8 +19,8 @@ MESH = "1x1"
 
 
 def arrays(model: str, dtype: str = "auto") -> dict[str, np.ndarray]:
-    params = load.load_parts(model, sharding.parse_mesh(MESH), dtype)[2]
-    return {name: np.asarray(leaf[...]) for name, leaf in named(params).items()}
+    found = load.load_model(model, sharding.parse_mesh(MESH), dtype)
+    return {name: np.asarray(leaf[...]) for name, leaf in named(found).items()}
 
 
 def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
@@ -35,7 +35,7 @@ def test_a_hugging_face_folder_and_its_conversion_are_the_same_model(tmp_path):
 def test_random_weights_by_name_and_seed():
     first, again = arrays("random:tiny"), arrays("random:tiny")
     assert same(first, again)
-    other = load.load_parts("random:tiny", sharding.parse_mesh(MESH), seed=1)[2]
+    other = load.load_model("random:tiny", sharding.parse_mesh(MESH), seed=1)
     assert not (first["head"] == np.asarray(named(other)["head"][...])).all()
     with pytest.raises(ValueError, match="there is no such shape; try llada-8b"):
         arrays("random:gpt")

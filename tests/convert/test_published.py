@@ -310,7 +310,7 @@ def test_allowed_keys_are_allowed_wherever_the_advice_is_printed(tmp_path: Path,
         "convert": lambda **allow: families.open_source(source, **allow).config,
         "plan": lambda **allow: describe_model(str(source), **allow),
         "facts": lambda **allow: load.read_facts(str(source), **allow),
-        "weights": lambda **allow: load.load_parts(str(source), mesh, **allow)[0],
+        "weights": lambda **allow: load.load_model(str(source), mesh, **allow).config,
         "LLM.load": lambda **allow: LLM.load(str(source), mesh, **allow).config,
         "verifier": lambda **allow: LLM.load("random:tiny", mesh, verifier=str(source), **allow),
     }

@@ -14,7 +14,7 @@ from jdllm.batches import row_seeds
 from jdllm.decode import decode
 from jdllm.llm import LLM
 from jdllm.model.config import NO_ID
-from jdllm.model.transformer import assemble, named
+from jdllm.model.model import assemble, named
 from jdllm.parity import make_setup
 from jdllm.runtime import sharding
 from jdllm.viz import trace
@@ -40,8 +40,7 @@ def whole_records(llm: LLM, config: DecodeConfig, prompts: list[list[int]]) -> l
     config = llm.resolve(config)
     setup = make_setup(config, llm.config)
     request = llm._request(prompts, row_seeds(prompts), config, setup)
-    _, *second = llm._verifier
-    state = decode(llm._graph, llm._params, request, setup, True, *second)
+    state = decode(llm.model, request, setup, True, llm.verifier)
     kept, calls = jax.device_get(state.trace), int(state.forwards)
     return [llm._record(kept, i, calls, len(p), setup) for i, p in enumerate(prompts)]
 
@@ -65,9 +64,9 @@ def check(llm: LLM, options: dict[str, Any], seed: int) -> list[list[Record]]:
 def verified() -> LLM:
     """A model with a verifier: itself, told to look back only."""
     llm, facts = tiny("shifted"), dataclasses.replace(TINY, causal=True, mask_id=NO_ID)
-    arrays = {name: leaf[...] for name, leaf in named(llm._params).items()}
-    second = (facts, *assemble(facts, arrays))
-    return LLM(llm.config, llm._graph, llm._params, llm.mesh, verifier=second)
+    arrays = {name: leaf[...] for name, leaf in named(llm.model).items()}
+    second = assemble(facts, arrays, llm.mesh)
+    return LLM(llm.model, verifier=second)
 
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -117,9 +116,9 @@ def test_a_block_is_handed_out_before_the_next_one_runs():
 def test_watching_on_a_mesh():
     """Rows and heads are split while blocks are handed out."""
     one = tiny("blocks")
-    arrays = {name: np.asarray(leaf[...]) for name, leaf in named(one._params).items()}
+    arrays = {name: np.asarray(leaf[...]) for name, leaf in named(one.model).items()}
     grid = sharding.parse_mesh("2x2")
-    llm = LLM(one.config, *on_mesh(one.config, arrays, grid), grid)
+    llm = LLM(on_mesh(one.config, arrays, grid))
     prompts, config = random_prompts(6, [9, 4, 2]), DecodeConfig(**SHORT, threshold=0.5)
     (found, split), (wanted, single) = watch(llm, config, prompts), watch(one, config, prompts)
     assert (found.index, found.completions) == (wanted.index, wanted.completions)
@@ -156,5 +155,5 @@ def test_any_watched_run_is_the_run(kind, rule, cache, rest, sampled, seed):
     except ValueError:
         reject()
     llm = tiny(kind)
-    check(LLM(llm.config, llm._graph, llm._params, llm.mesh), options, seed)  # keeps no programs
+    check(LLM(llm.model), options, seed)  # keeps no programs
     drop_programs()

@@ -14,7 +14,7 @@ from jdllm.batches import bucket, plan_batches
 from jdllm.decode import decode
 from jdllm.llm import LLM
 from jdllm.model.config import NO_ID
-from jdllm.model.transformer import assemble, named
+from jdllm.model.model import assemble, named
 from jdllm.parity import make_setup
 from tests.support.tiny_models import TINY, canvases, random_prompts, tiny
 
@@ -138,9 +138,9 @@ RUNS: dict[str, tuple[str, dict[str, Any], bool]] = {
 def broken(kind: str, value: float) -> LLM:
     """A model whose last norm is `value`."""
     llm = tiny(kind)
-    arrays = {name: leaf[...] for name, leaf in named(llm._params).items()}
+    arrays = {name: leaf[...] for name, leaf in named(llm.model).items()}
     arrays["norm"] = jnp.full_like(arrays["norm"], value)
-    return LLM(llm.config, *assemble(llm.config, arrays), llm.mesh)
+    return LLM(assemble(llm.config, arrays, llm.mesh))
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -151,8 +151,8 @@ def test_it_ends_for_any_weights(name: str):
     verifier = None
     if config.rule == "verify":
         facts = dataclasses.replace(TINY, causal=True, mask_id=NO_ID)
-        arrays = {name: leaf[...] for name, leaf in named(tiny()._params).items()}
-        verifier = LLM(facts, *assemble(facts, arrays), tiny().mesh)
+        arrays = {name: leaf[...] for name, leaf in named(tiny().model).items()}
+        verifier = LLM(assemble(facts, arrays, tiny().mesh))
     prompts = random_prompts(3, [5, 8])
     for llm in (tiny(kind, 1.0, 30.0), broken(kind, np.nan), broken(kind, np.inf)):
         resolved = llm.resolve(config)
@@ -169,13 +169,13 @@ def test_it_ends_for_any_weights(name: str):
 def test_the_lowest_index_wins_ties():
     """A head of zeros: every token is as likely as any other, and every position as sure."""
     llm = tiny()
-    arrays = {name: leaf[...] for name, leaf in named(llm._params).items()}
+    arrays = {name: leaf[...] for name, leaf in named(llm.model).items()}
     arrays["head"] = jnp.zeros_like(arrays["head"])
-    graph, params = assemble(TINY, arrays)
+    model = assemble(TINY, arrays)
     config = llm.resolve(DecodeConfig(gen_length=6, block_length=3, rule="quota", stop="none"))
     setup = make_setup(config, TINY)
     request = llm._request(random_prompts(0, [4]), [0], config, setup)
-    state = decode(graph, params, request, setup, trace=True)
+    state = decode(model, request, setup, trace=True)
     canvas = np.asarray(state.trace.tokens)[: int(state.forwards) + 1, 0, 4:10]
     expected = np.where(np.arange(6) < np.arange(7)[:, None], 0, TINY.mask_id)
     np.testing.assert_array_equal(canvas, expected)
@@ -201,7 +201,7 @@ def test_nothing_crosses_to_the_host_between_steps(kind: str, options: dict[str,
     config = llm.resolve(DecodeConfig(gen_length=12, block_length=4, **options))
     setup = make_setup(config, llm.config)
     request = llm._request(random_prompts(0, [4, 6]), [0, 0], config, setup)
-    text = decode.lower(llm._graph, llm._params, request, setup).as_text()
+    text = decode.lower(llm.model, request, setup).as_text()
     assert text.count("stablehlo.while") >= 2
     assert not re.search(r"callback|infeed|outfeed|stablehlo\.(send|recv)", text)
 
@@ -212,9 +212,7 @@ def test_tracing_costs_nothing_when_off():
     setup = make_setup(config, TINY)
     request = llm._request(random_prompts(0, [4, 6]), [0, 0], config, setup)
     states = [
-        jax.eval_shape(
-            lambda p, r, t=trace: decode(llm._graph, p, r, setup, trace=t), llm._params, request
-        )
+        jax.eval_shape(lambda m, r, t=trace: decode(m, r, setup, trace=t), llm.model, request)
         for trace in (False, True)
     ]
     assert states[0].trace is None
@@ -222,7 +220,7 @@ def test_tracing_costs_nothing_when_off():
 
 
 def test_programs_stay_few_for_a_mixed_workload():
-    llm = LLM(TINY, tiny()._graph, tiny()._params, tiny().mesh)
+    llm = LLM(tiny().model)
     prompts = random_prompts(8, list(range(1, 60)))
     llm.generate(prompts, DecodeConfig(gen_length=4), batch_size=16)
     assert len(llm._programs) <= 4

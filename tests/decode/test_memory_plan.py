@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -20,7 +19,7 @@ from jdllm.decode import DecodeConfig, Request, decode, make_setup
 from jdllm.decode import memory as memory_plan
 from jdllm.decode.memory import Plan, Planner, share, weight_bytes
 from jdllm.model.config import LLADA_8B, NAMED, ModelConfig, count_parameters
-from jdllm.model.transformer import abstract, named
+from jdllm.model.model import abstract, assemble, named
 from jdllm.runtime import sharding
 from jdllm.store.checkpoint import placements
 
@@ -40,9 +39,11 @@ def compiled(
     """
     grid = sharding.parse_mesh(mesh)
     targets = placements(config, grid)
-    graph, params = nnx.split(abstract(config))
-    for name, leaf in named(params).items():
-        leaf.set_value(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=targets[name]))
+    shapes: Any = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=targets[name])
+        for name, leaf in named(abstract(config)).items()
+    }
+    model = assemble(config, shapes, grid)
 
     def rows(shape: tuple[int, ...], kind: jnp.dtype) -> Any:
         spec = NamedSharding(grid, P("data"))
@@ -55,7 +56,7 @@ def compiled(
         rows((), jnp.dtype("bool")),
     )
     setup = make_setup(decoding, config)
-    found = decode.lower(graph, params, request, setup).compile().memory_analysis()
+    found = decode.lower(model, request, setup).compile().memory_analysis()
     assert found is not None
     arguments = found.argument_size_in_bytes - found.alias_size_in_bytes
     return arguments, arguments + found.output_size_in_bytes + found.temp_size_in_bytes
@@ -90,7 +91,7 @@ def test_every_named_model_can_be_placed(name: str, mesh: str):
     held, whole = weight_bytes(config, grid), weight_bytes(config, sharding.abstract_mesh("1x1"))
     assert whole >= count_parameters(config) * jnp.dtype(config.dtype).itemsize
     assert whole / parts <= held <= whole / parts * 1.5
-    mine = named(nnx.state(abstract(share(config, grid))))
+    mine = named(abstract(share(config, grid)))
     assert sum(leaf.size * leaf.dtype.itemsize for leaf in mine.values()) <= held
 
 

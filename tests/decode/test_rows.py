@@ -14,7 +14,7 @@ from jdllm.decode.look import Call
 from jdllm.decode.loop import active, enter_block, leave_block
 from jdllm.decode.start import start
 from jdllm.decode.step import block_step
-from jdllm.decode.work import State, Work, make_work
+from jdllm.decode.work import State, Work
 from jdllm.llm import LLM
 from jdllm.parity import make_setup
 from tests.support.tiny_models import TINY, canvases, random_prompts, tiny
@@ -54,17 +54,17 @@ def staggered(llm: LLM, config: DecodeConfig, prompts: list[list[int]]):
     setup = make_setup(config, llm.config)
     request = llm._request(prompts, [0] * len(prompts), config, setup)
 
-    def begin(params, request):
-        return start(make_work(llm._graph, params, request, setup))
+    def begin(model, request):
+        return start(Work(model, setup, request))
 
     @partial(jax.jit, donate_argnums=1)
-    def round_(params, state, request, turn_B):
-        return tick(make_work(llm._graph, params, request, setup), state, turn_B)
+    def round_(model, state, request, turn_B):
+        return tick(Work(model, setup, request), state, turn_B)
 
-    state, blocks = jax.jit(begin)(llm._params, request), []
+    state, blocks = jax.jit(begin)(llm.model, request), []
     rates = 1 + np.arange(len(request.tokens))
     for number in range(400):
-        state = round_(llm._params, state, request, jnp.array(number % rates == 0))
+        state = round_(llm.model, state, request, jnp.array(number % rates == 0))
         blocks.append(state.rows.block.tolist())
         if state.rows.done.all():
             break

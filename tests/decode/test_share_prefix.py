@@ -46,12 +46,12 @@ def deep(mesh: str = "1x1") -> LLM:
     sharper = {"attention.q": 12, "attention.out": 4, "head": 3}
     for name in arrays:
         arrays[name] *= next((by for end, by in sharper.items() if name.endswith(end)), 1)
-    return LLM(BLOCKS, *on_mesh(BLOCKS, arrays, grid), grid)
+    return LLM(on_mesh(BLOCKS, arrays, grid))
 
 
 def fresh(llm: LLM) -> LLM:
     """The same weights, no programs."""
-    return LLM(llm.config, llm._graph, llm._params, llm.mesh)
+    return LLM(llm.model)
 
 
 def prompts_of(seed: int, common: Sequence[int], own: Sequence[int]) -> list[list[int]]:
@@ -189,9 +189,9 @@ def test_the_program_does_less_work():
     flops = []
     for begun in (None, shared.of([0, 1, 2, 3])):
         request = llm._request(prompts, [0] * 4, config, setup, 4, begun)
-        flops.append(cost(decode.lower(llm._graph, llm._params, request, setup)))
+        flops.append(cost(decode.lower(llm.model, request, setup)))
     tokens = np.zeros((4, shared.length), np.int32)
-    batch = cost(read_prefix.lower(llm._graph, llm._params, tokens, setup.block_length))
+    batch = cost(read_prefix.lower(llm.model, tokens, setup.block_length))
     assert flops[0] - flops[1] >= batch > 0.2 * flops[0]
 
 

@@ -23,6 +23,7 @@ GOOD = Packages(
     requirements={"jax": ("jaxlib<=0.12.0.1,>=0.11.2", "requests; extra == 'tpu'")},
 )
 CUDA = {"jax-cuda13-plugin": "0.12.0.1", "jax-cuda13-pjrt": "0.12.0.1"}
+ROW = {"operation": "attention", "chosen": "xla", "refused": {"cudnn": "a mask"}, "shapes": []}
 CPU = Probe(backend="cpu", devices=("cpu",), text="1", solved=True, tokens=2, seconds=1.0)
 GPU = dataclasses.replace(CPU, backend="gpu", devices=("H200",), device_memory=105 * 10**9)
 FOLDER = Folder(Path("/home/me/jdllm"), "", 10**12)
@@ -99,6 +100,8 @@ CASES: list[tuple[Any, Any, str, str]] = [
     (doctor.check_generation, CPU, "ok", "solved a sudoku, 2 tokens in 1.0 s"),
     (doctor.check_generation, dataclasses.replace(CPU, solved=False), "WRONG", "is wrong: '1'"),
     (doctor.check_generation, Probe(error="killed"), "WRONG", "killed"),
+    (doctor.check_kernels, dataclasses.replace(CPU, kernels=[ROW]), "ok", "by xla (cudnn: a mask)"),
+    (doctor.check_kernels, Probe(error="killed"), "note", "nothing was generated"),
 ]
 
 
@@ -174,6 +177,7 @@ def test_the_command(tmp_path: Path, home: str):
     if home == "writable":
         assert run.returncode == 0 and "WRONG" not in run.stdout
         assert "solved a sudoku" in lines["generation"]
+        assert "attention by reference (cudnn: it needs a GPU" in lines["kernels"]
     else:
         assert run.returncode == 1 and lines["JDLLM_HOME"].startswith("WRONG")
         assert "set JDLLM_HOME" in run.stdout

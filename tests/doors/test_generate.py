@@ -47,8 +47,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         layers=1, embed=32, heads=2, kv_heads=2, head_dim=16, mlp=32, dtype="float32",
     )  # fmt: skip
     path = tmp_path_factory.mktemp("model")
-    _, params = random_model(config, sharding.parse_mesh("1x1"), seed=3)
-    save_model(path, config, params)
+    model = random_model(config, sharding.parse_mesh("1x1"), seed=3)
+    save_model(path, model)
     copy_tokenizer(BUNDLED, path)
     return path
 

@@ -43,8 +43,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         layers=1, embed=64, heads=2, kv_heads=2, head_dim=32, mlp=64, dtype="float32",
     )  # fmt: skip
     path = tmp_path_factory.mktemp("model")
-    _, params = random_model(config, sharding.parse_mesh("1x1"), seed=3)
-    save_model(path, config, params)
+    model = random_model(config, sharding.parse_mesh("1x1"), seed=3)
+    save_model(path, model)
     assert "generation_config.json" in copy_tokenizer(BUNDLED, path)
     return path
 
@@ -110,6 +110,7 @@ def test_results_are_consistent(folder: Path, tmp_path: Path, capsys: pytest.Cap
     assert len({r["nfe"] for r in rows}) > 1, "a model whose rows all cost the same proves little"
     assert results["config"]["decode"]["gen_length"] == 8
     assert results["environment"]["lm_eval"].startswith("0.4")
+    assert "attention" in {row["operation"] for row in results["environment"]["kernels"]}
     assert not list((tmp_path / "out").glob("*.partial*"))
     out, said = capsys.readouterr()
     assert "solved" in out and "countdown" in out and "mesh data" not in out
@@ -273,7 +274,7 @@ def test_request_length_is_the_last_resort(llm: LLM):
         "settings": JdllmLM(llm, decode=LOOSE)._resolve(10).gen_length,
     }
     assert lengths == {"model": 40, "settings": 8}
-    bare = LLM(llm.config, llm._graph, llm._params, llm.mesh, llm.tokenizer)
+    bare = LLM(llm.model, llm.tokenizer)
     assert JdllmLM(bare)._resolve(10).gen_length == 10
     assert JdllmLM(bare)._resolve(100).gen_length == 128  # whole blocks of 32
     assert JdllmLM(bare, decode=DecodeConfig(block_length=4))._resolve(10).gen_length == 12

@@ -43,7 +43,7 @@ def small(seed: int = 3, mesh: str = "1x1", **facts: Any) -> LLM:
         max_length=128, **facts,
     )  # fmt: skip
     grid = sharding.parse_mesh(mesh)
-    return LLM(config, *random_model(config, grid, seed=seed), grid, load_tokenizer(BUNDLED))
+    return LLM(random_model(config, grid, seed=seed), load_tokenizer(BUNDLED))
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +279,7 @@ def test_fingerprints_follow_content(llm: LLM):
     assert same.fingerprint() == llm.fingerprint() == small(mesh="1x2").fingerprint()
     assert other.fingerprint() != llm.fingerprint()
     facts = dataclasses.replace(llm.config, rope_theta=1.0)
-    assert fingerprint(facts, llm._params) != llm.fingerprint()
+    assert fingerprint(dataclasses.replace(llm.model, config=facts)) != llm.fingerprint()
 
 
 def test_replicas_share_every_batch(llm: LLM):
@@ -289,7 +289,7 @@ def test_replicas_share_every_batch(llm: LLM):
         assert len(set(slots)) == rows and max(slots) < height
         loads = Counter(slot // (height // replicas) for slot in slots)
         assert max(loads.values()) - min(loads.get(r, 0) for r in range(replicas)) <= 1
-    spread = LLM(llm.config, *_on("4x1", llm), llm.tokenizer)
+    spread = LLM(random_model(llm.config, sharding.parse_mesh("4x1"), seed=3), llm.tokenizer)
     prompts = [f"{i} 7 {3 * i}" for i in range(11)]
     done = spread.generate(prompts, LOOSE, batch_size=8)
     assert len(spread._programs) == 1
@@ -321,8 +321,7 @@ def test_a_verifier_is_part_of_the_key(journal: Journal):
     judges = [small(seed, causal=True, mask_id=NO_ID) for seed in (4, 5)]
     keys = []
     for judge in judges:
-        second = judge.config, judge._graph, judge._params
-        llm = LLM(own.config, own._graph, own._params, own.mesh, own.tokenizer, verifier=second)
+        llm = LLM(own.model, own.tokenizer, verifier=judge.model)
         for decode in (DecodeConfig(rule="verify", gen_length=8, block_length=0), LOOSE):
             lm = JdllmLM(llm, decode=decode, progress=False, journal=journal)
             requests = [generate("1 + 1 =")]
@@ -333,8 +332,3 @@ def test_a_verifier_is_part_of_the_key(journal: Journal):
         JdllmLM("bundled", **{"decode.rule": "verify"})  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="rule=verify alone"):
         JdllmLM("bundled", verifier="judge")
-
-
-def _on(mesh: str, llm: LLM):
-    grid = sharding.parse_mesh(mesh)
-    return *random_model(llm.config, grid, seed=3), grid

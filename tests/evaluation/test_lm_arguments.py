@@ -40,7 +40,7 @@ def llm() -> LLM:
     grid = sharding.parse_mesh("1x1")
     defaults = DecodeConfig(gen_length=8, block_length=4)
     tokenizer = load_tokenizer(BUNDLED)
-    return LLM(config, *random_model(config, grid, seed=3), grid, tokenizer, defaults)
+    return LLM(random_model(config, grid, seed=3), tokenizer, defaults)
 
 
 def request(**gen_kwargs: Any) -> Instance:

@@ -123,8 +123,7 @@ def test_dllmexp_to_its_end(tmp_path: Path):
         layers=1, embed=32, heads=2, kv_heads=2, head_dim=16, mlp=32, dtype="float32",
         max_length=4096,
     )  # fmt: skip
-    _, params = random_model(config, sharding.parse_mesh("1x1"))
-    save_model(model, config, params)
+    save_model(model, random_model(config, sharding.parse_mesh("1x1")))
     copy_tokenizer(BUNDLED, model)
     words = [f"data={data}", f"model={model}", "limit=1", "mesh=1x1", "output=out"]
     words += ["plan=dllmexp", "confirm_run_unsafe_code=true"]

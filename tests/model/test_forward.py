@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jdllm import DecodeConfig
 from jdllm.llm import LLM
 from jdllm.model.cache import Cache
 from jdllm.model.config import NAMED, ModelConfig
-from jdllm.model.transformer import Transformer, assemble, forward, named
+from jdllm.model.mask import Mask
+from jdllm.model.model import Model, assemble, forward, named
 from jdllm.runtime import sharding
 from jdllm.sft import SFTConfig
 from jdllm.sft import main as train
@@ -31,9 +31,9 @@ FACTS = {
 def random_model(name: str) -> tuple[ModelConfig, dict[str, Any]]:
     """A tiny model of these facts, whose biases are not zero."""
     config = dataclasses.replace(NAMED["tiny"], **FACTS[name])
-    _, params = checkpoint.random_model(config, sharding.parse_mesh("1x1"), seed=1)
+    model = checkpoint.random_model(config, sharding.parse_mesh("1x1"), seed=1)
     rng = np.random.default_rng(0)
-    arrays = {key: np.array(leaf[...]) for key, leaf in named(params).items()}
+    arrays = {key: np.array(leaf[...]) for key, leaf in named(model).items()}
     for key, array in arrays.items():
         if key.endswith("_bias"):
             assert not array.any()
@@ -41,8 +41,8 @@ def random_model(name: str) -> tuple[ModelConfig, dict[str, Any]]:
     return config, arrays
 
 
-def merged(config: ModelConfig, arrays: dict[str, Any]) -> Transformer:
-    return nnx.merge(*assemble(config, arrays))
+def merged(config: ModelConfig, arrays: dict[str, Any]) -> Model:
+    return assemble(config, arrays)
 
 
 def random_tokens(B: int = 2, T: int = 12) -> tuple[jax.Array, jax.Array]:
@@ -54,13 +54,14 @@ def random_tokens(B: int = 2, T: int = 12) -> tuple[jax.Array, jax.Array]:
 
 
 def fed(
-    model: Transformer, tokens: jax.Array, visible: jax.Array, cache: Cache, columns: list[int]
+    model: Model, tokens: jax.Array, visible: jax.Array, cache: Cache, columns: list[int]
 ) -> tuple[jax.Array, Cache]:
     """Logits of some columns, fed alone over a cache."""
     where = jnp.broadcast_to(jnp.array(columns), (tokens.shape[0], len(columns)))
-    x = model.embed(tokens[:, jnp.array(columns)], jnp.dtype("float32"))
-    hidden, cache = model(x, where, visible, cache)
-    return model.logits(hidden), cache
+    x = model.embed(tokens[:, jnp.array(columns)])
+    found = model(x, where, Mask.of(model.config, visible), cache)
+    assert found.cache is not None
+    return model.logits(found.hidden), found.cache
 
 
 @pytest.mark.parametrize("name", FACTS)
@@ -69,8 +70,8 @@ def test_the_cache_changes_nothing(name: str):
     config, arrays = random_model(name)
     model = merged(config, arrays)
     tokens, visible = random_tokens()
-    expected = forward(model, tokens, visible, jnp.dtype("float32"))
-    empty = Cache.zeros(config, 2, 12, jnp.dtype("float32"))
+    expected = forward(model, tokens, visible)
+    empty = model.empty_cache(2, 12)
     whole, full = fed(model, tokens, visible, empty, list(range(12)))
     np.testing.assert_allclose(whole, expected, atol=1e-5)
     again, _ = fed(model, tokens, visible, full, list(range(4, 9)))
@@ -87,8 +88,8 @@ def test_who_sees_whom(name: str):
     model = merged(config, arrays)
     tokens, _ = random_tokens(1)
     visible = jnp.ones(tokens.shape, bool)
-    before = forward(model, tokens, visible, jnp.dtype("float32"))
-    after = forward(model, tokens.at[0, 5].add(1), visible, jnp.dtype("float32"))
+    before = forward(model, tokens, visible)
+    after = forward(model, tokens.at[0, 5].add(1), visible)
     changed = np.asarray((before != after).any(-1))[0]
     assert changed[5:].all()
     assert changed[:5].all() == (not config.causal) == changed[:5].any()
@@ -98,10 +99,10 @@ def test_left_padding_leaves_causal_rows_alone():
     config, arrays = random_model("qwen2")
     model = merged(config, arrays)
     tokens, _ = random_tokens(1)
-    alone = forward(model, tokens, jnp.ones((1, 12), bool), jnp.dtype("float32"))
+    alone = forward(model, tokens, jnp.ones((1, 12), bool))
     padded = jnp.pad(tokens, ((0, 0), (3, 0)), constant_values=config.pad_id)
     visible = jnp.arange(15)[None] >= 3
-    row = forward(model, padded, visible, jnp.dtype("float32"))[:, 3:]
+    row = forward(model, padded, visible)[:, 3:]
     np.testing.assert_allclose(row, alone, atol=1e-4)
 
 
@@ -118,16 +119,11 @@ def test_biases_are_placed_by_their_axes(name: str):
         assert specs["layers.0.attention.kv_bias"] == P(None, "model", None)
         wide = checkpoint.placements(config, sharding.parse_mesh("1x4"))
         assert wide["layers.0.attention.kv_bias"].spec == P(None, None, None)  # 2 heads, 4 parts
-    graph, params = assemble(config, {k: jax.device_put(v, targets[k]) for k, v in arrays.items()})
-
-    @jax.jit
-    def run(params: nnx.State, tokens: jax.Array, visible: jax.Array) -> jax.Array:
-        return forward(nnx.merge(graph, params), tokens, visible, jnp.dtype("float32"))
-
+    placed = assemble(config, {k: jax.device_put(v, targets[k]) for k, v in arrays.items()}, mesh)
     tokens, visible = random_tokens()
     rows = jax.device_put((tokens, visible), sharding.by_row(mesh))
-    expected = forward(merged(config, arrays), tokens, visible, jnp.dtype("float32"))
-    np.testing.assert_allclose(run(params, *rows), expected, atol=1e-4)
+    expected = forward(merged(config, arrays), tokens, visible)
+    np.testing.assert_allclose(jax.jit(forward)(placed, *rows), expected, atol=1e-4)
 
 
 # ---------------------------------------------------------------- what cannot be done
@@ -136,8 +132,7 @@ def test_biases_are_placed_by_their_axes(name: str):
 @pytest.mark.parametrize("name, fact", [("dream", "shift_logits"), ("qwen2", "causal")])
 def test_training_refuses(tmp_path: Path, name: str, fact: str):
     config, arrays = random_model(name)
-    _, params = assemble(config, arrays)
-    checkpoint.save_model(tmp_path, config, jax.tree.map(jnp.asarray, params))
+    checkpoint.save_model(tmp_path, jax.tree.map(jnp.asarray, assemble(config, arrays)))
     with pytest.raises(ValueError, match=f"{fact}=true predicts token t . 1 in row t"):
         train(
             SFTConfig(
@@ -148,6 +143,6 @@ def test_training_refuses(tmp_path: Path, name: str, fact: str):
 
 def test_a_causal_model_drafts_nothing():
     config, arrays = random_model("qwen2")
-    llm = LLM(config, *assemble(config, arrays), sharding.parse_mesh("1x1"))
+    llm = LLM(assemble(config, arrays, sharding.parse_mesh("1x1")))
     with pytest.raises(ValueError, match="can judge drafts as a verifier"):
         llm.generate([[1, 2, 3]], DecodeConfig(gen_length=8, block_length=8))

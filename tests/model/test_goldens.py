@@ -7,41 +7,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from jdllm.convert.families import FAMILIES
 from jdllm.convert.shards import Shards
 from jdllm.convert.table import restore_sources
 from jdllm.model.cache import Cache
-from jdllm.model.transformer import Transformer, abstract, named, rms_norm, visible_keys
+from jdllm.model.mask import Mask
+from jdllm.model.model import Model, named
+from jdllm.model.transformer import rms_norm
 from jdllm.score.likelihood import Canvas, Masks, losses, spread
-from tests.support.recordings import (
-    CASES,
-    ROOT,
-    UNSUPPORTED,
-    Case,
-    Checkpoint,
-    discover,
-    load,
-    supported,
-)
+from tests.support.recordings import CASES, ROOT, UNSUPPORTED, Case, discover, load, supported
 from tests.support.reference_configs import CONFIGS
 
 ATOL = 2e-3
 MOE_ATOL = 5e-4
 
 
-@jax.jit(static_argnames=("graph",))
-def all_states(graph, params, tokens_BT, visible_BT):
+@jax.jit
+def all_states(model: Model, tokens_BT, visible_BT):
     """Embedding, residual stream after every layer, final norm and logits."""
-    model: Transformer = nnx.merge(graph, params)
     columns_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    x_BTD = model.embed(tokens_BT, jnp.dtype(jnp.float32))
-    states = [x_BTD]
-    for layer in model.layers:
-        x_BTD, _ = layer(x_BTD, columns_BT, visible_BT, None)
+    x_BTD = model.embed(tokens_BT)
+    states, mask = [x_BTD], Mask.of(model.config, visible_BT)
+    seen = mask.resolve(columns_BT)
+    for layer in model.net.layers:
+        x_BTD = layer(x_BTD, columns_BT, seen)[0]
         states.append(x_BTD)
-    hidden, _ = model(states[0], columns_BT, visible_BT)
+    hidden = model(states[0], columns_BT, mask).hidden
     return states, hidden, model.logits(hidden)
 
 
@@ -66,7 +58,7 @@ def test_checkpoint(case: Case):
     """Logits; every layer's residual stream and padded inputs where they were recorded."""
     checkpoint = load(case.path)
     if not (case.path / "logits.npz").exists():  # then at least every weight is the stored one
-        arrays = {name: np.asarray(leaf[...]) for name, leaf in named(checkpoint.params).items()}
+        arrays = {name: np.asarray(leaf[...]) for name, leaf in named(checkpoint).items()}
         family, shards = FAMILIES[checkpoint.config.family], Shards(case.path)
         tensors = restore_sources(family, checkpoint.config, arrays)
         assert tensors.keys() == shards.shapes.keys()
@@ -77,7 +69,7 @@ def test_checkpoint(case: Case):
     ids = stored["input_ids"]
 
     def run(tokens, visible):
-        return all_states(checkpoint.graph, checkpoint.params, tokens, visible)
+        return all_states(checkpoint, tokens, visible)
 
     states, hidden, logits = run(ids, np.ones(ids.shape, bool))
     np.testing.assert_allclose(logits, stored["logits"], atol=ATOL)
@@ -109,20 +101,19 @@ def test_every_supported_recording_is_complete():
             assert keys | {"logits"} <= set(np.load(path).files), name
 
 
-@jax.jit(static_argnames=("graph",))
-def branches(graph, params, tokens_BT, visible_BT):
+@jax.jit
+def branches(model: Model, tokens_BT, mask: Mask):
     """By name: the residual stream and both branches of every layer, routing, norm and logits."""
-    model: Transformer = nnx.merge(graph, params)
     columns_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    seen = visible_keys(model.config, columns_BT, visible_BT, None)
-    x_BTD = model.embed(tokens_BT, jnp.dtype(jnp.float32))
+    seen = mask.resolve(columns_BT)
+    x_BTD = model.embed(tokens_BT)
     found: dict[str, list[jax.Array]] = {"embed": [x_BTD]}
-    for layer in model.layers:
+    for layer in model.net.layers:
         h = rms_norm(x_BTD, layer.attention_norm[...], layer.eps)
-        mixed, _ = layer.attention(h, columns_BT, seen, None)
+        mixed, _ = layer.attention(h, columns_BT, seen)
         h = rms_norm(x_BTD + mixed, layer.mlp_norm[...], layer.eps)
         out = layer.feed_forward(h)
-        x_BTD = layer(x_BTD, columns_BT, seen, None)[0]
+        x_BTD = layer(x_BTD, columns_BT, seen)[0]
         states = {"layer_out": x_BTD, "attn_out": mixed, "mlp_out": out}
         if layer.sparse:
             logits, picks, weights = layer.experts.route(h)
@@ -132,17 +123,15 @@ def branches(graph, params, tokens_BT, visible_BT):
             states["experts_out"] = out
         for name, value in states.items():
             found.setdefault(name, []).append(value)
-    hidden, _ = model(found["embed"][0], columns_BT, visible_BT)
+    hidden = model(found["embed"][0], columns_BT, mask).hidden
     return found | {"final_norm": [hidden], "logits": [model.logits(hidden)]}
 
 
-def with_blocks(checkpoint: Checkpoint, length: int | None) -> nnx.GraphDef:
-    """The graph of the same weights under another mask."""
-    config = dataclasses.replace(checkpoint.config, block_causal=length)
-    return nnx.split(abstract(config))[0]
-
-
-MASKS = {"full": None, "block4": 4, "block8": 8}
+MASKS: dict[str, dict] = {
+    "full": {},
+    "block4": {"kind": "blocks", "size": 4},
+    "block8": {"kind": "blocks", "size": 8},
+}
 
 
 @pytest.mark.parametrize("case", supported("checkpoint", moe=True))
@@ -152,8 +141,7 @@ def test_expert_checkpoint(case: Case):
     ids = stored["input_ids"]
     present = {name.split("__")[0] for name in stored}
     for prefix in MASKS.keys() & present:
-        graph = with_blocks(checkpoint, MASKS[prefix])
-        found = branches(graph, checkpoint.params, ids, np.ones(ids.shape, bool))
+        found = branches(checkpoint, ids, Mask(jnp.ones(ids.shape, bool), **MASKS[prefix]))
         assert {f"{prefix}__{name}" for name in found} >= {n for n in stored if prefix in n}
         if case.name == "LLaDAMoEModelLM":  # there the shared expert is not counted as MLP
             found["mlp_out"] = found["experts_out"]
@@ -165,17 +153,16 @@ def test_expert_checkpoint(case: Case):
             np.testing.assert_allclose(ours, theirs, atol=MOE_ATOL, err_msg=f"{prefix} {name}")
     if "padded__logits" in stored:
         visible = stored["padded__attention_mask"].astype(bool)
-        found = branches(with_blocks(checkpoint, None), checkpoint.params, ids, visible)
+        found = branches(checkpoint, ids, Mask(visible))
         np.testing.assert_allclose(found["logits"][0], stored["padded__logits"], atol=MOE_ATOL)
 
 
-@jax.jit(static_argnames=("graph",))
-def run_cached(graph, params, tokens_BT, positions_BT, visible_BS, cache):
+@jax.jit
+def run_cached(model: Model, tokens_BT, positions_BT, mask: Mask, cache):
     """Logits, keys and values of some columns of a canvas."""
-    model: Transformer = nnx.merge(graph, params)
-    x_BTD = model.embed(tokens_BT, jnp.dtype(jnp.float32))
-    hidden, cache = model(x_BTD, positions_BT, visible_BS, cache)
-    return model.logits(hidden), cache
+    x_BTD = model.embed(tokens_BT)
+    found = model(x_BTD, positions_BT, mask, cache)
+    return model.logits(found.hidden), found.cache
 
 
 def assert_keys_and_values(cache: Cache, stored: np.ndarray) -> None:
@@ -190,25 +177,24 @@ def assert_keys_and_values(cache: Cache, stored: np.ndarray) -> None:
 def test_expert_checkpoint_in_parts(case: Case):
     """Positions that do not begin at 0; a block against stale keys, and against an exact cache."""
     checkpoint, stored = load(case.path), np.load(case.path / "logits.npz")
-    params, graph = checkpoint.params, with_blocks(checkpoint, None)
-    ids, seen = stored["offset__input_ids"], np.ones((1, 16), bool)
-    logits, _ = run_cached(graph, params, ids, stored["offset__position_ids"], seen, None)
+    ids, seen = stored["offset__input_ids"], Mask(jnp.ones((1, 16), bool))
+    logits, _ = run_cached(checkpoint, ids, stored["offset__position_ids"], seen, None)
     np.testing.assert_allclose(logits, stored["offset__logits"], atol=MOE_ATOL)
 
-    ids, seen = stored["input_ids"], np.ones((2, 24), bool)
+    ids, seen = stored["input_ids"], Mask(jnp.ones((2, 24), bool))
     columns = np.broadcast_to(np.arange(24), (2, 24))
-    empty = Cache.zeros(checkpoint.config, 2, 24, jnp.dtype(jnp.float32))
+    empty = checkpoint.empty_cache(2, 24)
     if "dual__kv" in stored:
-        _, cache = run_cached(graph, params, ids, columns, seen, empty)
+        _, cache = run_cached(checkpoint, ids, columns, seen, empty)
         assert_keys_and_values(cache, stored["dual__kv"])
         block = stored["dual__block_ids"]
-        logits, _ = run_cached(graph, params, block, columns[:, 8:16], seen, cache)
+        logits, _ = run_cached(checkpoint, block, columns[:, 8:16], seen, cache)
         np.testing.assert_allclose(logits, stored["dual__block_logits"], atol=MOE_ATOL)
     if "cache8__prefill_kv" in stored:
-        graph = with_blocks(checkpoint, 8)
-        _, cache = run_cached(graph, params, ids[:, :16], columns[:, :16], seen, empty)
+        seen = dataclasses.replace(seen, **MASKS["block8"])
+        _, cache = run_cached(checkpoint, ids[:, :16], columns[:, :16], seen, empty)
         assert_keys_and_values(cache, stored["cache8__prefill_kv"])
-        logits, _ = run_cached(graph, params, ids[:, 16:], columns[:, 16:], seen, cache)
+        logits, _ = run_cached(checkpoint, ids[:, 16:], columns[:, 16:], seen, cache)
         np.testing.assert_allclose(logits, stored["cache8__block_logits"], atol=MOE_ATOL)
 
 
@@ -232,9 +218,7 @@ def test_likelihood(case: Case):
     hidden = jnp.array(shown == meta["mask_id"])
     ratio = stored["p_mask"].reshape(B, T)[:, start]
     masks = Masks(hidden, hidden, jnp.array(ratio))
-    loss_B, entropy_BW = losses(
-        checkpoint.graph, checkpoint.params, canvas, masks, length, meta["cfg_scale"]
-    )
+    loss_B, entropy_BW = losses(checkpoint, canvas, masks, length, meta["cfg_scale"])
     theirs = stored["token_nll"].reshape(B, T)[:, start:]
     np.testing.assert_allclose(entropy_BW, theirs, atol=ATOL)
     np.testing.assert_allclose(loss_B, stored["sample_loss"].ravel(), rtol=1e-4)

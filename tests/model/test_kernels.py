@@ -1,6 +1,5 @@
 """Every attention implementation against the reference, over one list of shapes."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -8,15 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jdllm.kernels import attention as room
-from jdllm.kernels.attention import IMPLEMENTATIONS, attention, reference
-from jdllm.model.config import NAMED
-from jdllm.model.transformer import visible_keys
+from jdllm.kernels import choose
+from jdllm.kernels.attention import cudnn
+from jdllm.kernels.attention.reference import attention as reference
+from jdllm.kernels.choose import attention
+from jdllm.kernels.shapes import ATTENTION as SHAPES
+from jdllm.model.mask import Mask
 
-CAUSAL = dataclasses.replace(NAMED["tiny"], causal=True)
+IMPLEMENTATIONS = choose.TABLES["attention"]
+
+
 MASKED = [name for name in IMPLEMENTATIONS if name != "cudnn"]  # those that serve any mask
-# B, T queries, S keys, H, G, K
-SHAPES = [(1, 5, 5, 4, 4, 8), (2, 3, 9, 4, 2, 16), (2, 8, 8, 6, 1, 4)]
 
 
 def random_inputs(shape: tuple[int, ...], seed: int) -> Any:
@@ -57,11 +58,11 @@ def test_queries_may_see_keys_of_their_own(name, shape, monkeypatch):
     q, k, v, visible = random_inputs(shape, 4)
     B, T, S, *_ = shape
     columns = jnp.broadcast_to(jnp.arange(T) * 2 % S, (B, T))
-    mask = visible_keys(CAUSAL, columns, visible, S)
+    mask = Mask(visible, kind="causal").resolve(columns, S)
     for b, t, s in np.ndindex(B, T, S):
         assert bool(mask[b, t, s]) == (bool(visible[b, s]) and s <= int(columns[b, t]))
     expected = by_hand(*map(np.asarray, (q, k, v, mask)))
-    np.testing.assert_allclose(attention(q, k, v, mask, name), expected, atol=1e-5)
+    np.testing.assert_allclose(attention(q, k, v, mask, f"attention:{name}"), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in MASKED if name != "reference"])
@@ -71,7 +72,7 @@ def test_implementations_equal_the_reference(name, shape, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     inputs = random_inputs(shape, 1)
     np.testing.assert_allclose(
-        attention(*inputs, implementation=name), reference(*inputs), atol=1e-5
+        attention(*inputs, kernel=f"attention:{name}"), reference(*inputs), atol=1e-5
     )
 
 
@@ -87,7 +88,7 @@ def without_cudnn(monkeypatch):
     attention_of_jax = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(room, "PROCESSORS", 1)
+    monkeypatch.setattr(cudnn, "PROCESSORS", 1)
     return asked
 
 
@@ -100,7 +101,7 @@ def test_rows_may_see_their_first_keys(name, shape, without_cudnn):
     mask = np.arange(shape[2]) < np.asarray(lengths)[:, None]
     queries, keys, values = (np.asarray(x, np.float32) for x in (q, k, v))
     expected = by_hand(queries, keys, values, mask)
-    found = np.asarray(attention(q, k, v, lengths, name), np.float32)
+    found = np.asarray(attention(q, k, v, lengths, f"attention:{name}"), np.float32)
     np.testing.assert_allclose(found, expected, atol=2e-2 if name == "cudnn" else 1e-5)
 
 
@@ -110,10 +111,10 @@ def test_cudnn_serves_enough_16_bit_rows_that_see_their_first_keys(without_cudnn
     lengths = jnp.array([4, 9], jnp.int32)
     attention(q, k, v, lengths)
     attention(*low, visible)
-    monkeypatch.setattr(room, "PROCESSORS", 9)
+    monkeypatch.setattr(cudnn, "PROCESSORS", 9)
     attention(*low, lengths)  # 2 rows of 4 heads
     assert "cudnn" not in without_cudnn
-    monkeypatch.setattr(room, "PROCESSORS", 8)
+    monkeypatch.setattr(cudnn, "PROCESSORS", 8)
     attention(*low, lengths)
     assert without_cudnn[-1] == "cudnn"
 
@@ -134,14 +135,39 @@ def test_a_row_that_sees_nothing_is_finite():
 
 def test_the_next_one_is_tried_where_one_does_not_serve(monkeypatch):
     def never(*_):
-        raise NotImplementedError
+        raise NotImplementedError("it never does")
 
-    table = {"never": never, "reference": reference}
-    monkeypatch.setattr(room, "IMPLEMENTATIONS", table)
+    monkeypatch.setitem(choose.TABLES, "attention", {"never": never, "reference": reference})
+    monkeypatch.setattr(choose, "_made", {})
     inputs = random_inputs(SHAPES[1], 3)
     q, k, v, visible = inputs
     np.testing.assert_array_equal(attention(q, k, v, visible), reference(q, k, v, visible))
-    with pytest.raises(NotImplementedError):
+    shapes = "float32[2,3,4,16] float32[2,9,2,16] float32[2,9,2,16] bool[2,9]"
+    row = {"operation": "attention", "chosen": "reference", "shapes": [shapes]}
+    assert choose.choices() == [row | {"refused": {"never": "it never does"}}]
+    with pytest.raises(ValueError, match="kernel=never does not serve attention .*it never does"):
         attention(q, k, v, visible, "never")
-    with pytest.raises(ValueError, match="must be one of never, reference"):
-        attention(q, k, v, visible, "fast")
+    attention(q, k, v, visible, "reference")
+    assert choose.choices()[1:] == [row | {"refused": {}}]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "forced"),
+    [
+        ("auto", {}),
+        ("reference", {"attention": "reference", "experts": "reference"}),
+        ("ragged", {"experts": "ragged"}),
+        ("attention:xla", {"attention": "xla"}),
+        ("attention:xla,experts:ragged", {"attention": "xla", "experts": "ragged"}),
+    ],
+)
+def test_kernels_are_forced_by_name(kernel: str, forced: dict[str, str]):
+    assert choose.parse(kernel) == forced
+
+
+@pytest.mark.parametrize(
+    "kernel", ["fast", "", "attention:", "attention:ragged", "attention:xla,x"]
+)
+def test_unknown_kernels_are_refused(kernel: str):
+    with pytest.raises(ValueError, match=f"kernel={kernel} must be auto, reference, or of attent"):
+        choose.parse(kernel)

@@ -13,16 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jdllm import DecodeConfig
 from jdllm.decode import Request, decode
 from jdllm.llm import LLM
-from jdllm.load import load_parts
+from jdllm.load import load_model
 from jdllm.model.config import NAMED, ModelConfig, MoEConfig
-from jdllm.model.transformer import forward, named
+from jdllm.model.model import Model, forward, named
 from jdllm.parity import make_setup
 from jdllm.runtime import sharding
 from jdllm.tasks.puzzles import countdown
@@ -30,7 +29,7 @@ from jdllm.train import step as train
 from tests.parity import test_traces
 from tests.support.collectives import Collective, in_loops
 from tests.support.models import on_mesh, random_arrays
-from tests.support.recordings import ROOT, Case, Checkpoint, has_ties, load, supported
+from tests.support.recordings import ROOT, Case, has_ties, load, supported
 
 MESHES = ("8x1", "4x2", "2x4", "1x8")
 TINY = dataclasses.replace(NAMED["tiny"], heads=8, kv_heads=8, head_dim=8)
@@ -82,9 +81,9 @@ def fresh_request(config: ModelConfig, prompts: list[list[int]], gen: int) -> Re
 
 def program(name: str, mesh: str, options: DecodeConfig) -> str:
     config, grid = MODELS[name], sharding.parse_mesh(mesh)
-    graph, params = on_mesh(config, random_arrays(config), grid)
+    model = on_mesh(config, random_arrays(config), grid)
     request = spread(fresh_request(config, [[0] * 8] * 8, options.gen_length or 0), grid)
-    lowered = decode.lower(graph, params, request, make_setup(options, config))
+    lowered = decode.lower(model, request, make_setup(options, config))
     return lowered.compile().as_text() or ""
 
 
@@ -196,13 +195,13 @@ def test_goldens_on_a_mesh(replay: Any, case: Case, mesh: str, monkeypatch: pyte
     """Canvases, NFE and outputs of the recorded runs, exactly; rows are split, too."""
     grid = sharding.parse_mesh(mesh)
 
-    def place(folder: Path) -> Checkpoint:
+    def place(folder: Path) -> Model:
         one = load(folder)
-        arrays = {name: np.asarray(leaf[...]) for name, leaf in named(one.params).items()}
-        return dataclasses.replace(one, params=on_mesh(one.config, arrays, grid)[1])
+        arrays = {name: np.asarray(leaf[...]) for name, leaf in named(one).items()}
+        return on_mesh(one.config, arrays, grid)
 
-    def run(graph: Any, params: Any, request: Request, *rest: Any, **options: Any) -> Any:
-        state = decode(graph, params, spread(request, grid), *rest, **options)
+    def run(model: Model, request: Request, *rest: Any, **options: Any) -> Any:
+        state = decode(model, spread(request, grid), *rest, **options)
         count = len(request.tokens)
         assert not np.asarray(state.rows.nfe[count:]).any()
         trace = jax.tree.map(lambda x: x[:, :count] if x.ndim > 1 else x, state.trace)
@@ -229,7 +228,7 @@ def test_uneven_and_small_batches():
     found = []
     for text in ("1x1", "4x2"):
         grid = sharding.parse_mesh(text)
-        llm = LLM(TINY, *on_mesh(TINY, arrays, grid), grid)
+        llm = LLM(on_mesh(TINY, arrays, grid))
         together = llm.generate(prompts, options, batch_size=4)
         assert llm.generate(prompts[:1], options) == together[:1]
         found.append(together)
@@ -250,7 +249,7 @@ def gaps(model: Any, canvases_FT: np.ndarray, length: int, options: DecodeConfig
     mask_id, smallest = model.config.mask_id, np.inf
     gen = options.gen_length or 0
     visible = np.broadcast_to(np.arange(canvases_FT.shape[1]) < length + gen, canvases_FT.shape)
-    logits = jax.jit(forward, static_argnums=3)(model, canvases_FT, visible, jnp.float32)
+    logits = jax.jit(forward)(model, canvases_FT, visible)
     chances = np.array(jax.nn.softmax(logits))
     chances[..., mask_id] = 0
     two = np.sort(chances, axis=-1)[..., -2:]
@@ -280,10 +279,10 @@ def test_the_bundled_model_differs_in_near_ties_only(mesh: str):
     setup, states = make_setup(options, one.config), {}
     for text in ("1x1", mesh):
         grid = sharding.parse_mesh(text)
-        config, graph, params = load_parts("bundled", grid)
-        request = spread(fresh_request(config, prompts, options.gen_length or 0), grid)
-        states[text] = decode(graph, params, request, setup, trace=True)
-    model: Any = nnx.merge(*load_parts("bundled", sharding.parse_mesh("1x1"))[1:])
+        model = load_model("bundled", grid)
+        request = spread(fresh_request(model.config, prompts, options.gen_length or 0), grid)
+        states[text] = decode(model, request, setup, trace=True)
+    model = load_model("bundled", sharding.parse_mesh("1x1"))
     single, split = states["1x1"], states[mesh]
     trace = np.asarray(single.trace.tokens)[: int(single.forwards) + 1]
     clear = []
@@ -316,13 +315,13 @@ def test_loss_and_gradients(name: str, mesh: str):
         jnp.array(rng.integers(1, 6, 8), jnp.int32),
         jnp.array(rng.choice([9, 12], 8), jnp.int32),
     )
-    step = jax.jit(jax.value_and_grad(train.batch_loss, has_aux=True), static_argnums=(1, 4, 5))
+    step = jax.jit(jax.value_and_grad(train.batch_loss, has_aux=True), static_argnums=4)
     arrays, found = random_arrays(config), {}
     for text in ("1x1", mesh):
         grid = sharding.parse_mesh(text)
-        graph, params = on_mesh(config, arrays, grid)
+        model = on_mesh(config, arrays, grid)
         placed = jax.device_put(batch, sharding.by_row(grid))
-        found[text] = step(params, graph, placed, jax.random.key(3), "float32", True)
+        found[text] = step(model.params, model, placed, jax.random.key(3), True)
     (losses, gradients), (expected, reference) = found[mesh], found["1x1"]
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     for ours, theirs in zip(jax.tree.leaves(gradients), jax.tree.leaves(reference), strict=True):

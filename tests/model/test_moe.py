@@ -7,18 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from jdllm import DecodeConfig
-from jdllm.kernels.attention import IMPLEMENTATIONS as ATTENTION
-from jdllm.kernels.experts import IMPLEMENTATIONS, experts
+from jdllm.kernels.choose import TABLES, experts
 from jdllm.llm import LLM
 from jdllm.model.config import NAMED, ModelConfig, MoEConfig, count_parameters
+from jdllm.model.mask import Mask
+from jdllm.model.model import assemble, forward, named
 from jdllm.model.moe import route, router_logits
-from jdllm.model.transformer import assemble, forward, named, visible_keys
 from jdllm.runtime import sharding
 from jdllm.store.checkpoint import placements, random_model, restore_model, save_model
 
@@ -119,7 +118,7 @@ def by_hand(x: Any, gate_up: Any, down: Any, picks: Any, weights: Any) -> np.nda
     return out
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", TABLES["experts"])
 @settings(max_examples=8, deadline=None)
 @given(
     st.tuples(*[st.integers(1, 6)] * 4).flatmap(
@@ -129,19 +128,21 @@ def by_hand(x: Any, gate_up: Any, down: Any, picks: Any, weights: Any) -> np.nda
 )
 def test_experts_equal_the_definition(name: str, shape: tuple[int, ...], seed: int):
     inputs = expert_inputs(shape, seed)
-    found = experts(*inputs, implementation=name)
+    found = experts(*inputs, kernel=f"experts:{name}")
     np.testing.assert_allclose(found, by_hand(*inputs), rtol=1e-3, atol=1e-3)
 
 
 def test_an_unknown_implementation_is_refused():
-    with pytest.raises(ValueError, match="must be one of dense, ragged"):
-        experts(*expert_inputs((2, 2, 2, 2, 1), 0), implementation="fast")
+    with pytest.raises(
+        ValueError, match="kernel=fast must be auto, reference, or of .*experts:ragged"
+    ):
+        experts(*expert_inputs((2, 2, 2, 2, 1), 0), kernel="fast")
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", TABLES["experts"])
 def test_experts_of_bfloat16_stay_bfloat16(name: str):
     x, *rest = expert_inputs((5, 4, 3, 8, 2), 0)
-    assert experts(x.astype(jnp.bfloat16), *rest, implementation=name).dtype == jnp.bfloat16
+    assert experts(x.astype(jnp.bfloat16), *rest, kernel=f"experts:{name}").dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -175,16 +176,16 @@ def test_widths_that_cannot_be_are_refused(changes: dict[str, Any]):
 def test_parameters_are_counted_and_routers_stay_float32(tmp_path):
     config = dataclasses.replace(SPARSE, dtype="bfloat16")
     mesh = sharding.parse_mesh("1x1")
-    _, params = random_model(config, mesh)
-    leaves = named(params)
+    model = random_model(config, mesh)
+    leaves = named(model)
     assert sum(leaf[...].size for leaf in leaves.values()) == count_parameters(config)
     precise = {name for name, leaf in leaves.items() if leaf[...].dtype == jnp.float32}
     sparse = ("layers.0.experts", "layers.2.experts")
     assert precise == {f"{layer}.{name}" for layer in sparse for name in ("router", "bias")}
     (tmp_path / "model").mkdir()
-    save_model(tmp_path / "model", config, params)
-    back, _, restored = restore_model(tmp_path / "model", mesh)
-    assert back == config
+    save_model(tmp_path / "model", model)
+    restored = restore_model(tmp_path / "model", mesh)
+    assert restored.config == config
     for name, leaf in named(restored).items():
         assert leaf[...].dtype == leaves[name][...].dtype
         np.testing.assert_array_equal(leaf[...], leaves[name][...])
@@ -204,8 +205,8 @@ def test_experts_lie_along_the_model_axis():
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["2x4"])
 def test_every_mesh_decodes_the_same_tokens(mesh: str):
-    _, params = random_model(SPARSE, sharding.parse_mesh("1x1"), seed=1)
-    arrays = {name: np.array(leaf[...]) for name, leaf in named(params).items()}
+    model = random_model(SPARSE, sharding.parse_mesh("1x1"), seed=1)
+    arrays = {name: np.array(leaf[...]) for name, leaf in named(model).items()}
     arrays["head"] *= 5
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 300, n).tolist() for n in (5, 17, 3)]
@@ -215,7 +216,7 @@ def test_every_mesh_decodes_the_same_tokens(mesh: str):
         grid = sharding.parse_mesh(text)
         targets = placements(SPARSE, grid)
         placed = {name: jax.device_put(x, targets[name]) for name, x in arrays.items()}
-        results.append(LLM(SPARSE, *assemble(SPARSE, placed), grid).generate(prompts, decode))
+        results.append(LLM(assemble(SPARSE, placed, grid)).generate(prompts, decode))
     assert results[0] == results[1]
 
 
@@ -230,13 +231,14 @@ def test_a_query_sees_the_blocks_up_to_its_own(length: int, start: int, count: i
     columns = 50 if cached else None
     keys = positions if columns is None else np.arange(columns)
     shown = np.random.default_rng(start).random(len(keys)) < 0.8
-    seen = visible_keys(config, jnp.array(positions[None]), jnp.array(shown[None]), columns)
+    mask = Mask.of(config, jnp.array(shown[None]))
+    seen = mask.resolve(jnp.array(positions[None]), columns)
     for t, p in enumerate(positions):
         for s, k in enumerate(keys):
             assert seen[0, t, s] == (shown[s] and k < (p // length + 1) * length)
 
 
-@pytest.mark.parametrize("name", [name for name in ATTENTION if name != "cudnn"])
+@pytest.mark.parametrize("name", [name for name in TABLES["attention"] if name != "cudnn"])
 def test_attention_under_a_mask_for_each_query(name: str, monkeypatch: pytest.MonkeyPatch):
     """Each query apart, with its own visible keys, gives the same."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
@@ -247,21 +249,19 @@ def test_attention_under_a_mask_for_each_query(name: str, monkeypatch: pytest.Mo
     )
     visible = rng.random((2, 3, 6)) < 0.6
     visible[:, :, 0] = True
-    whole = ATTENTION[name](q, k, v, jnp.array(visible))
+    whole = TABLES["attention"][name](q, k, v, jnp.array(visible))
     for t in range(3):
-        alone = ATTENTION["reference"](q[:, t : t + 1], k, v, jnp.array(visible[:, t]))
+        alone = TABLES["attention"]["reference"](q[:, t : t + 1], k, v, jnp.array(visible[:, t]))
         np.testing.assert_allclose(whole[:, t : t + 1], alone, atol=1e-5)
 
 
 def test_later_blocks_do_not_reach_earlier_ones():
     config = dataclasses.replace(SPARSE, block_causal=4)
-    _, params = random_model(config, sharding.parse_mesh("1x1"))
-    graph, params = assemble(config, {n: leaf[...] for n, leaf in named(params).items()})
-    model = nnx.merge(graph, params)
+    model = random_model(config, sharding.parse_mesh("1x1"))
     tokens = np.arange(12)[None] + 1
     other = tokens.copy()
     other[0, 8:] = 77
-    seen, kind = jnp.ones((1, 12), bool), jnp.dtype(jnp.float32)
-    a, b = (forward(model, jnp.array(x), seen, kind) for x in (tokens, other))
+    seen = jnp.ones((1, 12), bool)
+    a, b = (forward(model, jnp.array(x), seen) for x in (tokens, other))
     np.testing.assert_array_equal(a[:, :8], b[:, :8])
     assert not np.allclose(a[:, 8:], b[:, 8:])

@@ -20,9 +20,10 @@ from jdllm.decode.loop import enter_block
 from jdllm.decode.start import start
 from jdllm.decode.step import block_step
 from jdllm.decode.trace import FULL, STEP
-from jdllm.decode.work import make_work
+from jdllm.decode.work import Work
+from jdllm.model.model import Model
 from jdllm.parity import make_setup
-from tests.support.recordings import EOT, ROOT, Case, Checkpoint, has_ties, load, supported
+from tests.support.recordings import EOT, ROOT, Case, has_ties, load, supported
 from tests.support.reference_configs import CONFIGS
 
 
@@ -48,20 +49,21 @@ def draws(stored: Any, canvases: np.ndarray, mask_id: int) -> jax.Array | None:
 
 
 class Replay(NamedTuple):
-    checkpoint: Checkpoint
+    checkpoint: Model
     options: DecodeConfig
     request: Request
 
 
-def request_of(case: Case, checkpoint: Checkpoint) -> Replay:
+def request_of(case: Case, checkpoint: Model) -> Replay:
     """A dense recording as our own: facts, config and canvases; padding moves to the right."""
     stored = np.load(case.path)
     meta = json.loads(str(stored["meta"]))
     eos = meta.get("eos_id", checkpoint.config.eos_id)
     shift = checkpoint.config.shift_logits or "shift" in case.entry["name"]
-    checkpoint = checkpoint.like(
-        dataclasses.replace(checkpoint.config, eos_id=eos, stop_ids=(eos, EOT), shift_logits=shift)
+    config = dataclasses.replace(
+        checkpoint.config, eos_id=eos, stop_ids=(eos, EOT), shift_logits=shift
     )
+    checkpoint = dataclasses.replace(checkpoint, config=config)
     options = CONFIGS[case.name](case.entry["params"]).resolve(model=checkpoint.config)
     prompt, gen = stored["prompt"], options.gen_length or 0
     B, P = prompt.shape
@@ -88,9 +90,8 @@ def test_decode(case: Case):
     stored, nfe = np.load(case.path), case.entry["nfe"]
     checkpoint, options, request = request_of(case, load(ROOT / case.entry["checkpoint"]))
     verifier = load(ROOT / "qwen_verifier") if options.rule == "verify" else None
-    second = (None, None) if verifier is None else (verifier.graph, verifier.params)
     setup = make_setup(options, checkpoint.config)
-    state = decode(checkpoint.graph, checkpoint.params, request, setup, True, *second)
+    state = decode(checkpoint, request, setup, True, verifier)
     assert int(state.forwards) == nfe
     assert state.rows.nfe.tolist() == [nfe] * len(state.rows.nfe)
     ours, theirs = np.asarray(state.trace.tokens[: nfe + 1]), stored["canvas"].astype(np.int32)
@@ -124,8 +125,8 @@ def test_decode_with_ties(case: Case):
     setup, recorded = make_setup(options, checkpoint.config), request.recorded
 
     @jax.jit
-    def one_call(params, tokens, step):
-        work = make_work(checkpoint.graph, params, request, setup)
+    def one_call(model, tokens, step):
+        work = Work(model, setup, request)
         rows = enter_block(setup, start(work).rows, ~request.idle)
         rows = dataclasses.replace(
             rows,
@@ -139,7 +140,7 @@ def test_decode_with_ties(case: Case):
         return seen.columns_BN, decision
 
     for step, (before, after) in enumerate(itertools.pairwise(canvases)):
-        columns, decision = jax.device_get(one_call(checkpoint.params, before, jnp.int32(step)))
+        columns, decision = jax.device_get(one_call(checkpoint, before, jnp.int32(step)))
         for row in range(len(before)):
             old, new = before[row, columns[row]], after[row, columns[row]]
             ours, theirs = decision.ids_BN[row] != old, new != old
@@ -150,13 +151,12 @@ def test_decode_with_ties(case: Case):
             np.testing.assert_array_equal(before[row, outside], after[row, outside])
 
 
-def engine_request_of(case: Case, checkpoint: Checkpoint) -> Replay:
+def engine_request_of(case: Case, checkpoint: Model) -> Replay:
     """A recording of an engine as our own; ragged rows begin where the shortest prompt ends."""
     entry, params, facts = case.entry, case.entry["params"], checkpoint.config
     mask, eos = params["mask_id"], params.get("eos_id", facts.eos_id)
-    checkpoint = checkpoint.like(
-        dataclasses.replace(facts, mask_id=mask, eos_id=eos, stop_ids=(eos,))
-    )
+    facts = dataclasses.replace(facts, mask_id=mask, eos_id=eos, stop_ids=(eos,))
+    checkpoint = dataclasses.replace(checkpoint, config=facts)
     extra = (entry["algorithm"],) if case.name == "traces_sglang" else ()
     options = CONFIGS[case.name](params, *extra).resolve(model=checkpoint.config)
     prompts = entry["prompt_ids"]
@@ -186,7 +186,7 @@ def test_engines(case: Case):
     checkpoint, options, request = engine_request_of(case, load(case.path.parent))
     mask, eos, short = params["mask_id"], checkpoint.config.eos_id, int(request.prompt_lengths[0])
     setup = make_setup(options, checkpoint.config)
-    state = decode(checkpoint.graph, checkpoint.params, request, setup, trace=True)
+    state = decode(checkpoint, request, setup, trace=True)
     assert int(state.forwards) == entry["nfe"]
     kinds = np.asarray(state.trace.kind[: entry["nfe"]])
     before = np.asarray(state.trace.tokens[: entry["nfe"]])[np.isin(kinds, (FULL, STEP))]

@@ -16,7 +16,7 @@ import pytest
 from jdllm import LLM, DecodeConfig, launch
 from jdllm.eval import EvalConfig
 from jdllm.launch import LaunchConfig
-from jdllm.load import load_parts
+from jdllm.load import load_model
 from jdllm.runtime import cli, sharding
 from jdllm.runtime.processes import Place, alone_on_node, find_cluster, read_place
 from jdllm.sft import SFTConfig
@@ -238,7 +238,7 @@ def test_a_download_is_converted_once_for_all(tmp_path: Path):
     (folder,) = (home / "models").iterdir()
     assert f"FOUND {folder}\n" in done.stdout
     mesh = sharding.parse_mesh("1x1")
-    ours, theirs = (load_parts(str(path), mesh)[2] for path in (folder, source))
+    ours, theirs = (load_model(str(path), mesh) for path in (folder, source))
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 

@@ -7,20 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jdllm import DecodeConfig
 from jdllm.convert.__main__ import main as convert
-from jdllm.kernels.attention import IMPLEMENTATIONS as ATTENTION
 from jdllm.kernels.attention import reference
-from jdllm.kernels.experts import IMPLEMENTATIONS as EXPERTS
+from jdllm.kernels.choose import TABLES
+from jdllm.kernels.choose import experts as kernel
 from jdllm.kernels.experts import dense
-from jdllm.kernels.experts import experts as kernel
 from jdllm.llm import LLM
 from jdllm.load import choose_mesh, weight_bytes
 from jdllm.model.config import NAMED, MoEConfig, count_parameters
-from jdllm.model.transformer import forward
+from jdllm.model.model import forward
 from jdllm.runtime import sharding
 from jdllm.store import checkpoint
 from jdllm.store.checkpoint import placements
@@ -113,21 +111,21 @@ def test_kernels_run_per_shard_with_their_own_rows_heads_and_experts(monkeypatch
 
     def attention(q, k, v, visible):
         seen["attention"].add((q.shape, k.shape, visible.shape))
-        return reference(q, k, v, visible)
+        return reference.attention(q, k, v, visible)
 
     def experts(x, gate_up, down, picks, weights):
         seen["experts"].add((x.shape, gate_up.shape, picks.shape))
-        return dense(x, gate_up, down, picks, weights)
+        return dense.experts(x, gate_up, down, picks, weights)
 
-    monkeypatch.setitem(ATTENTION, "reference", attention)
-    monkeypatch.setitem(EXPERTS, "dense", experts)
+    monkeypatch.setitem(TABLES["attention"], "reference", attention)
+    monkeypatch.setitem(TABLES["experts"], "reference", experts)
     tokens, visible = np.ones((4, 6), np.int32), np.ones((4, 6), bool)
     logits = {}
     for text in ("1x1", "2x4"):
         grid = sharding.parse_mesh(text)
-        model = nnx.merge(*on_mesh(config, arrays, grid))
+        model = on_mesh(config, arrays, grid)
         rows = jax.device_put((tokens, visible), sharding.by_row(grid))
-        logits[text] = jax.jit(forward, static_argnums=3)(model, *rows, jnp.float32)
+        logits[text] = jax.jit(forward)(model, *rows)
     np.testing.assert_allclose(logits["2x4"], logits["1x1"], atol=1e-5)
     assert seen["attention"] == {  # 8 heads on 2 key/value heads: two of a group, on one of them
         ((4, 6, 8, 8), (4, 6, 2, 8), (4, 6)),
@@ -153,8 +151,8 @@ def test_attention_of_any_grouping_on_any_mesh(heads: int, kv_heads: int, mesh: 
     visible[1, 4:] = False
     arrays, logits = random_arrays(config), []
     for text in ("1x1", mesh):
-        model = nnx.merge(*on_mesh(config, arrays, text))
-        logits.append(jax.jit(forward, static_argnums=3)(model, tokens, visible, jnp.float32))
+        model = on_mesh(config, arrays, text)
+        logits.append(jax.jit(forward)(model, tokens, visible))
     np.testing.assert_allclose(logits[1], logits[0], atol=1e-5)
 
 
@@ -163,13 +161,13 @@ def test_rows_that_do_not_divide_are_everybodys():
     config = dataclasses.replace(SPARSE, layers=1)
     arrays, logits = random_arrays(config), []
     for text in ("1x1", "4x2"):
-        model = nnx.merge(*on_mesh(config, arrays, text))
+        model = on_mesh(config, arrays, text)
         tokens, visible = np.arange(15).reshape(3, 5), np.ones((3, 5), bool)
-        logits.append(jax.jit(forward, static_argnums=3)(model, tokens, visible, jnp.float32))
+        logits.append(jax.jit(forward)(model, tokens, visible))
     np.testing.assert_allclose(logits[1], logits[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", EXPERTS)
+@pytest.mark.parametrize("implementation", TABLES["experts"])
 def test_picks_of_other_devices_add_nothing(implementation: str):
     rng = np.random.default_rng(0)
     T, E, D, M, P = 5, 8, 6, 4, 3
@@ -178,9 +176,11 @@ def test_picks_of_other_devices_add_nothing(implementation: str):
         for s in ((T, D), (E, D, 2, M), (E, M, D), (T, P))
     )
     picks = jnp.array(rng.permuted(np.tile(np.arange(E), (T, 1)), axis=1)[:, :P], jnp.int32)
-    whole = kernel(x, gate_up, down, picks, weights, implementation)
+    whole = kernel(x, gate_up, down, picks, weights, f"experts:{implementation}")
     parts = [
-        kernel(x, gate_up[i : i + 2], down[i : i + 2], picks - i, weights, implementation)
+        kernel(
+            x, gate_up[i : i + 2], down[i : i + 2], picks - i, weights, f"experts:{implementation}"
+        )
         for i in range(0, E, 2)
     ]
     np.testing.assert_allclose(sum(parts), whole, atol=1e-5)
@@ -219,6 +219,6 @@ def test_every_mesh_decodes_the_same_tokens(mesh: str, cfg_scale: float):
     results = []
     for text in ("1x1", mesh):
         grid = sharding.parse_mesh(text)
-        results.append(LLM(config, *on_mesh(config, arrays, grid), grid).generate(prompts, decode))
+        results.append(LLM(on_mesh(config, arrays, grid)).generate(prompts, decode))
     assert results[0] == results[1]
     assert any(completion.nfe > 2 for completion in results[0])

@@ -6,13 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from jdllm.model.config import NAMED, ModelConfig
-from jdllm.model.transformer import Transformer, forward
+from jdllm.model.model import Model, forward
 from jdllm.runtime import sharding
 from jdllm.score.likelihood import Canvas, LikelihoodConfig, draw, is_greedy, losses
-from jdllm.score.scoring import Device, parts, resolve, score
+from jdllm.score.scoring import parts, resolve, score
 from jdllm.store.checkpoint import random_model
 
 SMALL = dataclasses.replace(
@@ -27,24 +26,22 @@ MODELS = {
 PAIR = ([3, 7, 1], [5, 2])
 
 
-def device(name: str, mesh: str = "1x1") -> Device:
+def device(name: str, mesh: str = "1x1") -> Model:
     config = MODELS[name]
     grid = sharding.parse_mesh(mesh)
-    graph, params = random_model(config, grid, seed=5)
-    return Device(graph, params, config, grid)
+    return random_model(config, grid, seed=5)
 
 
 @pytest.fixture(scope="module")
-def devices() -> dict[str, Device]:
+def devices() -> dict[str, Model]:
     return {name: device(name) for name in MODELS}
 
 
-def log_p(where: Device, tokens: list[int], column: int) -> np.ndarray:
+def log_p(where: Model, tokens: list[int], column: int) -> np.ndarray:
     """Log-probabilities of every id at a column of one canvas, by the plain forward pass."""
-    model: Transformer = nnx.merge(where.graph, where.params)
     row = column - 1 if where.config.shift_logits and column else column
     ids = jnp.array([tokens])
-    logits = forward(model, ids, jnp.ones(ids.shape, bool), jnp.dtype("float32"))
+    logits = forward(where, ids, jnp.ones(ids.shape, bool))
     return np.asarray(jax.nn.log_softmax(logits[0, row]))
 
 
@@ -52,11 +49,11 @@ def masked(tokens: list[int], columns: list[int], config: ModelConfig) -> list[i
     return [config.mask_id if i in columns else t for i, t in enumerate(tokens)]
 
 
-def value(where: Device, pair=PAIR, **settings) -> float:
+def value(where: Model, pair=PAIR, **settings) -> float:
     return score([pair], LikelihoodConfig(**settings), where)[0].value
 
 
-def test_chain_is_the_chain_rule(devices: dict[str, Device]):
+def test_chain_is_the_chain_rule(devices: dict[str, Model]):
     where = devices["plain"]
     prefix, (a, b) = PAIR
     tokens = [*prefix, a, b]
@@ -69,7 +66,7 @@ def test_chain_is_the_chain_rule(devices: dict[str, Device]):
     assert found.stderr == 0
 
 
-def test_the_chain_is_a_distribution(devices: dict[str, Device]):
+def test_the_chain_is_a_distribution(devices: dict[str, Model]):
     pairs = [([3], [a, b]) for a in range(SMALL.vocab) for b in range(SMALL.vocab)]
     found = score(pairs, LikelihoodConfig(estimator="chain"), devices["plain"], batch_size=512)
     assert sum(np.exp(one.value) for one in found) == pytest.approx(1, abs=1e-3)
@@ -95,14 +92,14 @@ def test_estimates_converge_and_know_their_error(devices, estimator: str, batch:
     assert 0 < np.std(spread) < 0.5
 
 
-def test_one_token_is_exact_at_once(devices: dict[str, Device]):
+def test_one_token_is_exact_at_once(devices: dict[str, Model]):
     where, pair = devices["plain"], ([3, 7], [5])
     found = score([pair], LikelihoodConfig(mc_num=1, mc_batch=1), where)[0]
     assert found.stderr == 0
     assert found.value == pytest.approx(log_p(where, [3, 7, 20], 2)[5], abs=1e-4)
 
 
-def test_dream_appends_an_eos_and_shifts(devices: dict[str, Device]):
+def test_dream_appends_an_eos_and_shifts(devices: dict[str, Model]):
     """Recomputed from the masks drawn: shifted rows, weight 1/p, the last column never masked."""
     where = devices["shifted"]
     config = resolve(LikelihoodConfig(mc_num=8, mc_batch=8), where.config)
@@ -111,7 +108,7 @@ def test_dream_appends_an_eos_and_shifts(devices: dict[str, Device]):
     assert part.tokens == [3, 7, 1, 5, 2, 21] and (part.start, part.end) == (3, 6)
     canvas = rows_of(part.tokens, 3, 6, 8)
     masks = draw(canvas, jax.random.split(jax.random.key(1), 8), jnp.arange(8), config)
-    loss_B, _ = losses(where.graph, where.params, canvas, masks, 3)
+    loss_B, _ = losses(where, canvas, masks, 3)
     assert not np.asarray(masks.hidden)[:, [0, 1, 2, 5]].any()
     assert np.asarray(masks.hidden)[:, 3:5].any(), "nothing masked proves nothing"
     for row in range(8):
@@ -159,7 +156,7 @@ def test_regions():
         parts([], [1], dataclasses.replace(config, region="prefix"), SMALL)
 
 
-def test_blocks_are_scored_after_their_clean_past(devices: dict[str, Device]):
+def test_blocks_are_scored_after_their_clean_past(devices: dict[str, Model]):
     """A block-causal model's chain: in each block the masks of that block alone."""
     where = devices["blocks"]
     prefix, target = [3, 7, 1], [5, 2, 9]
@@ -173,16 +170,15 @@ def test_blocks_are_scored_after_their_clean_past(devices: dict[str, Device]):
     assert value(where, ([3, 7], [1, 5]), mc_num=1, mc_batch=1) < 0
 
 
-def test_guidance_masks_the_prefix_out(devices: dict[str, Device]):
+def test_guidance_masks_the_prefix_out(devices: dict[str, Model]):
     where, pair = devices["plain"], ([3, 7], [5])
-    model: Transformer = nnx.merge(where.graph, where.params)
     ids = jnp.array([[3, 7, 20], [20, 20, 20]])
-    logits = forward(model, ids, jnp.ones(ids.shape, bool), jnp.dtype("float32"))[:, 2]
+    logits = forward(where, ids, jnp.ones(ids.shape, bool))[:, 2]
     guided = jax.nn.log_softmax(logits[1] + 1.5 * (logits[0] - logits[1]))[5]
     assert value(where, pair, cfg_scale=0.5) == pytest.approx(float(guided), abs=1e-4)
 
 
-def test_company_does_not_matter(devices: dict[str, Device]):
+def test_company_does_not_matter(devices: dict[str, Model]):
     pairs = [([1] * n, [2 + n % 5] * (1 + n % 3)) for n in range(9)] + [PAIR, ([1] * 40, [3, 4])]
     config = LikelihoodConfig(mc_num=4, mc_batch=2)
     seen = []
@@ -198,7 +194,7 @@ def test_company_does_not_matter(devices: dict[str, Device]):
     assert [one.value for one in spread] == pytest.approx([one.value for one in together], abs=1e-4)
 
 
-def test_greedy_check(devices: dict[str, Device]):
+def test_greedy_check(devices: dict[str, Model]):
     """The target that greedy decoding gives, and one that differs in its last token."""
     where = devices["plain"]
     tokens = [3, 7, *[20] * 4]
@@ -211,7 +207,7 @@ def test_greedy_check(devices: dict[str, Device]):
     canvas = Canvas(
         jnp.array([tokens, wrong]), jnp.full(2, 6), jnp.full(2, 2), jnp.full(2, 6)
     )  # fmt: skip
-    assert is_greedy(where.graph, where.params, canvas, 4).tolist() == [True, False]
+    assert is_greedy(where, canvas, 4).tolist() == [True, False]
     config = LikelihoodConfig(mc_num=1, mc_batch=1, is_check_greedy=True)
     pairs = [(tokens[:2], tokens[2:]), (wrong[:2], wrong[2:])]
     assert [one.is_greedy for one in score(pairs, config, where)] == [True, False]

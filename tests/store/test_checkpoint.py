@@ -9,13 +9,12 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jdllm.load import locate
 from jdllm.model.config import NAMED, NO_ID, MoEConfig, count_parameters, is_converted
-from jdllm.model.transformer import abstract, named
+from jdllm.model.model import Model, named
 from jdllm.runtime import sharding
 from jdllm.runtime.files import atomic_folder
 from jdllm.store import checkpoint
@@ -25,8 +24,8 @@ TINY = dataclasses.replace(NAMED["tiny"], embed=32, head_dim=8, mlp=48, vocab=64
 MESHES = ["1x1", "2x2", "8x1", "1x4"]
 
 
-def values(params: nnx.State) -> dict[str, np.ndarray]:
-    return {name: np.asarray(leaf[...]) for name, leaf in named(params).items()}
+def values(model: Model) -> dict[str, np.ndarray]:
+    return {name: np.asarray(leaf[...]) for name, leaf in named(model).items()}
 
 
 def assert_equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
@@ -40,20 +39,20 @@ def assert_equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.ndarray]]:
     """A random model, saved from a 2x2 mesh, and its values."""
     folder = tmp_path_factory.mktemp("saved")
-    _, params = checkpoint.random_model(TINY, sharding.parse_mesh("2x2"))
-    checkpoint.save_model(folder, TINY, params)
-    return folder, values(params)
+    model = checkpoint.random_model(TINY, sharding.parse_mesh("2x2"))
+    checkpoint.save_model(folder, model)
+    return folder, values(model)
 
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_restores_onto_any_mesh(saved: tuple[Path, dict[str, np.ndarray]], mesh: str):
     folder, expected = saved
     grid = sharding.parse_mesh(mesh)
-    config, _, params = checkpoint.restore_model(folder, grid)
-    assert config == TINY
-    assert_equal(values(params), expected)
+    model = checkpoint.restore_model(folder, grid)
+    assert model.config == TINY
+    assert_equal(values(model), expected)
     split = 0
-    for name, leaf in named(params).items():
+    for name, leaf in named(model).items():
         array = leaf[...]
         assert array.sharding == checkpoint.placements(TINY, grid)[name], name
         assert {shard.device for shard in array.addressable_shards} == set(grid.devices.flat)
@@ -72,18 +71,18 @@ def test_saving_from_one_mesh_or_another_is_the_same(
     saved: tuple[Path, dict[str, np.ndarray]], tmp_path: Path
 ):
     folder, expected = saved
-    _, _, params = checkpoint.restore_model(folder, sharding.parse_mesh("1x4"))
-    checkpoint.save_model(tmp_path, TINY, params)
-    _, _, again = checkpoint.restore_model(tmp_path, sharding.parse_mesh("1x1"))
+    model = checkpoint.restore_model(folder, sharding.parse_mesh("1x4"))
+    checkpoint.save_model(tmp_path, model)
+    again = checkpoint.restore_model(tmp_path, sharding.parse_mesh("1x1"))
     assert_equal(values(again), expected)
 
 
 def test_casts_while_restoring(saved: tuple[Path, dict[str, np.ndarray]]):
     folder, expected = saved
-    config, _, params = checkpoint.restore_model(folder, sharding.parse_mesh("2x2"), "bfloat16")
-    assert config.dtype == "bfloat16"
+    model = checkpoint.restore_model(folder, sharding.parse_mesh("2x2"), "bfloat16")
+    assert model.config.dtype == "bfloat16"
     half = {name: array.astype(ml_dtypes.bfloat16) for name, array in expected.items()}
-    assert_equal(values(params), half)
+    assert_equal(values(model), half)
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
@@ -131,8 +130,8 @@ def test_lazy_arrays_of_many_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     stream = ((u, {name: lazy(whole[name]) for name in leaves}) for u, leaves in grouped.items())
     checkpoint.write_model(tmp_path, TINY, stream)
     assert 500 < largest <= 1000
-    _, _, params = checkpoint.restore_model(tmp_path, sharding.parse_mesh("1x4"))
-    assert_equal(values(params), whole)
+    model = checkpoint.restore_model(tmp_path, sharding.parse_mesh("1x4"))
+    assert_equal(values(model), whole)
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -153,9 +152,9 @@ def test_streams_read_only_the_slices_of_each_device(
         return LazyArray(expected[name].shape, expected[name].dtype, read)
 
     stream = [(unit, {n: lazy(n) for n in names}) for unit, names in checkpoint.units(TINY).items()]
-    _, params = checkpoint.place_stream(TINY, grid, stream)
-    assert_equal(values(params), expected)
-    for name, leaf in named(params).items():
+    model = checkpoint.place_stream(TINY, grid, stream)
+    assert_equal(values(model), expected)
+    for name, leaf in named(model).items():
         assert leaf[...].sharding == targets[name]
     for name, size in reads:
         assert size == np.prod(targets[name].shard_shape(expected[name].shape)), name
@@ -164,9 +163,9 @@ def test_streams_read_only_the_slices_of_each_device(
 def test_more_than_ten_layers_keep_their_order(tmp_path: Path):
     config = dataclasses.replace(TINY, layers=12)
     grid = sharding.parse_mesh("2x2")
-    _, params = checkpoint.random_model(config, grid)
+    model = checkpoint.random_model(config, grid)
     targets = checkpoint.placements(config, grid)
-    leaves = named(params)
+    leaves = named(model)
     assert set(leaves) == set(targets)
     for name, leaf in leaves.items():
         assert leaf[...].sharding == targets[name], name
@@ -175,20 +174,20 @@ def test_more_than_ten_layers_keep_their_order(tmp_path: Path):
         )
     units = list(checkpoint.units(config))
     assert [u for u in units if u.startswith("layers")] == [f"layers.{i}" for i in range(12)]
-    checkpoint.save_model(tmp_path, config, params)
-    _, _, restored = checkpoint.restore_model(tmp_path, sharding.parse_mesh("1x1"))
-    assert_equal(values(restored), values(params))
+    checkpoint.save_model(tmp_path, model)
+    restored = checkpoint.restore_model(tmp_path, sharding.parse_mesh("1x1"))
+    assert_equal(values(restored), values(model))
     tenth = values(restored)["layers.10.mlp.down"]
     assert not np.array_equal(tenth, values(restored)["layers.2.mlp.down"])
 
 
 def test_random_models_do_not_depend_on_the_mesh():
     models = [
-        values(checkpoint.random_model(TINY, sharding.parse_mesh(mesh), seed=3)[1])
+        values(checkpoint.random_model(TINY, sharding.parse_mesh(mesh), seed=3))
         for mesh in ("1x1", "1x4")
     ]
     assert_equal(*models)
-    other = values(checkpoint.random_model(TINY, sharding.parse_mesh("1x1"), seed=4)[1])
+    other = values(checkpoint.random_model(TINY, sharding.parse_mesh("1x1"), seed=4))
     assert not np.array_equal(models[0]["head"], other["head"])
     first, second = (models[0][f"layers.{i}.mlp.down"] for i in (0, 1))
     assert not np.array_equal(first, second)
@@ -208,9 +207,9 @@ def test_random_weights_of_every_named_shape(name: str, mesh: str):
             checkpoint.random_maker(config, grid)
         return
     make = checkpoint.random_maker(config, grid)
-    made = jax.eval_shape(lambda key: make(key)[1], jax.random.key(0))
+    made = jax.eval_shape(make, jax.random.key(0))
     assert sum(leaf.size for leaf in jax.tree.leaves(made)) == count_parameters(config)
-    assert nnx.merge(nnx.split(abstract(config))[0], made).config == config
+    assert made.config == config
 
 
 def test_atomic_folder_appears_at_the_end(tmp_path: Path):

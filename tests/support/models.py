@@ -2,10 +2,9 @@
 
 import jax
 import numpy as np
-from flax import nnx
 
 from jdllm.model.config import ModelConfig
-from jdllm.model.transformer import abstract, assemble, named
+from jdllm.model.model import Model, abstract, assemble, named
 from jdllm.runtime import sharding
 from jdllm.store.checkpoint import placements
 
@@ -16,7 +15,7 @@ def random_arrays(config: ModelConfig, seed: int = 0, sharpness: float = 1.0) ->
     """Float32 weights by name: ones for norms, else normal; a sharp head leaves no near-ties."""
     rng = np.random.default_rng(seed)
     arrays = {}
-    for name, leaf in named(nnx.state(abstract(config))).items():
+    for name, leaf in named(abstract(config)).items():
         if len(leaf.shape) == 1:
             arrays[name] = np.ones(leaf.shape, np.float32)
         else:
@@ -26,10 +25,9 @@ def random_arrays(config: ModelConfig, seed: int = 0, sharpness: float = 1.0) ->
     return arrays
 
 
-def on_mesh(
-    config: ModelConfig, arrays: Arrays, mesh: jax.sharding.Mesh | str
-) -> tuple[nnx.GraphDef, nnx.State]:
-    """Static graph and parameters, every device with its slices."""
+def on_mesh(config: ModelConfig, arrays: Arrays, mesh: jax.sharding.Mesh | str) -> Model:
+    """The model, every device with its slices."""
     grid = sharding.parse_mesh(mesh) if isinstance(mesh, str) else mesh
     targets = placements(config, grid)
-    return assemble(config, {name: jax.device_put(x, targets[name]) for name, x in arrays.items()})
+    placed = {name: jax.device_put(x, targets[name]) for name, x in arrays.items()}
+    return assemble(config, placed, grid)

@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from flax import nnx
 
-from jdllm.load import load_parts
-from jdllm.model.config import ModelConfig
-from jdllm.model.transformer import abstract
+from jdllm.load import load_model
+from jdllm.model.model import Model
 from jdllm.runtime import sharding
 
 ROOT = Path(os.environ.get("JDLLM_GOLDENS", Path(__file__).parents[1] / "goldens"))
@@ -75,17 +73,6 @@ def supported(kind: str, moe: bool = False) -> list[Any]:
     return [pytest.param(case, id=case.id) for case in rows]
 
 
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    config: ModelConfig
-    graph: nnx.GraphDef
-    params: nnx.State
-
-    def like(self, config: ModelConfig) -> "Checkpoint":
-        """The same weights under other facts."""
-        return dataclasses.replace(self, config=config, graph=nnx.split(abstract(config))[0])
-
-
 def with_mask(folder: Path, scratch: Path) -> Path:
     """The folder, or a copy whose config.json names the mask: some leave that to a tokenizer."""
     facts = json.loads((folder / "config.json").read_text())
@@ -103,10 +90,10 @@ def has_ties(param: Any) -> bool:
 
 
 @functools.cache
-def load(folder: Path) -> Checkpoint:
+def load(folder: Path) -> Model:
     """The checkpoint in a folder, float32, on one device; every one is read once."""
     with tempfile.TemporaryDirectory() as scratch:
         source = str(with_mask(folder, Path(scratch)))
-        config, graph, params = load_parts(source, sharding.parse_mesh("1x1"), "float32")
-    config = dataclasses.replace(config, stop_ids=(config.eos_id, EOT))
-    return Checkpoint(config, graph, params)
+        model = load_model(source, sharding.parse_mesh("1x1"), "float32")
+    config = dataclasses.replace(model.config, stop_ids=(model.config.eos_id, EOT))
+    return dataclasses.replace(model, config=config)

@@ -11,7 +11,7 @@ from jdllm import DecodeConfig
 from jdllm.decode import Setup, decode
 from jdllm.llm import LLM
 from jdllm.model.config import NAMED, ModelConfig
-from jdllm.model.transformer import assemble, named
+from jdllm.model.model import assemble, named
 from jdllm.parity import make_setup
 from jdllm.runtime import sharding
 from jdllm.store.checkpoint import random_model
@@ -33,8 +33,8 @@ KINDS: dict[str, dict[str, Any]] = {
 @functools.cache
 def weights(end_bias: float = 1.0, mask_bias: float = 1.0) -> dict[str, np.ndarray]:
     """By name; ends and [MASK] may be made likely."""
-    _, params = random_model(TINY, sharding.parse_mesh("1x1"), seed=3)
-    arrays = {name: np.array(leaf[...]) for name, leaf in named(params).items()}
+    model = random_model(TINY, sharding.parse_mesh("1x1"), seed=3)
+    arrays = {name: np.array(leaf[...]) for name, leaf in named(model).items()}
     sharper = {"attention.q": 12, "attention.out": 4, "head": 3}
     for name in arrays:
         arrays[name] *= next((by for end, by in sharper.items() if name.endswith(end)), 1)
@@ -47,12 +47,12 @@ def weights(end_bias: float = 1.0, mask_bias: float = 1.0) -> dict[str, np.ndarr
 def tiny(kind: str = "plain", end_bias: float = 1.0, mask_bias: float = 1.0) -> LLM:
     facts = dataclasses.replace(TINY, **KINDS[kind])
     arrays = {name: jnp.array(x) for name, x in weights(end_bias, mask_bias).items()}
-    return LLM(facts, *assemble(facts, arrays), sharding.parse_mesh("1x1"))
+    return LLM(assemble(facts, arrays, sharding.parse_mesh("1x1")))
 
 
 def plain(llm: LLM) -> PlainModel:
     """The same model in numpy."""
-    arrays = {name: np.array(x[...], np.float64) for name, x in named(llm._params).items()}
+    arrays = {name: np.array(x[...], np.float64) for name, x in named(llm.model).items()}
     return PlainModel(llm.config, arrays)
 
 
@@ -71,13 +71,12 @@ def canvases(llm: LLM, config: DecodeConfig, prompts: list[list[int]], verifier:
     setup = make_setup(config, llm.config)
     request = llm._request(prompts, [0] * len(prompts), config, setup)
     key = (llm.config, setup, request.tokens.shape)
-    second = {"verifier_graph": verifier._graph} if verifier else {}
-    judge = {"verifier_params": verifier._params} if verifier else {}
+    judge = {"verifier": verifier.model} if verifier else {}
     if key not in PROGRAMS:
         quick = {"xla_backend_optimization_level": 0}  # compiles in half the time
-        lowered = decode.lower(llm._graph, llm._params, request, setup, **second, **judge)
+        lowered = decode.lower(llm.model, request, setup, **judge)
         PROGRAMS[key] = lowered.compile(compiler_options=quick)
-    state = PROGRAMS[key](llm._params, request, **judge)
+    state = PROGRAMS[key](llm.model, request, **judge)
     rows = [
         row[: setup.canvas_length(len(p))].tolist()
         for row, p in zip(np.asarray(state.rows.tokens), prompts, strict=True)

@@ -27,8 +27,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         dtype="float32", max_length=4096,
     )  # fmt: skip
     path = tmp_path_factory.mktemp("model")
-    _, params = random_model(config, sharding.parse_mesh("1x1"), seed=3)
-    save_model(path, config, params)
+    model = random_model(config, sharding.parse_mesh("1x1"), seed=3)
+    save_model(path, model)
     copy_tokenizer(BUNDLED, path)
     return path
 

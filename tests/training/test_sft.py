@@ -24,7 +24,7 @@ import pytest
 
 from jdllm import sft
 from jdllm.launch import free_port
-from jdllm.load import BUNDLED, load_parts
+from jdllm.load import BUNDLED, load_model
 from jdllm.model.config import NAMED
 from jdllm.runtime import cli, files, sharding, signals
 from jdllm.sft import SFTConfig
@@ -43,8 +43,8 @@ def tiny(tmp_path_factory) -> Path:
     """A converted folder with random weights and the bundled tokenizer."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     with files.atomic_folder(folder) as partial:
-        _, params = checkpoint.random_model(CONFIG, sharding.parse_mesh("1x1"))
-        checkpoint.save_model(partial, CONFIG, params)
+        model = checkpoint.random_model(CONFIG, sharding.parse_mesh("1x1"))
+        checkpoint.save_model(partial, model)
         copy_tokenizer(BUNDLED, partial)
     return folder
 
@@ -96,10 +96,10 @@ def test_a_run_leaves_metrics_checkpoints_and_a_model(tiny, tmp_path, chats, kin
     assert all(np.isfinite(list(row.values())).all() for row in rows)
     saved = sorted(int(p.name) for p in (config.output / "checkpoints").iterdir())
     assert saved == [3, 4]
-    model, _, params = load_parts(str(config.output / "model"), sharding.parse_mesh("1x1"))
-    assert dataclasses.replace(model, dtype="float32") == CONFIG
+    params = load_model(str(config.output / "model"), sharding.parse_mesh("1x1"))
+    assert dataclasses.replace(params.config, dtype="float32") == CONFIG
     assert checkpoint.read_config(config.output / "model").dtype == "bfloat16"
-    _, _, start = load_parts(str(tiny), sharding.parse_mesh("1x1"))
+    start = load_model(str(tiny), sharding.parse_mesh("1x1"))
     pairs = zip(jax.tree.leaves(params), jax.tree.leaves(start), strict=True)
     assert all((a.astype("float32") != b).any() for a, b in pairs if a.ndim > 1)
     assert load_tokenizer(config.output / "model") is not None
@@ -140,7 +140,7 @@ def test_a_run_whose_model_was_not_written_writes_it(tiny, tmp_path, capsys):
 
 def same_weights(first: Path, second: Path) -> None:
     mesh = sharding.parse_mesh("1x1")
-    pair = [load_parts(str(folder), mesh)[2] for folder in (first, second)]
+    pair = [load_model(str(folder), mesh) for folder in (first, second)]
     jax.tree.map(np.testing.assert_array_equal, *pair)
 
 
@@ -491,7 +491,7 @@ def close_run(output: Path, expected: Path) -> None:
         ours, theirs = ([row[name] for row in rows] for rows in (steps, others))
         np.testing.assert_allclose(ours, theirs, rtol=1e-5)
     mesh = sharding.parse_mesh("1x1")
-    pair = [load_parts(str(folder / "model"), mesh)[2] for folder in (output, expected)]
+    pair = [load_model(str(folder / "model"), mesh) for folder in (output, expected)]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *pair)
     assert not list(output.rglob("*partial*"))
 
@@ -520,8 +520,8 @@ def test_processes_change_places_with_one(tiny, tmp_path, mesh):
         wide = dataclasses.replace(CONFIG, heads=8, kv_heads=8, head_dim=8)
         tiny = tmp_path / "wide"
         with files.atomic_folder(tiny) as partial:
-            _, params = checkpoint.random_model(wide, sharding.parse_mesh("1x1"))
-            checkpoint.save_model(partial, wide, params)
+            model = checkpoint.random_model(wide, sharding.parse_mesh("1x1"))
+            checkpoint.save_model(partial, model)
             copy_tokenizer(BUNDLED, partial)
     words = {name: spread_words(tiny, tmp_path / name, mesh) for name in ("one", "two")}
     lost = launch(words["two"], 4, tmp_path, "dies", victim=0)

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 
 from jdllm.model.config import NAMED
-from jdllm.model.transformer import forward
+from jdllm.model.model import forward
 from jdllm.runtime import sharding
 from jdllm.store import checkpoint
 from jdllm.train import step as train
@@ -38,7 +37,7 @@ def one_device():
 
 @pytest.fixture(scope="module")
 def model():
-    """Static graph and float32 parameters; tests must not donate the parameters."""
+    """Float32 parameters, computed with as they are; tests must not donate them."""
     return checkpoint.random_model(CONFIG, one_device(), seed=1)
 
 
@@ -69,20 +68,20 @@ def close(a, b, rtol: float = 1e-4):
         np.testing.assert_allclose(x, y, rtol=0, atol=rtol * max(np.abs(y).max(), 1e-12))
 
 
-def plain_loss(params, graph, batch: train.Batch, key):
+def plain_loss(params, model, batch: train.Batch, key):
     """The objective spelled out with whole logits, from corrupt's draws: loss and mean nll."""
-    net = nnx.merge(graph, params)
+    model = dataclasses.replace(model, params=params)
     noisy, masked, t = train.corrupt(key, batch, CONFIG.mask_id)
     columns = jnp.arange(noisy.shape[1])
-    logits = forward(net, noisy, columns < batch.lengths[:, None], jnp.dtype("float32"))
+    logits = forward(model, noisy, columns < batch.lengths[:, None])
     picked = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.tokens[..., None], axis=-1)
     nll = -picked[..., 0] * masked
     divisor = jnp.sum(batch.lengths - batch.prompt_lengths)
     return jnp.sum(nll / t[:, None]) / divisor, jnp.sum(nll) / jnp.sum(masked)
 
 
-loss_of = jax.jit(train.batch_loss, static_argnums=(1, 4, 5))
-plain_gradient = jax.jit(jax.value_and_grad(plain_loss, has_aux=True), static_argnums=1)
+loss_of = jax.jit(train.batch_loss, static_argnums=4)
+plain_gradient = jax.jit(jax.value_and_grad(plain_loss, has_aux=True))
 
 
 # The loss against the reference
@@ -124,19 +123,19 @@ def test_padding_is_trained_on_and_counted():
 
 
 def test_batch_loss_is_the_objective_spelled_out(model):
-    graph, params = model
+    params = model.params
     batch = micro(make_batch(), 0)
-    got = loss_of(params, graph, batch, KEY, "float32", False)
-    want, _ = plain_gradient(params, graph, batch, KEY)
+    got = loss_of(params, model, batch, KEY, False)
+    want, _ = plain_gradient(params, model, batch, KEY)
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
 def test_hidden_columns_change_nothing(model):
-    graph, params = model
+    params = model.params
     batch = micro(make_batch(rows=2), 0)
     batch = dataclasses.replace(batch, lengths=jnp.array([18, 18]))
     other = dataclasses.replace(batch, tokens=batch.tokens.at[:, 18:].set(5))
-    first, second = (loss_of(params, graph, b, KEY, "float32", False)[0]
+    first, second = (loss_of(params, model, b, KEY, False)[0]
                      for b in (batch, other))  # fmt: skip
     assert first == second
 
@@ -187,7 +186,7 @@ def test_corruption_is_a_function_of_the_key():
 @pytest.mark.parametrize("columns_a_chunk", [24, 12, 5, 1, 0.3])
 def test_chunked_cross_entropy_equals_the_plain_one(model, monkeypatch, columns_a_chunk):
     """Also where the chunk does not divide the columns, and where one column is too much."""
-    graph, params = model
+    params = model.params
     rows, columns = 3, 24
     hidden = jax.random.normal(KEY, (rows, columns, CONFIG.embed))
     tokens = micro(make_batch(rows=rows), 0).tokens
@@ -195,11 +194,11 @@ def test_chunked_cross_entropy_equals_the_plain_one(model, monkeypatch, columns_
     monkeypatch.setattr(train, "LOGIT_BYTES", int(rows * columns_a_chunk * CONFIG.vocab * 4))
 
     def chunked(params, hidden):
-        nll = train.cross_entropy(nnx.merge(graph, params), hidden, tokens)
+        nll = train.cross_entropy(dataclasses.replace(model, params=params), hidden, tokens)
         return jnp.sum(nll * weights), nll
 
     def plain(params, hidden):
-        logits = nnx.merge(graph, params).logits(hidden)
+        logits = dataclasses.replace(model, params=params).logits(hidden)
         nll = optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
         return jnp.sum(nll * weights), nll
 
@@ -212,11 +211,11 @@ def test_chunked_cross_entropy_equals_the_plain_one(model, monkeypatch, columns_
 
 
 def test_no_logits_array_exceeds_the_limit(model, monkeypatch):
-    graph, params = model
+    params = model.params
     limit = 4 * 6 * CONFIG.vocab * 4
     monkeypatch.setattr(train, "LOGIT_BYTES", limit)
     batch = micro(make_batch(), 0)
-    gradient = jax.grad(lambda p: train.batch_loss(p, graph, batch, KEY, "float32", False)[0])
+    gradient = jax.grad(lambda p: train.batch_loss(p, model, batch, KEY, False)[0])
     text = str(jax.make_jaxpr(gradient)(params))
     assert f"f32[4,6,{CONFIG.vocab}]" in text and f"f32[4,24,{CONFIG.vocab}]" not in text
 
@@ -226,16 +225,14 @@ def test_no_logits_array_exceeds_the_limit(model, monkeypatch):
 
 def test_accumulation_is_the_mean_of_separate_gradients(model):
     """With plain SGD of rate 1 the update is minus the gradient."""
-    graph, params = model
+    params = model.params
     optimizer = optax.sgd(1.0)
     batch = make_batch(accumulation=3)
     keys = jax.random.split(jax.random.fold_in(KEY, 0), 3)
-    parts = [plain_gradient(params, graph, micro(batch, i), keys[i]) for i in range(3)]
+    parts = [plain_gradient(params, model, micro(batch, i), keys[i]) for i in range(3)]
     mean = jax.tree.map(lambda *x: sum(x) / 3, *[gradient for _, gradient in parts])
     state = fresh_state(params, optimizer)
-    new, metrics = train.train_step(
-        state, batch, KEY, graph=graph, optimizer=optimizer, dtype="float32"
-    )
+    new, metrics = train.train_step(state, batch, KEY, model=model, optimizer=optimizer)
     close(jax.tree.map(jnp.subtract, params, new.params), mean, rtol=1e-3)
     loss, nll = np.mean([np.asarray(both) for both, _ in parts], axis=0)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
@@ -245,7 +242,7 @@ def test_accumulation_is_the_mean_of_separate_gradients(model):
 
 def test_train_step_equals_a_plain_loop(model):
     """Four updates of clip, AdamW and schedule, against optax called by hand."""
-    graph, params = model
+    params = model.params
     optimizer = train.make_optimizer(RECIPE)
     state = fresh_state(params, optimizer)
     rate = train.learning_rate(RECIPE)
@@ -254,11 +251,9 @@ def test_train_step_equals_a_plain_loop(model):
     mine = params
     for step in range(4):
         batch = make_batch(seed=step)
-        state, metrics = train.train_step(
-            state, batch, KEY, graph=graph, optimizer=optimizer, dtype="float32"
-        )
+        state, metrics = train.train_step(state, batch, KEY, model=model, optimizer=optimizer)
         key = jax.random.split(jax.random.fold_in(KEY, step), 1)[0]
-        (loss, _), gradient = plain_gradient(mine, graph, micro(batch, 0), key)
+        (loss, _), gradient = plain_gradient(mine, model, micro(batch, 0), key)
         np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-4)
         norm = optax.tree.norm(gradient)
         assert norm > RECIPE.clip  # so that clipping is under test
@@ -273,13 +268,13 @@ def test_train_step_equals_a_plain_loop(model):
 
 
 def test_bfloat16_compute_keeps_float32_masters(model):
-    graph, params = model
+    params = model.params
     optimizer = train.make_optimizer(RECIPE)
     losses = {}
     for dtype in ("float32", "bfloat16"):
         state, metrics = train.train_step(
             fresh_state(params, optimizer), make_batch(), KEY,
-            graph=graph, optimizer=optimizer, dtype=dtype,
+            model=dataclasses.replace(model, dtype=dtype), optimizer=optimizer,
         )  # fmt: skip
         for leaf in jax.tree.leaves((state.params, state.moments)):
             assert leaf.dtype == jnp.float32 or leaf.ndim == 0
@@ -290,29 +285,27 @@ def test_bfloat16_compute_keeps_float32_masters(model):
 
 
 def test_masters_of_bfloat16_weights_are_float32(model):
-    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model[1])
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params)
     state = fresh_state(half, train.make_optimizer(RECIPE))
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.params))
 
 
 def test_remat_gives_the_same_gradients(model):
-    graph, params = model
+    params = model.params
     batch = micro(make_batch(), 0)
-    value = jax.jit(jax.value_and_grad(train.batch_loss, has_aux=True), static_argnums=(1, 4, 5))
-    plain, again = (value(params, graph, batch, KEY, "float32", remat) for remat in (False, True))
+    value = jax.jit(jax.value_and_grad(train.batch_loss, has_aux=True), static_argnums=4)
+    plain, again = (value(params, model, batch, KEY, remat) for remat in (False, True))
     np.testing.assert_allclose(plain[0], again[0], rtol=1e-6)
     close(plain[1], again[1], rtol=1e-5)
 
 
 def test_mesh_gives_the_same_step(model, caplog):
     """2 data x 2 model devices against one: SGD updates, and a single compiled program."""
-    graph, params = model
+    params = model.params
     optimizer = optax.sgd(1.0, momentum=0.9)
     batch = make_batch(accumulation=2)
     state = fresh_state(params, optimizer)
-    one, metrics_one = train.train_step(
-        state, batch, KEY, graph=graph, optimizer=optimizer, dtype="float32"
-    )
+    one, metrics_one = train.train_step(state, batch, KEY, model=model, optimizer=optimizer)
     mesh = sharding.parse_mesh("2x2")
     places = list(checkpoint.placements(CONFIG, mesh).values())
     leaves, tree = jax.tree.flatten(params)
@@ -322,9 +315,7 @@ def test_mesh_gives_the_same_step(model, caplog):
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "data"))
     batch = jax.device_put(batch, rows)
     layout = jax.tree.map(lambda x: x.sharding, state)
-    many, metrics = train.train_step(
-        state, batch, KEY, graph=graph, optimizer=optimizer, dtype="float32"
-    )
+    many, metrics = train.train_step(state, batch, KEY, model=model, optimizer=optimizer)
     close(many.params, one.params, rtol=1e-5)
     for name, value in metrics.items():
         np.testing.assert_allclose(value, metrics_one[name], rtol=1e-5)
@@ -333,21 +324,19 @@ def test_mesh_gives_the_same_step(model, caplog):
     for leaf, place in zip(jax.tree.leaves(many.params), places, strict=True):
         assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
     with jax.log_compiles(True):
-        train.train_step(many, batch, KEY, graph=graph, optimizer=optimizer, dtype="float32")
+        train.train_step(many, batch, KEY, model=model, optimizer=optimizer)
     assert not [record for record in caplog.messages if "Compiling jit(train_step)" in record]
 
 
 def test_loss_falls_on_a_tiny_overfit(model):
-    graph, params = model
+    params = model.params
     recipe = train.Recipe(steps=60, learning_rate=1e-2, weight_decay=0.0)
     optimizer = train.make_optimizer(recipe)
     state = fresh_state(params, optimizer)
     batch = make_batch(rows=2, columns=16)
     nll = []
     for _ in range(60):
-        state, metrics = train.train_step(
-            state, batch, KEY, graph=graph, optimizer=optimizer, dtype="float32"
-        )
+        state, metrics = train.train_step(state, batch, KEY, model=model, optimizer=optimizer)
         nll.append(float(metrics["nll"]))
     assert np.mean(nll[-10:]) < 0.5 * np.mean(nll[:10])
 

@@ -166,7 +166,7 @@ def test_broken_files_are_named_by_line(message: str, tmp_path: Path):
 def llm() -> LLM:
     config = NAMED["tiny"]
     mesh = sharding.parse_mesh("1x1")
-    return LLM(config, *random_model(config, mesh, seed=3), mesh)
+    return LLM(random_model(config, mesh, seed=3))
 
 
 SETTINGS = [

@@ -1,0 +1,115 @@
+"""Which implementation does an operation: one table per operation, and a record of the choices.
+
+An implementation raises NotImplementedError, with its reason, where it does not serve a case; the
+next one in the table is tried.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jdllm.kernels.attention import cudnn, reference, xla
+from jdllm.kernels.experts import dense, ragged
+
+# In order of preference. The reference serves every case: what stands behind it serves by name
+# only. ragged does until it has been compared on GPUs.
+TABLES: dict[str, dict[str, Callable[..., jax.Array]]] = {
+    "attention": {
+        "cudnn": cudnn.attention,
+        "xla": xla.attention,
+        "reference": reference.attention,
+    },
+    "experts": {"reference": dense.experts, "ragged": ragged.experts},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What was chosen for one case of an operation."""
+
+    operation: str
+    shapes: str
+    """Of the arrays, for example "bfloat16[8,32,4,128] bfloat16[8,1024,4,128]"."""
+    chosen: str
+    refused: tuple[tuple[str, str], ...]
+    """Those that were tried before it, with their reasons."""
+
+
+_made: dict[Choice, None] = {}  # in order; filled while programs are traced
+
+
+def attention(
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    visible: jax.Array,
+    kernel: str = "auto",
+) -> jax.Array:
+    """Attention [B, T, H, K] of T queries over S keys: see kernels/attention/reference.py."""
+    return run("attention", kernel, q_BTHK, k_BSGK, v_BSGK, visible)
+
+
+def experts(
+    x_TD: jax.Array,
+    gate_up_EDCM: jax.Array,
+    down_EMD: jax.Array,
+    picks_TP: jax.Array,
+    weights_TP: jax.Array,
+    kernel: str = "auto",
+) -> jax.Array:
+    """The mixed outputs of each token's experts [T, D]: see kernels/experts/dense.py."""
+    return run("experts", kernel, x_TD, gate_up_EDCM, down_EMD, picks_TP, weights_TP)
+
+
+def run(operation: str, kernel: str, *arrays: jax.Array) -> jax.Array:
+    """The result of the first implementation that serves, or of the one that `kernel` forces.
+
+    ValueError where `kernel` cannot be read, or forces one that does not serve.
+    """
+    table, forced, refused = TABLES[operation], parse(kernel).get(operation), {}
+    shapes = " ".join(f"{x.dtype}[{','.join(map(str, x.shape))}]" for x in arrays)
+    for name in [forced] if forced else table:
+        try:
+            found = table[name](*arrays)
+        except NotImplementedError as error:
+            refused[name] = str(error)
+            continue
+        _made[Choice(operation, shapes, name, tuple(refused.items()))] = None
+        return found
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+    raise ValueError(
+        f"kernel={kernel} does not serve {operation} of {shapes} ({reasons}); use kernel=auto"
+    )
+
+
+def parse(kernel: str) -> dict[str, str]:
+    """The implementation that `kernel` forces, by operation; none for auto.
+
+    It is auto, a name, which is meant wherever there is one of that name (reference is everywhere),
+    or operation:name, several with commas between them. ValueError for anything else.
+    """
+    if kernel == "auto":
+        return {}
+    if ":" not in kernel:
+        found = {operation: kernel for operation, table in TABLES.items() if kernel in table}
+    else:
+        pairs = [part.partition(":")[::2] for part in kernel.split(",")]
+        found = {operation: name for operation, name in pairs if name in TABLES.get(operation, ())}
+        found = found if len(found) == len(pairs) else {}
+    if not found:
+        names = (f"{operation}:{name}" for operation, table in TABLES.items() for name in table)
+        raise ValueError(f"kernel={kernel} must be auto, reference, or of {', '.join(names)}")
+    return found
+
+
+def choices() -> list[dict[str, Any]]:
+    """What this process has chosen so far, and why: cases that were decided alike are one row."""
+    rows: dict[tuple[Any, ...], list[str]] = {}
+    for made in _made:
+        rows.setdefault((made.operation, made.chosen, made.refused), []).append(made.shapes)
+    return [
+        {"operation": operation, "chosen": chosen, "refused": dict(refused), "shapes": shapes}
+        for (operation, chosen, refused), shapes in rows.items()
+    ]

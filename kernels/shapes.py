@@ -1,0 +1,28 @@
+"""The shapes that implementations are tested and measured with."""
+
+from typing import NamedTuple
+
+
+class Attention(NamedTuple):
+    """B rows, T queries, S keys, H query heads, G key/value heads, K head dim."""
+
+    rows: int
+    queries: int
+    keys: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+# Small ones for tests: multi-head, grouped over more keys than queries, one key/value head.
+ATTENTION = (
+    Attention(1, 5, 5, 4, 4, 8),
+    Attention(2, 3, 9, 4, 2, 16),
+    Attention(2, 8, 8, 6, 1, 4),
+)
+# Those of published models, for GPUs: a block of several rows of LLaDA-8B over its keys, a whole
+# canvas of Dream-7B.
+PUBLISHED_ATTENTION = (
+    Attention(8, 32, 1024, 32, 32, 128),
+    Attention(1, 1000, 1000, 28, 4, 128),
+)
