@@ -91,7 +91,7 @@ def test_rows_at_different_blocks_get_their_own_tokens(case: str):
 def test_a_mask_in_a_prompt_is_text():
     """It is neither filled nor waited for, whatever is cached, and in the block that it shares."""
     for kind, options in CASES.values():
-        config = DecodeConfig(gen_length=8, block_length=4, align=True, **options)
+        config = DecodeConfig(gen_length=12, block_length=4, align=True, **options)
         llm, prompt = tiny(kind, 1.5), random_prompts(2, [7])[0]
         prompt[1] = prompt[5] = prompt[6] = TINY.mask_id
         [row], _, _ = canvases(llm, config, [prompt])
