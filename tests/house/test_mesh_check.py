@@ -72,8 +72,8 @@ def test_kernels_have_kinds(script):
 def test_cheap_weights_are_a_model(script):
     """Finite, not all alike, and in slices."""
     config = script.NAMED["tiny"]
-    _, params = script.cheap_weights(config, script.sharding.parse_mesh("1x2"))
-    for leaf in jax.tree.leaves(params):
+    model = script.cheap_weights(config, script.sharding.parse_mesh("1x2"))
+    for leaf in jax.tree.leaves(model):
         assert jnp.isfinite(leaf).all() and jnp.unique(leaf).size > 1
-    specs = {str(leaf.sharding.spec) for leaf in jax.tree.leaves(params)}
+    specs = {str(leaf.sharding.spec) for leaf in jax.tree.leaves(model)}
     assert len(specs) > 1
