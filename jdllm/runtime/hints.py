@@ -77,6 +77,7 @@ def nearest_settings(name: str, names: Sequence[str]) -> list[str]:
     leaf = name.rpartition(".")[2]
     leaves = {known: known.rpartition(".")[2] for known in names}
     left_out = [known for known in names if known.endswith(f".{name}")]
+    left_out += [known for known in names if known.startswith(f"{name}.")][:3]
     meant = [known for known, own in leaves.items() if leaf in ALIASES.get(own, ())]
     if left_out or meant:
         return left_out or meant
