@@ -1,12 +1,12 @@
 """What a DecodeConfig may not say: values out of range, and combinations that make no sense."""
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from jdllm.runtime.fields import check_fields, leaves
+from jdllm.runtime.hints import nearest_settings
 
 INFINITY = float("inf")
 Ranges = Mapping[str, tuple[float, float]]
@@ -272,7 +272,7 @@ def check_names(names: Iterable[str], known: Iterable[str]) -> None:
             continue
         if name in RENAMED:
             raise ValueError(f"{name} is {RENAMED[name]} now")
-        near = difflib.get_close_matches(name, known) or known
+        near = nearest_settings(name, known) or known
         raise ValueError(f"{name} is no decode setting; try {', '.join(near)}")
 
 

@@ -114,7 +114,7 @@ def _fits(value: Any, kind: Any) -> bool:
 
 def _words(kind: Any) -> tuple[str, ...]:
     if _is_group(kind):
-        return (f"a {kind.__name__}",)
+        return (f"{kind.__name__}(...)",)
     if kind == NUMBERS:
         return ("a tuple of integers",)
     return get_args(kind) if get_origin(kind) is Literal else (KINDS[kind][1],)

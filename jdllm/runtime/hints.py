@@ -74,7 +74,7 @@ CHOICES = {  # what other tools call a choice of ours
 
 def nearest_settings(name: str, names: Sequence[str]) -> list[str]:
     """The settings among `names` that a word may stand for: best of all what it is called here."""
-    leaf = name.rpartition(".")[2]
+    group, _, leaf = name.rpartition(".")
     leaves = {known: known.rpartition(".")[2] for known in names}
     left_out = [known for known in names if known.endswith(f".{name}")]
     left_out += [known for known in names if known.startswith(f"{name}.")][:3]
@@ -82,7 +82,8 @@ def nearest_settings(name: str, names: Sequence[str]) -> list[str]:
     if left_out or meant:
         return left_out or meant
     close = difflib.get_close_matches(leaf, list(dict.fromkeys(leaves.values())), n=3)
-    return [known for own in close for known in names if leaves[known] == own][:3]
+    found = [known for own in close for known in names if leaves[known] == own]
+    return sorted(found, key=lambda known: known.rpartition(".")[0] != group)[:3]
 
 
 def nearest_choices(word: str, known: Sequence[str]) -> list[str]:
