@@ -83,7 +83,9 @@ def nearest_settings(name: str, names: Sequence[str]) -> list[str]:
         return left_out or meant
     close = difflib.get_close_matches(leaf, list(dict.fromkeys(leaves.values())), n=3)
     found = [known for own in close for known in names if leaves[known] == own]
-    return sorted(found, key=lambda known: known.rpartition(".")[0] != group)[:3]
+    if group:
+        found.sort(key=lambda known: known.rpartition(".")[0] != group)
+    return found[:3]
 
 
 def nearest_choices(word: str, known: Sequence[str]) -> list[str]:
