@@ -64,7 +64,7 @@ SWEEPS = (
             for high, low in ((0.92, 0.62), (0.8, 0.5), (0.8, 0.3))
         ],
     ),
-    Sweep("credit", {"credit": True, "edge": "slack"}, thresholds(0.7, 0.9, 0.99)),
+    Sweep("credit", {"credit.alpha": 0.7, "edge": "slack"}, thresholds(0.7, 0.9, 0.99)),
     Sweep("entropy threshold", {"remasking": "entropy"}, thresholds(0.1, 0.5)),
     Sweep(
         "entropy bound",
@@ -77,14 +77,14 @@ SWEEPS = (
     Sweep("quota, random", quota("random"), tokens(4, 8)),
     Sweep("Dream's origin", {"rule": "origin", "schedule": "timesteps"}, [{"steps": 5}]),
     Sweep("quota 1, stable stop", quota("low_confidence"), [{"stable_steps": n} for n in (1, 2)]),
-    Sweep("IterSmooth", {"edge": "slack", "cont_weight": 0.3}, thresholds(0.9)),
+    Sweep("IterSmooth", {"edge": "slack", "smooth.weight": 0.3}, thresholds(0.9)),
     *(
         Sweep(f"blocks of {SHORT}, {name}", {"block_length": SHORT, **plan}, thresholds(0.9))
         for name, plan in {
             "no cache": {"cache": "none"},
             "prefix": {"cache": "prefix"},
             "dual": {"cache": "dual"},
-            "dual, vicinity 8": {"cache": "dual", "prefix_look": 8, "after_look": 8},
+            "dual, vicinity 8": {"cache": "dual", "vicinity.before": 8, "vicinity.after": 8},
         }.items()
     ),
 )
@@ -110,7 +110,7 @@ def documents(config: RulesConfig) -> dict[str, int]:
 
 def measure(llm: LLM, settings: Settings, counts: Mapping[str, int]) -> dict[str, Any]:
     """Share solved, its standard error and mean NFE, by task."""
-    decode = DecodeConfig(**{"block_length": BLOCK, "cache": "dual", **settings})
+    decode = DecodeConfig.of({"block_length": BLOCK, "cache": "dual", **settings})
     row: dict[str, Any] = {}
     for name, n in counts.items():
         task = TASKS[name]

@@ -25,6 +25,7 @@ from jdllm.load import enable_compilation_cache
 from jdllm.model.config import ModelConfig, count_parameters
 from jdllm.runtime import cli, processes, sharding
 from jdllm.runtime.environment import environment
+from jdllm.runtime.fields import leaves
 from jdllm.runtime.files import alone, atomic_file
 from jdllm.runtime.journal import Journal, going_on
 from jdllm.score.likelihood import LikelihoodConfig
@@ -116,13 +117,11 @@ class EvalConfig:
         there |= {"prompt_file": None, "include_path": None}
         words = {n: getattr(self, n) for n, value in there.items() if getattr(self, n) != value}
         for name, used, fixed in (
-            ("decode", self.settings, DecodeConfig(**row.decode)),
+            ("decode", self.settings, DecodeConfig.of(row.decode)),
             ("likelihood", self.likelihood, LikelihoodConfig(**row.likelihood)),
         ):
-            published = dataclasses.asdict(fixed)
-            words |= {
-                f"{name}.{n}": v for n, v in dataclasses.asdict(used).items() if v != published[n]
-            }
+            published = leaves(fixed)
+            words |= {f"{name}.{n}": v for n, v in leaves(used).items() if v != published[n]}
         return [f"{name}={value}" for name, value in words.items()]
 
     @property

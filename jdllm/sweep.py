@@ -129,7 +129,7 @@ def perform(runs: Sequence[EvalConfig], journal: Journal) -> Iterator[tuple[Eval
                 )
                 bar.set_postfix_str(f"{run.task} {label(run.settings)}")
                 facts, (result,) = evaluate(run, journal, llm, leave=False)
-                decode = DecodeConfig(**facts["config"]["decode"])
+                decode = DecodeConfig.of(facts["config"]["decode"])
                 row = row_of(run, result)
                 bar.write(
                     f"{model}  {run.task}  {row['setting']}: {row['accuracy']:.1f} %, "

@@ -4,7 +4,7 @@ import gc
 import os
 import shutil
 import tempfile
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,14 +46,14 @@ SLOWEST = 12  # test files whose time is printed at the end
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Prints the slowest test files, set-up and tear-down included: where the minutes go."""
-    seconds: Counter[str] = Counter()
+    seconds: dict[str, float] = defaultdict(float)
     for reports in terminalreporter.stats.values():
         for report in reports:
             if isinstance(report, pytest.TestReport):
                 seconds[report.nodeid.partition("::")[0]] += report.duration
     if len(seconds) > 1:
         terminalreporter.section("slowest test files")
-        for name, time in seconds.most_common(SLOWEST):
+        for name, time in sorted(seconds.items(), key=lambda item: -item[1])[:SLOWEST]:
             terminalreporter.write_line(f"{time:7.1f} s  {name}")
 
 

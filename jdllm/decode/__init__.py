@@ -1,6 +1,7 @@
 """Decoding: what a user may set, what that means for a model, and the one loop that does it."""
 
 from jdllm.decode.config import DecodeConfig
+from jdllm.decode.groups import Credit, Dinfer, Edit, Smooth, Verify, Vicinity
 from jdllm.decode.loop import decode
 from jdllm.decode.prefixes import read_prefix
 from jdllm.decode.rows import Prefixes, Request, Rows
@@ -10,13 +11,19 @@ from jdllm.decode.watch import compile_blocks
 from jdllm.decode.work import State
 
 __all__ = [
+    "Credit",
     "DecodeConfig",
+    "Dinfer",
+    "Edit",
     "Prefixes",
     "Request",
     "Rows",
     "Setup",
+    "Smooth",
     "State",
     "Trace",
+    "Verify",
+    "Vicinity",
     "compile_blocks",
     "decode",
     "make_rule",

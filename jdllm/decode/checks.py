@@ -1,34 +1,46 @@
 """What a DecodeConfig may not say: values out of range, and combinations that make no sense."""
 
-from collections.abc import Callable
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-INFINITY = float("inf")
+from jdllm.runtime.fields import check_fields, leaves
+from jdllm.runtime.hints import nearest_settings
 
-# name -> least and greatest value; None is always allowed
-RANGES: dict[str, tuple[float, float]] = {
-    "gen_length": (1, INFINITY), "block_length": (0, INFINITY), "lookahead": (1, INFINITY),
-    "threshold": (0, INFINITY), "low_threshold": (0, 1), "factor": (0, INFINITY),
-    "entropy_bound": (0, INFINITY), "verify_weight": (0, 1), "steps": (1, INFINITY),
-    "tokens_per_step": (1, INFINITY), "minimal_topk": (1, INFINITY), "eps": (0, 1),
-    "temperature": (0, INFINITY), "top_p": (0, 1), "top_k": (1, INFINITY),
-    "alg_temp": (0, INFINITY), "cfg_scale": (0, INFINITY), "edit_passes": (0, INFINITY),
-    "edit_threshold": (0, 1), "cont_weight": (0, 1), "refresh_every": (1, INFINITY),
-    "prefix_look": (0, INFINITY), "after_look": (0, INFINITY), "warmup": (0, INFINITY),
-    "kv_window": (1, INFINITY), "stable_steps": (1, INFINITY), "max_forwards": (1, INFINITY),
-    "expected_tpf": (1, INFINITY), "maximum_unroll": (1, INFINITY),
-    "edit_penalty": (0, INFINITY), "credit_alpha": (0, INFINITY), "credit_beta": (0, 1),
-    "credit_gamma": (0, INFINITY), "cont_init": (0, 1), "cont_growth": (0, 1),
-    "threshold_decay": (0, 1), "delete_id": (0, INFINITY), "split_id": (0, INFINITY),
-    "seed": (-(2**63), 2**63 - 1),
+INFINITY = float("inf")
+Ranges = Mapping[str, tuple[float, float]]
+"""Name -> least and greatest value; None is always allowed."""
+
+RANGES: Ranges = {
+    "gen_length": (1, INFINITY), "block_length": (0, INFINITY), "threshold": (0, INFINITY),
+    "low_threshold": (0, 1), "factor": (0, INFINITY), "entropy_bound": (0, INFINITY),
+    "steps": (1, INFINITY), "tokens_per_step": (1, INFINITY), "minimal_topk": (1, INFINITY),
+    "eps": (0, 1), "temperature": (0, INFINITY), "top_p": (0, 1), "top_k": (1, INFINITY),
+    "alg_temp": (0, INFINITY), "cfg_scale": (0, INFINITY), "refresh_every": (1, INFINITY),
+    "stable_steps": (1, INFINITY), "max_forwards": (1, INFINITY), "seed": (-(2**63), 2**63 - 1),
 }  # fmt: skip
+"""Those of the settings that stand in no group."""
+
+RENAMED: dict[str, str] = {
+    "credit": "credit.alpha", "credit_alpha": "credit.alpha", "credit_beta": "credit.beta",
+    "credit_gamma": "credit.gamma", "edit_threshold": "edit.threshold",
+    "edit_passes": "edit.passes", "edit_penalty": "edit.penalty", "delete_id": "edit.delete_id",
+    "split_id": "edit.split_id", "cont_weight": "smooth.weight", "cont_init": "smooth.init",
+    "cont_growth": "smooth.growth", "threshold_decay": "smooth.decay",
+    "prefix_look": "vicinity.before", "after_look": "vicinity.after", "warmup": "vicinity.warmup",
+    "verify_weight": "verify.weight", "kv_window": "verify.window",
+    "lookahead": "verify.lookahead", "expected_tpf": "dinfer.expected_tpf",
+    "maximum_unroll": "dinfer.maximum_unroll",
+}  # fmt: skip
+"""What settings were called before they had groups -> what they are called now."""
 
 BY_THRESHOLD = ("threshold", "hierarchy", "allowance")
 SMOOTH = ("threshold", "hierarchy")
 COUNTLESS = ("factor", "hierarchy", "entropy_bound", "verify")
 NOT_IN_INDEL = (
-    "temperature", "top_p", "top_k", "credit", "edit_penalty", "cont_weight", "logits_eos_inf",
-    "confidence_eos_eot_inf", "steps", "tokens_per_step",
+    "temperature", "top_p", "top_k", "credit.alpha", "edit.penalty", "smooth.weight",
+    "logits_eos_inf", "confidence_eos_eot_inf", "steps", "tokens_per_step",
 )  # fmt: skip
 BY_PROBABILITY = ("factor", "hierarchy", "allowance")
 
@@ -39,7 +51,7 @@ def _counts(c: Any) -> bool:
     return bool(by_steps and not c.tokens_per_step)
 
 
-# Options that would be ignored elsewhere: their names, whether a config reads them, and the words
+# Settings that would be ignored elsewhere: their names, whether a config reads them, and the words
 # for where they are read.
 READERS: tuple[tuple[tuple[str, ...], Callable[[Any], Any], str], ...] = (
     (
@@ -51,7 +63,7 @@ READERS: tuple[tuple[tuple[str, ...], Callable[[Any], Any], str], ...] = (
     (("low_threshold",), lambda c: c.rule == "hierarchy", "rule=hierarchy"),
     (("factor",), lambda c: c.rule == "factor", "rule=factor"),
     (("entropy_bound",), lambda c: c.rule == "entropy_bound", "rule=entropy_bound"),
-    (("verify_weight",), lambda c: c.rule == "verify", "rule=verify"),
+    (("verify.weight", "verify.window"), lambda c: c.rule == "verify", "rule=verify"),
     (
         ("top_k_first",),
         lambda c: c.top_p is not None and c.top_k is not None,
@@ -66,7 +78,7 @@ READERS: tuple[tuple[tuple[str, ...], Callable[[Any], Any], str], ...] = (
     ),
     (("eps",), lambda c: c.schedule == "timesteps", "schedule=timesteps"),
     (
-        ("remasking", "credit", "logits_eos_inf"),
+        ("remasking", "credit.alpha", "logits_eos_inf"),
         lambda c: c.rule != "verify",
         "other rules than verify",
     ),
@@ -76,20 +88,22 @@ READERS: tuple[tuple[tuple[str, ...], Callable[[Any], Any], str], ...] = (
         lambda c: c.remasking == "low_confidence" and c.rule not in ("origin", "verify"),
         "rules that rank by remasking=low_confidence",
     ),
-    (("credit_alpha", "credit_beta", "credit_gamma"), lambda c: c.credit, "credit=true"),
     (
-        ("edit_passes", "edit_penalty"),
-        lambda c: c.edit_threshold is not None or c.parity == "sglang",
-        "edit_threshold",
+        ("edit.passes", "edit.penalty"),
+        lambda c: c.edit.on or c.parity == "sglang",
+        "edit.threshold",
     ),
-    (("cont_init", "cont_growth", "threshold_decay"), lambda c: c.cont_weight, "cont_weight"),
-    # dInfer's prefix cache sees to the canvas's end anyway, and takes an after_look that reaches it
+    # dInfer's prefix cache sees to the canvas's end anyway, and may be told to look there
     (
-        ("after_look",),
+        ("vicinity.after",),
         lambda c: c.cache in (None, "dual") or c.parity == "dinfer",
         "cache=dual",
     ),
-    (("expected_tpf", "maximum_unroll"), lambda c: c.parity == "dinfer", "parity=dinfer"),
+    (
+        ("dinfer.expected_tpf", "dinfer.maximum_unroll"),
+        lambda c: c.parity == "dinfer",
+        "parity=dinfer",
+    ),
 )
 
 # What is wrong, and the sentence that says so and how to mend it; {c} is the config.
@@ -125,31 +139,21 @@ CONFLICTS: tuple[tuple[Callable[[Any], Any], str], ...] = (
     ),
     (
         lambda c: (
-            (c.prefix_look or c.after_look or c.warmup or c.refresh_every)
-            and c.cache in ("none", "block")
+            (any(vars(c.vicinity).values()) or c.refresh_every) and c.cache in ("none", "block")
         ),
-        "prefix_look, after_look, warmup and refresh_every need cache=prefix or dual, "
-        "not cache={c.cache}",
+        "vicinity.* and refresh_every need cache=prefix or dual, not cache={c.cache}",
     ),
     (
         lambda c: c.parity in ("llada", "dream") and c.cache not in (None, "none"),
         "parity={c.parity} has no cache; set cache=none, not cache={c.cache}",
     ),
     (
-        lambda c: (c.delete_id is None) != (c.split_id is None),
-        "delete_id={c.delete_id} and split_id={c.split_id} go together; set both or neither",
+        lambda c: c.edit.on and c.rule != "threshold",
+        "edit.threshold={c.edit.threshold} needs rule=threshold, not rule={c.rule}",
     ),
     (
-        lambda c: c.delete_id is not None and c.edit_threshold is None,
-        "delete_id={c.delete_id} edits tokens; set edit_threshold too",
-    ),
-    (
-        lambda c: c.edit_threshold is not None and c.rule != "threshold",
-        "edit_threshold={c.edit_threshold} needs rule=threshold, not rule={c.rule}",
-    ),
-    (
-        lambda c: c.cont_weight and c.cfg_scale,
-        "cont_weight={c.cont_weight} feeds embeddings, cfg_scale={c.cfg_scale} masks tokens; "
+        lambda c: c.smooth.weight and c.cfg_scale,
+        "smooth.weight={c.smooth.weight} feeds embeddings, cfg_scale={c.cfg_scale} masks tokens; "
         "use one of them",
     ),
     (
@@ -158,48 +162,134 @@ CONFLICTS: tuple[tuple[Callable[[Any], Any], str], ...] = (
     ),
     (
         lambda c: c.rule == "verify" and c.cache not in (None, "none"),
-        "rule=verify caches by kv_window; leave out cache={c.cache}",
+        "rule=verify caches by verify.window; leave out cache={c.cache}",
     ),
     (
-        lambda c: c.edit_threshold is not None and c.remasking != "low_confidence",
-        "edit_threshold={c.edit_threshold} compares probabilities; set remasking=low_confidence, "
+        lambda c: c.edit.on and c.remasking != "low_confidence",
+        "edit.threshold={c.edit.threshold} compares probabilities; set remasking=low_confidence, "
         "not {c.remasking}",
     ),
     (
-        lambda c: c.cont_weight and (c.rule not in SMOOTH or c.remasking != "low_confidence"),
-        "cont_weight={c.cont_weight} lowers a threshold on probabilities; set rule=threshold or "
-        "hierarchy and remasking=low_confidence, not rule={c.rule} and remasking={c.remasking}",
-    ),
-    (
-        lambda c: c.delete_id is not None and c.delete_id == c.split_id,
-        "delete_id={c.delete_id} and split_id={c.split_id} must differ",
+        lambda c: c.smooth.weight and (c.rule not in SMOOTH or c.remasking != "low_confidence"),
+        "smooth.weight={c.smooth.weight} lowers a threshold on probabilities; set "
+        "rule=threshold or hierarchy and remasking=low_confidence, not rule={c.rule} and "
+        "remasking={c.remasking}",
     ),
     (
         lambda c: (
-            c.delete_id is not None
-            and any(getattr(c, name) not in (None, 0, False) for name in NOT_IN_INDEL)
+            c.edit.delete_id is not None
+            and any(leaves(c)[name] not in (None, 0, False) for name in NOT_IN_INDEL)
         ),
-        "delete_id={c.delete_id} is a greedy rule of its own; leave out " + ", ".join(NOT_IN_INDEL),
+        "edit.delete_id={c.edit.delete_id} is a greedy rule of its own; leave out "
+        + ", ".join(NOT_IN_INDEL),
     ),
     (
-        lambda c: c.lookahead and c.cache not in (None, "none"),
-        "lookahead={c.lookahead} hides what a cache keeps; set cache=none, not cache={c.cache}",
+        lambda c: c.verify.lookahead and c.cache not in (None, "none"),
+        "verify.lookahead={c.verify.lookahead} hides what a cache keeps; set cache=none, "
+        "not cache={c.cache}",
     ),
     (
-        lambda c: c.lookahead and c.parity not in ("none", "apd"),
-        "lookahead={c.lookahead} is apd's; set parity=none or apd, not parity={c.parity}",
+        lambda c: c.verify.lookahead and c.parity not in ("none", "apd"),
+        "verify.lookahead={c.verify.lookahead} is apd's; set parity=none or apd, "
+        "not parity={c.parity}",
     ),
     (
-        lambda c: c.lookahead and c.edit_threshold is not None,
-        "lookahead={c.lookahead} sees masks only, edit_threshold={c.edit_threshold} tokens; "
-        "use one of them",
+        lambda c: c.verify.lookahead and c.edit.on,
+        "verify.lookahead={c.verify.lookahead} sees masks only, "
+        "edit.threshold={c.edit.threshold} tokens; use one of them",
     ),
     (
-        lambda c: c.kv_window and c.rule != "verify",
-        "kv_window={c.kv_window} belongs to rule=verify, not rule={c.rule}; see cache",
+        lambda c: c.block_lengths and min(c.block_lengths) < 1,
+        "block_lengths={c.block_lengths} are out of range: a block has 1 column or more",
+    ),
+    (
+        lambda c: c.block_lengths and c.block_length not in (None, max(c.block_lengths)),
+        "block_lengths={c.block_lengths} stand instead of block_length={c.block_length}; keep one",
+    ),
+    (
+        lambda c: c.block_lengths and sum(c.block_lengths) < (c.gen_length or 0),
+        "block_lengths={c.block_lengths} must sum to gen_length={c.gen_length} or more",
+    ),
+    (
+        lambda c: c.block_lengths and c.align,
+        "align=True counts equal blocks from column 0; leave out block_lengths={c.block_lengths}",
+    ),
+    (
+        lambda c: c.block_lengths and c.parity != "none",
+        "parity={c.parity} has blocks of one length; leave out block_lengths={c.block_lengths}",
     ),
     (
         lambda c: c.stop_fill and c.stop != "eos_block",
         "stop_fill belongs to stop=eos_block, not stop={c.stop}",
     ),
 )
+
+
+def check_ranges(settings: Any, prefix: str = "") -> None:
+    """Refuses a dataclass of settings one of whose values is not within its `ranges`.
+
+    ValueError that names the field behind `prefix`.
+    """
+    for name, (low, high) in settings.ranges.items():
+        value = getattr(settings, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(
+                f"{prefix}{name}={value} is out of range: it must lie in [{low}, {high}]"
+            )
+
+
+def check_read(
+    values: Mapping[str, Any], defaults: Mapping[str, Any], names: Iterable[str], where: str
+) -> None:
+    """Refuses settings that nobody reads, but for the defaults; ValueError says who does."""
+    for name in names:
+        if values[name] != defaults[name]:
+            raise ValueError(
+                f"{name}={values[name]} is read by {where} only; leave it out, or take back what "
+                f"a preset sets: {name}={defaults[name]}"
+            )
+
+
+def check_group(group: Any, name: str, switch: str = "") -> None:
+    """Refuses a group of settings by the types and ranges of its fields; ValueError names one.
+
+    While the field `switch` has its default, which is off, the others must have theirs.
+    """
+    prefix = f"{name}."
+    check_fields(group, prefix)
+    check_ranges(group, prefix)
+    defaults = {f"{prefix}{f.name}": f.default for f in dataclasses.fields(group)}
+    values = {f"{prefix}{field}": value for field, value in vars(group).items()}
+    if switch and values[prefix + switch] == defaults[prefix + switch]:
+        check_read(values, defaults, values, prefix + switch)
+
+
+def check_names(names: Iterable[str], known: Iterable[str]) -> None:
+    """Refuses names that are no `known` setting; ValueError has the new or the nearest names."""
+    known = list(known)
+    for name in names:
+        if name in known:
+            continue
+        if name in RENAMED:
+            raise ValueError(f"{name} is {RENAMED[name]} now")
+        near = nearest_settings(name, known) or known
+        raise ValueError(f"{name} is no decode setting; try {', '.join(near)}")
+
+
+def refuse_old_names[T](owner: type[T]) -> type[T]:
+    """Returns the dataclass; keywords of old raise ValueError with what they are called now."""
+    init = owner.__init__
+
+    @functools.wraps(init)
+    def checked(self: T, *values: Any, **settings: Any) -> None:
+        for name, value in settings.items():
+            if name in RENAMED and not dataclasses.is_dataclass(value):
+                group, _, field = RENAMED[name].partition(".")
+                raise ValueError(
+                    f"{name} is {RENAMED[name]} now: {group}={group.title()}({field}=...), of "
+                    "jdllm.decode"
+                )
+        init(self, *values, **settings)
+
+    owner.__init__ = checked
+    return owner

@@ -1,38 +1,59 @@
 """DecodeConfig: what a user may set about decoding."""
 
 import dataclasses
+import functools
+import itertools
 import warnings
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
-from jdllm.decode.checks import BY_THRESHOLD, CONFLICTS, RANGES, READERS
+from jdllm.decode.checks import (
+    BY_THRESHOLD,
+    CONFLICTS,
+    RANGES,
+    READERS,
+    RENAMED,
+    Ranges,
+    check_names,
+    check_ranges,
+    check_read,
+    refuse_old_names,
+)
+from jdllm.decode.groups import Credit, Dinfer, Edit, Smooth, Verify, Vicinity
 from jdllm.decode.presets import PRESETS, Settings, preset_settings
 from jdllm.model.config import ModelConfig
-from jdllm.runtime.fields import check_fields
+from jdllm.runtime.fields import check_fields, flatten, leaves, replaced
 
 Parity = Literal[
     "none", "llada", "fast_dllm", "dinfer", "dream", "fast_dream", "llada2", "sglang", "apd"
 ]
 
 
+@refuse_old_names
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
     """How to decode. The defaults are Fast-dLLM's: threshold 0.9 with the dual cache.
 
-    For block-causal models (LLaDA2) they are threshold 0.95 with the exact block cache.
+    For block-causal models (LLaDA2) they are threshold 0.95 with the exact block cache. Methods
+    with several settings have a group of their own, off by default: `DecodeConfig(edit=Edit(0.9))`
+    in Python, decode.edit.threshold=0.9 elsewhere.
     """
 
     presets: ClassVar[dict[str, Settings]] = PRESETS
     """What `preset=NAME` starts from on a command line, and `named` in Python."""
+    renamed: ClassVar[dict[str, str]] = RENAMED
+    """What settings of old are called now."""
+    ranges: ClassVar[Ranges] = RANGES
 
     gen_length: int | None = None
     """Columns to generate (default: the model's own, else the task's, else 128)."""
     block_length: int | None = None
     """Columns of a block; 0 is one block over all (default: the model's own, else 32)."""
+    block_lengths: tuple[int, ...] = ()
+    """Blocks of unequal length, one after another, instead of `block_length`."""
     align: bool | None = None
     """Blocks are counted from column 0, so that the first holds the prompt's tail (default: where
     the model is block-causal)."""
-    lookahead: int | None = None
-    """Only so many columns from the first mask on are seen and filled (apd)."""
 
     rule: Literal[
         "threshold",
@@ -55,8 +76,8 @@ class DecodeConfig:
     """factor: the r-th best needs probability 1 - factor/(r + 1)."""
     entropy_bound: float = 0.35
     """entropy_bound: nats that the tokens of a step may sum to."""
-    verify_weight: float = 0.5
-    """verify: the diffusion model's part in the mixture with the verifier."""
+    verify: Verify = Verify()
+    """verify: the mixture with the verifier, and apd's windows."""
 
     remasking: Literal["low_confidence", "random", "leftright", "topk_margin", "entropy"] = (
         "low_confidence"
@@ -95,41 +116,19 @@ class DecodeConfig:
     """LLaDA: take eos and end-of-turn last (at temperature > 0, as there, only end-of-turn)."""
     seed: int = 0
 
-    credit: bool = False
+    credit: Credit = Credit()
     """dInfer: tokens that were on top before gain logits."""
-    credit_alpha: float = 0.7
-    credit_beta: float = 0.8
-    credit_gamma: float = 0.2
-    edit_threshold: float | None = None
-    """LLaDA2.1: a token of the block is replaced by one of a probability above this."""
-    edit_passes: int = 16
-    """Passes over a block without masks, at most."""
-    edit_penalty: float = 0.0
-    """SGLang: taken off the logit of the left neighbour's token."""
-    delete_id: int | None = None
-    """SGLang's JointThresholdInDel: this token deletes its position."""
-    split_id: int | None = None
-    """SGLang's JointThresholdInDel: this token inserts a mask before its position."""
-    cont_weight: float = 0.0
-    """dInfer's IterSmooth: how much of its prediction a mask's embedding carries; 0 is off."""
-    cont_init: float = 0.15
-    cont_growth: float = 0.02
-    threshold_decay: float = 0.02
-    """IterSmooth: the threshold falls from 1 by this much a step."""
+    edit: Edit = Edit()
+    """LLaDA2.1, SGLang: generated tokens of a block may be replaced."""
+    smooth: Smooth = Smooth()
+    """dInfer's IterSmooth: a mask's embedding carries some of its prediction."""
 
     cache: Literal["none", "prefix", "dual", "block"] | None = None
     """Which keys and values are reused; none is exact, for block-causal models block too."""
     refresh_every: int | None = None
     """prefix, dual: every so many passes of a block, one is full."""
-    prefix_look: int = 0
-    """prefix, dual: columns before the block that are computed again with it (vicinity)."""
-    after_look: int = 0
-    """dual: columns behind the block that are computed again with it (vicinity)."""
-    warmup: int = 0
-    """prefix, dual: so many passes of the first block are full."""
-    kv_window: int | None = None
-    """verify: columns before the first mask that are computed again; the rest is cached."""
-
+    vicinity: Vicinity = Vicinity()
+    """prefix, dual: columns near the block that are computed again with it."""
     share_prefix: bool = True
     """block, of block-causal models: what many prompts begin with, few-shot examples say, is
     computed once where that saves enough."""
@@ -145,26 +144,16 @@ class DecodeConfig:
 
     parity: Parity = "none"
     """Copies the loop of one reference, its idle calls and couplings between rows included."""
-    expected_tpf: int = 8
-    """parity=dinfer: masks / this = calls made without looking."""
-    maximum_unroll: int = 4
-    """parity=dinfer: and at most so many."""
+    dinfer: Dinfer = Dinfer()
+    """parity=dinfer: calls made without looking."""
 
     def __post_init__(self):
         check_fields(self)
-        for name, (low, high) in RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise ValueError(f"{name}={value} is out of range: it must lie in [{low}, {high}]")
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        check_ranges(self)
+        values, defaults = leaves(self), default_settings()
         for names, reads, where in READERS:
-            for name in names:
-                value = getattr(self, name)
-                if value != defaults[name] and not reads(self):
-                    raise ValueError(
-                        f"{name}={value} is read by {where} only; leave it out, or take back what "
-                        f"a preset sets: {name}={defaults[name]}"
-                    )
+            if not reads(self):
+                check_read(values, defaults, names, where)
         for wrong, sentence in CONFLICTS:
             if wrong(self):
                 raise ValueError(sentence.format(c=self))
@@ -176,12 +165,22 @@ class DecodeConfig:
         return bool(self.temperature or self.alg_temp or by_lot)
 
     @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Self:
+        """Returns the config of settings by dotted names, as presets have them, or nested, as JSON.
+
+        ValueError, with the new or the nearest name, for what is no setting.
+        """
+        flat = flatten(settings)
+        check_names(flat, default_settings())
+        return replaced(cls(), flat)
+
+    @classmethod
     def named(cls, preset: str, **settings: Any) -> Self:
         """The preset of that name, with `settings` in place of its own.
 
         ValueError with the nearest names where there is none.
         """
-        return cls(**(preset_settings(preset) | settings))
+        return cls.of(preset_settings(preset) | flatten(settings))
 
     def resolve(
         self,
@@ -194,10 +193,20 @@ class DecodeConfig:
         ValueError where steps do not divide over the blocks, or the model does not fit the rule.
         """
         causal = model is not None and model.block_causal is not None
-        gen = self.gen_length or gen_length
+        if causal and self.block_lengths:
+            raise ValueError(
+                "a block-causal model has blocks of one length; leave out "
+                f"block_lengths={self.block_lengths}"
+            )
+        gen = self.gen_length or sum(self.block_lengths) or gen_length
         block = min(block_length, gen) if self.block_length is None else self.block_length or gen
+        ends = itertools.accumulate(self.block_lengths)
+        unneeded = sum(end >= gen for end in ends) - 1
+        lengths = self.block_lengths[: len(self.block_lengths) - max(unneeded, 0)]
+        block = max(lengths, default=block)
         align = causal if self.align is None else self.align
-        steps, threshold = self._steps(gen, block), self.threshold
+        steps = self._steps(block, len(lengths) or -(-gen // block), gen)
+        threshold = self.threshold
         if threshold is None and self.rule in BY_THRESHOLD:
             threshold = 0.95 if causal else 0.9
         edge = self.edge
@@ -213,6 +222,7 @@ class DecodeConfig:
             self,
             gen_length=gen,
             block_length=block,
+            block_lengths=lengths,
             align=align,
             steps=steps,
             threshold=threshold,
@@ -221,12 +231,12 @@ class DecodeConfig:
             cache=cache,
         )
 
-    def _steps(self, gen: int, block: int) -> int | None:
-        """The steps of `gen` columns in blocks of `block`, where a schedule spreads some.
+    def _steps(self, block: int, blocks: int, gen: int) -> int | None:
+        """The steps of `gen` columns in `blocks` of at most `block`, where a schedule spreads some.
 
         More steps than columns could only idle. They are made where a reference makes them.
         """
-        steps, blocks = self.steps, -(-gen // block)
+        steps = self.steps
         if self.rule in ("quota", "origin", "allowance") and not self.tokens_per_step:
             steps = steps or (gen if self.schedule == "columns" else blocks * block)
         if not steps:
@@ -249,3 +259,10 @@ class DecodeConfig:
                 stacklevel=3,
             )
         return steps
+
+
+@functools.cache
+def default_settings() -> dict[str, Any]:
+    """Returns every setting's default by its dotted name."""
+    groups = {field.name: field.default for field in dataclasses.fields(DecodeConfig)}
+    return flatten(groups)

@@ -1,8 +1,8 @@
 """Presets: published settings by name, as the defaults that `decode.preset=NAME` starts from.
 
-Each holds what its source says and leaves the rest to the defaults. Those named after a method
-leave the length open; those named after a task fix it. None copies a reference's idle calls: add
-`decode.parity=` for that (docs/decoding.md).
+Each holds what its source says, by dotted names, and leaves the rest to the defaults. Those named
+after a method leave the length open; those named after a task fix it. None copies a reference's
+idle calls: add `decode.parity=` for that (docs/decoding.md).
 """
 
 import difflib
@@ -69,31 +69,31 @@ PRESETS: dict[str, Settings] = {
     },
     # dInfer: CreditThresholdParallelDecoder's defaults
     "dinfer-credit": {
-        **_DINFER, "threshold": 0.9, "edge": "slack", "credit": True,
-        "credit_alpha": 0.7, "credit_beta": 0.8, "credit_gamma": 0.2,
+        **_DINFER, "threshold": 0.9, "edge": "slack",
+        "credit.alpha": 0.7, "credit.beta": 0.8, "credit.gamma": 0.2,
     },
     # dInfer: SamplingParams' defaults: threshold 0.9, 16 columns each side, 4 warm passes
     "dinfer-vicinity": {
         **_DINFER, "threshold": 0.9, "edge": "slack",
-        "prefix_look": 16, "after_look": 16, "warmup": 4,
+        "vicinity.before": 16, "vicinity.after": 16, "vicinity.warmup": 4,
     },
     # dInfer: the documentation's weight, the class's schedule
     "dinfer-itersmooth": {
-        **_DINFER, "threshold": 0.9, "edge": "slack", "cont_weight": 0.3,
-        "cont_init": 0.15, "cont_growth": 0.02, "threshold_decay": 0.02,
+        **_DINFER, "threshold": 0.9, "edge": "slack", "smooth.weight": 0.3,
+        "smooth.init": 0.15, "smooth.growth": 0.02, "smooth.decay": 0.02,
     },
     # LLaDA2.0: generate's defaults; 32 steps over 32 columns are at least one token a step
     "llada2": {**_LLADA2, "threshold": 0.95, "schedule": "columns", "steps": 32},
     # LLaDA2.1: generate's defaults
-    "llada2.1": {**_LLADA2, "threshold": 0.95, "edit_threshold": 0.9, "edit_passes": 16},
+    "llada2.1": {**_LLADA2, "threshold": 0.95, "edit.threshold": 0.9, "edit.passes": 16},
     # LLaDA2.1: the README gives ranges, 0.5-0.7 with 0-0.5, and 0.7 upwards with 0.5
-    "llada2.1-speed": {**_LLADA2, "threshold": 0.5, "edit_threshold": 0.0, "edit_passes": 16},
-    "llada2.1-quality": {**_LLADA2, "threshold": 0.7, "edit_threshold": 0.5, "edit_passes": 16},
+    "llada2.1-speed": {**_LLADA2, "threshold": 0.5, "edit.threshold": 0.0, "edit.passes": 16},
+    "llada2.1-quality": {**_LLADA2, "threshold": 0.7, "edit.threshold": 0.5, "edit.passes": 16},
     # SGLang: LowConfidence's defaults
     "sglang-low-confidence": {**_LLADA2, "threshold": 0.95},
     # SGLang: JointThreshold's defaults
     "sglang-joint-threshold": {
-        **_LLADA2, "threshold": 0.5, "edit_threshold": 0.0, "edit_passes": 16, "edit_penalty": 0.0,
+        **_LLADA2, "threshold": 0.5, "edit.threshold": 0.0, "edit.passes": 16, "edit.penalty": 0.0,
     },
     # Dream: the generation config's defaults
     "dream-origin": {**_DREAM, "rule": "origin", "eps": 1e-3, "temperature": 0.0},

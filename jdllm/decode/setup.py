@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jdllm import stop as stops
 from jdllm import unmask
 from jdllm.decode.config import DecodeConfig
+from jdllm.decode.groups import Smooth
 from jdllm.decode.layout import BlockView, OpenView, View
 from jdllm.decode.plan import Plan
 from jdllm.model.config import ModelConfig
@@ -31,16 +32,6 @@ class Driver(Protocol):
     def run_block(self, work: "Work", state: "State") -> "State":
         """The state after one block of every row."""
         ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Smooth:
-    """IterSmooth: a mask's embedding carries some of its prediction; the threshold sinks from 1."""
-
-    weight: float
-    init: float
-    growth: float
-    decay: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,22 +152,20 @@ def make_rule(config: DecodeConfig, model: ModelConfig) -> unmask.Rule:
         heat = config.temperature if divides else 0.0
         warp = unmask.Warp(heat, config.top_p, config.top_k, bool(config.top_k_first), excluded)
     if config.rule == "verify":
-        return Speculate(excluded, config.verify_weight, noise, warp=warp)
-    edit = None
-    if config.edit_threshold is not None:
-        edit = unmask.Edit(config.edit_threshold, config.edit_passes, config.edit_penalty)
-    if config.delete_id is not None and config.split_id is not None and edit is not None:
+        return Speculate(excluded, config.verify.weight, noise, warp=warp)
+    edit, asked = None, config.edit
+    if asked.threshold is not None:
+        edit = unmask.Edit(asked.threshold, asked.passes, asked.penalty)
+    if asked.delete_id is not None and asked.split_id is not None and edit is not None:
         return InDel(threshold, edit.threshold, edit.passes, model.mask_id,
-                     config.delete_id, config.split_id)  # fmt: skip
+                     asked.delete_id, asked.split_id)  # fmt: skip
     confidence = confidences["random" if config.rule == "origin" else config.remasking]
     return unmask.Unmasker(
         candidate=unmask.Argmax(excluded) if greedy else unmask.Gumbel(excluded, noise),
         confidence=unmask.Tempered(confidence, config.alg_temp) if config.alg_temp else confidence,
         selection=selections[config.rule],
         forbidden=(model.eos_id,) if config.logits_eos_inf else (),
-        credit=unmask.Credit(config.credit_alpha, config.credit_beta, config.credit_gamma)
-        if config.credit
-        else None,
+        credit=unmask.Credit(**vars(config.credit)) if config.credit.alpha else None,
         warp=warp,
         edit=edit,
     )
@@ -198,10 +187,9 @@ def make_schedule(config: DecodeConfig, blocks: int) -> unmask.Schedule:
 
 def make_stop(config: DecodeConfig, model: ModelConfig) -> stops.Stop:
     """The stop rules that `config` names, in order."""
-    edits = config.edit_threshold is not None
     endings = {
         "none": stops.NoStop(),
-        "eos": stops.EosStop(model.eos_id, model.stop_ids, after_block=edits),
+        "eos": stops.EosStop(model.eos_id, model.stop_ids, after_block=config.edit.on),
         "eos_fill": stops.EosFill(model.eos_id),
         "eos_block": stops.EosBlock(model.eos_id, fill=config.stop_fill),
         "eos_return": stops.EosReturn(model.eos_id),
@@ -238,37 +226,34 @@ def make_setup(config: DecodeConfig, model: ModelConfig) -> Setup:
             "a block-causal model counts its blocks from column 0; align=false would straddle "
             "them, leave it out"
         )
-    if model.shift_logits and config.cont_weight:
+    if model.shift_logits and config.smooth.weight:
         raise ValueError(
-            f"cont_weight={config.cont_weight} feeds a mask what stands in its own row of the "
-            "logits, which in this model predicts the next token; set cont_weight=0"
-        )
-    smooth = None
-    if config.cont_weight:
-        smooth = Smooth(
-            config.cont_weight, config.cont_init, config.cont_growth, config.threshold_decay
+            f"smooth.weight={config.smooth.weight} feeds a mask what stands in its own row of the "
+            "logits, which in this model predicts the next token; set smooth.weight=0"
         )
     gen_length, block_length = config.gen_length, config.block_length
-    from_open = config.lookahead or (config.kv_window and block_length)
+    from_open = config.verify.lookahead or (config.verify.window and block_length)
+    blocks = len(config.block_lengths) or -(-gen_length // block_length)
     return Setup(
         unmask=make_rule(config, model),
-        schedule=make_schedule(config, -(-gen_length // block_length)),
+        schedule=make_schedule(config, blocks),
         stop=make_stop(config, model),
         plan=Plan(
             config.cache,
             config.refresh_every,
-            config.warmup,
-            before=config.prefix_look + model.shift_logits,
-            after=config.after_look,
-            window=config.kv_window,
+            config.vicinity.warmup,
+            before=config.vicinity.before + model.shift_logits,
+            after=config.vicinity.after,
+            window=config.verify.window or None,
         ),
         view=OpenView(from_open) if from_open else BlockView(block_length),
         gen_length=gen_length,
         block_length=block_length,
         align=bool(config.align),
         whole_blocks=model.block_causal is not None,
-        smooth=smooth,
+        smooth=config.smooth if config.smooth.weight else None,
         cfg_scale=config.cfg_scale,
-        lookahead=config.lookahead,
-        extra_steps=0 if config.edit_threshold is None else config.edit_passes + 2,
+        lookahead=config.verify.lookahead or None,
+        extra_steps=config.edit.passes + 2 if config.edit.on else 0,
+        block_lengths=config.block_lengths,
     )

@@ -10,13 +10,15 @@ from collections.abc import Collection
 from typing import Any
 
 from jdllm.decode import DecodeConfig
+from jdllm.decode.checks import RENAMED
 from jdllm.decode.presets import preset_settings
 from jdllm.evaluation.settings import changed
+from jdllm.runtime.fields import leaves, replaced
 
 ROWS = 32  # of a batch, where lm-eval says auto
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 ALIASES = {"cfg": "cfg_scale", "diffusion_steps": "steps"}
-FIELDS = {field.name for field in dataclasses.fields(DecodeConfig)}
+FIELDS = set(leaves(DecodeConfig()))
 # Values that say "off" elsewhere -> ours is to leave the setting open.
 OFF: dict[str, tuple[Any, ...]] = {"top_p": (1,), "top_k": (0, -1), "alg_temp": (0,)}
 # Options of autoregressive decoding, with the values at which they ask for nothing.
@@ -31,16 +33,17 @@ NOTHING: dict[str, tuple[Any, ...]] = {
 def read_settings[T](words: dict[str, Any], bases: dict[str, T]) -> dict[str, T]:
     """`bases` changed by words such as decode.threshold, which is how model_args set decoding.
 
-    ValueError, with the nearest names, for a word that is not a setting, or no preset's name.
+    ValueError, with the new or the nearest names, for a word that is not a setting, or no preset's
+    name.
     """
     words = dict(words)
     preset = words.pop("decode.preset", None)
     known = {
-        f"{name}.{field.name}": (name, field.name)
-        for name, base in bases.items()
-        for field in dataclasses.fields(base)  # pyright: ignore[reportArgumentType]
+        f"{name}.{field}": (name, field) for name, base in bases.items() for field in leaves(base)
     }
     for word in words:
+        if (old := word.removeprefix("decode.")) in RENAMED:
+            raise ValueError(f"{word} is decode.{RENAMED[old]} now")
         if word not in known:
             near = difflib.get_close_matches(word, known) or list(known)
             raise ValueError(f"{word} is not a setting of this model; try {', '.join(near)}")
@@ -50,10 +53,7 @@ def read_settings[T](words: dict[str, Any], bases: dict[str, T]) -> dict[str, T]
     for word, value in words.items():
         name, field = known[word]
         changes[name][field] = value
-    return {
-        name: dataclasses.replace(base, **changes[name])  # pyright: ignore[reportArgumentType]
-        for name, base in bases.items()
-    }
+    return {name: replaced(base, changes[name]) for name, base in bases.items()}
 
 
 def batch_rows(batch_size: int | str, most: int | None = None) -> int:
@@ -128,6 +128,8 @@ def _check(name: str, value: Any) -> None:
         return
     if name in NOTHING:
         raise ValueError(f"gen_kwargs: {name}={value} has no meaning here; leave it out")
+    if name in RENAMED:
+        raise ValueError(f"gen_kwargs: {name}={value} is {RENAMED[name]} now")
     near = difflib.get_close_matches(name, [*FIELDS, *LENGTHS, *ALIASES, "until", "do_sample"])
     hint = f"did you mean {' or '.join(near)}?" if near else "leave it out"
     raise ValueError(f"gen_kwargs: {name}={value} has no meaning here; {hint}")
@@ -147,7 +149,7 @@ def overlay(
 
     With it what it changed, and sentences on what gives way. ValueError where that makes no sense.
     """
-    mine = {name: getattr(config, name) for name in asked.decode}
+    mine = {name: leaves(config)[name] for name in asked.decode}
     different = {name: value for name, value in asked.decode.items() if value != mine[name]}
     used = {name: value for name, value in different.items() if name not in given}
     remarks = [
@@ -156,8 +158,8 @@ def overlay(
         if name in given
     ]
     try:
-        config = dataclasses.replace(config, **used)
-    except (TypeError, ValueError) as error:
+        config = replaced(config, used)
+    except ValueError as error:
         words = ", ".join(f"{name}={value}" for name, value in used.items())
         raise ValueError(f"gen_kwargs: {words}: {error}") from None
     if asked.draws and not config.draws:

@@ -1,13 +1,13 @@
 """Settings: what loads a model; short names, the model asked and the JSON file of decoding."""
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from jdllm.decode import DecodeConfig
+from jdllm.runtime.fields import leaves, replaced
 from jdllm.runtime.files import atomic_file
 
 LOADING = ("model", "mesh", "dtype", "seed", "verifier", "allow_unknown")
@@ -19,9 +19,9 @@ def loading(config: Any) -> dict[str, Any]:
 
 
 def changed(config: Any) -> dict[str, Any]:
-    """The settings of a dataclass that are not the defaults."""
-    default = dataclasses.asdict(type(config)())
-    return {name: v for name, v in dataclasses.asdict(config).items() if v != default[name]}
+    """The settings of a dataclass that are not the defaults, by dotted names."""
+    default = leaves(type(config)())
+    return {name: value for name, value in leaves(config).items() if value != default[name]}
 
 
 def label(config: DecodeConfig) -> str:
@@ -39,15 +39,16 @@ def label(config: DecodeConfig) -> str:
 
 
 def decode_config(facts: Any, origin: str) -> DecodeConfig:
-    """DecodeConfig from JSON-like facts; ValueError, with the nearest names, for unknown ones."""
-    names = [field.name for field in dataclasses.fields(DecodeConfig)]
+    """DecodeConfig from JSON-like facts, nested or by dotted names.
+
+    ValueError, behind `origin`, for names that are unknown and what makes no sense.
+    """
     if not isinstance(facts, dict):
         raise ValueError(f"{origin} must be an object of decode settings, such as threshold: 0.9")
-    for name in facts:
-        if name not in names:
-            near = difflib.get_close_matches(name, names) or names
-            raise ValueError(f"{origin}: {name} is no decode setting; try {', '.join(near)}")
-    return DecodeConfig(**facts)
+    try:
+        return DecodeConfig.of(facts)
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from None
 
 
 def check_verifier(verifier: str | None, settings: Iterable[DecodeConfig]) -> None:
@@ -74,7 +75,7 @@ def read_decode(path: Path, over: DecodeConfig | None = None) -> DecodeConfig:
     except ValueError as error:
         raise ValueError(f"decode_file={path} is not JSON: {error}") from None
     base = decode_config(facts, f"decode_file={path}")
-    return dataclasses.replace(base, **changed(over or DecodeConfig()))
+    return replaced(base, changed(over or DecodeConfig()))
 
 
 def write_decode(path: Path, config: DecodeConfig) -> None:

@@ -146,12 +146,12 @@ class Runner:
 def copy(setup: Setup, config: DecodeConfig, model: ModelConfig) -> Setup:
     """The setup as dInfer's loop has it; a shifted window ends one column before its block does."""
     stop = with_rule(setup.stop, EosBlock, lambda s: dataclasses.replace(s, block_only=True))
-    after = config.after_look - model.shift_logits
-    vicinity = bool(config.warmup or config.prefix_look or config.after_look)
+    after = config.vicinity.after - model.shift_logits
+    vicinity = any(vars(config.vicinity).values())
     return dataclasses.replace(
         setup,
         stop=Together(stop),
         plan=dataclasses.replace(setup.plan, after=after),
-        extra_steps=setup.extra_steps + config.maximum_unroll,
-        driver=Runner(config.expected_tpf, config.maximum_unroll, vicinity),
+        extra_steps=setup.extra_steps + config.dinfer.maximum_unroll,
+        driver=Runner(config.dinfer.expected_tpf, config.dinfer.maximum_unroll, vicinity),
     )

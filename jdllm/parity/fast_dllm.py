@@ -51,6 +51,6 @@ class FirstColumn:
 
 def copy_for_dream(setup: Setup, config: DecodeConfig, model: ModelConfig) -> Setup:
     """The setup as the block sampler for Dream has it: a window begins at its block."""
-    plan = dataclasses.replace(setup.plan, before=config.prefix_look)
+    plan = dataclasses.replace(setup.plan, before=config.vicinity.before)
     rule = FirstColumn(setup.unmask) if plan.refreshes else setup.unmask
     return dataclasses.replace(setup, unmask=rule, schedule=averaged(setup.schedule), plan=plan)

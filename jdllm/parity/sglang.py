@@ -22,6 +22,6 @@ def copy(setup: Setup, config: DecodeConfig, model: ModelConfig) -> Setup:
     """The setup as SGLang's loop has it; LowConfidence edits nothing, but ends the same way."""
     rule = setup.unmask
     if isinstance(rule, Unmasker):
-        edit = rule.edit or Edit(1.0, config.edit_passes, config.edit_penalty)
+        edit = rule.edit or Edit(1.0, config.edit.passes, config.edit.penalty)
         rule = dataclasses.replace(rule, edit=LateEdit(**vars(edit)))
-    return dataclasses.replace(setup, unmask=rule, extra_steps=config.edit_passes + 2)
+    return dataclasses.replace(setup, unmask=rule, extra_steps=config.edit.passes + 2)

@@ -1,8 +1,9 @@
 """The one command-line grammar: a frozen dataclass is the interface, `key=value` words set it.
 
 Every entry point is `def main(config)`, run as `main(parse(EvalConfig))`. A dataclass with a class
-attribute `presets` (name -> settings) also has the word `preset=NAME`: its settings stand for those
-that are not given. A field `preset`, if it has one, keeps the name.
+attribute `presets` (name -> settings) also has the word `preset=NAME`: its settings, by dotted
+names, stand for those that are not given. A field `preset`, if it has one, keeps the name. A class
+attribute `renamed` (old name -> dotted name) tells what a setting is called now.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from typing import Any, Literal
 import tyro
 
 from jdllm.runtime import signals
+from jdllm.runtime.fields import NUMBERS, nested
 from jdllm.runtime.hints import nearest_choices, nearest_settings
 
 WORD = re.compile(r"[A-Za-z_][\w.-]*=")
@@ -52,6 +54,20 @@ def _read_truth(word: str) -> bool:
 
 
 @REGISTRY.primitive_rule
+def _numbers(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
+    """Tuples of integers, as one word with commas."""
+    if info.type != NUMBERS:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT,INT,...",
+        instance_from_str=lambda words: tuple(int(word) for word in words[0].split(",") if word),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [",".join(map(str, value))],
+    )
+
+
+@REGISTRY.primitive_rule
 def _path(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
     """Paths, of which `~` is the home folder: no shell expands it behind a `key=`."""
     if info.type is not Path:
@@ -65,20 +81,20 @@ def _path(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
     )
 
 
-def nested(config: type, prefix: str = "") -> Iterator[tuple[str, type]]:
-    """A dataclass and those in its fields, each with the prefix of its settings' dotted names."""
-    yield prefix, config
-    hints = typing.get_type_hints(config)
-    for field in dataclasses.fields(config):
-        kind = hints[field.name]
-        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-            yield from nested(kind, f"{prefix}{field.name}.")
-
-
 def field_names(config: type) -> list[str]:
-    """Every setting of a dataclass by its dotted name, nested dataclasses included."""
+    """Every setting of a dataclass by its dotted name, those of nested dataclasses included."""
+    groups = {prefix.removesuffix(".") for prefix, _ in nested(config)}
     fields = [p + field.name for p, kind in nested(config) for field in dataclasses.fields(kind)]
-    return fields + list(preset_tables(config))
+    return [name for name in fields if name not in groups] + list(preset_tables(config))
+
+
+def renamed(config: type) -> dict[str, str]:
+    """What settings are called now, by the dotted names that they had."""
+    return {
+        prefix + old: prefix + new
+        for prefix, kind in nested(config)
+        for old, new in getattr(kind, "renamed", {}).items()
+    }
 
 
 def preset_tables(config: type) -> dict[str, Presets]:
@@ -139,14 +155,16 @@ def describe(config: type) -> str | None:
 
 
 def check_names(config: type, options: Sequence[str], prog: str | None) -> None:
-    """Exits with status 2 and the nearest names where an option is none of the settings."""
-    names = field_names(config)
+    """Exits with status 2 and the new or the nearest names where an option is no setting."""
+    names, old_names = field_names(config), renamed(config)
     for option in options:
         name = option.removeprefix("--").partition("=")[0].replace("-", "_")
         if not option.startswith("--") or name in (*names, "help"):
             continue
+        now = [new for old, new in old_names.items() if f".{old}".endswith(f".{name}")]
         near = nearest_settings(name, names)
         hint = f"did you mean {', or '.join(near)}?" if near else f"there are {', '.join(names)}."
+        hint = f"it is {now[0]} now" if now else hint
         print(f"error: {prog or 'this command'} has no setting {name!r}; {hint}", file=sys.stderr)
         raise SystemExit(2)
 

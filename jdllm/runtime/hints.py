@@ -74,14 +74,18 @@ CHOICES = {  # what other tools call a choice of ours
 
 def nearest_settings(name: str, names: Sequence[str]) -> list[str]:
     """The settings among `names` that a word may stand for: best of all what it is called here."""
-    leaf = name.rpartition(".")[2]
+    group, _, leaf = name.rpartition(".")
     leaves = {known: known.rpartition(".")[2] for known in names}
     left_out = [known for known in names if known.endswith(f".{name}")]
+    left_out += [known for known in names if known.startswith(f"{name}.")][:3]
     meant = [known for known, own in leaves.items() if leaf in ALIASES.get(own, ())]
     if left_out or meant:
         return left_out or meant
     close = difflib.get_close_matches(leaf, list(dict.fromkeys(leaves.values())), n=3)
-    return [known for own in close for known in names if leaves[known] == own][:3]
+    found = [known for own in close for known in names if leaves[known] == own]
+    if group:
+        found.sort(key=lambda known: known.rpartition(".")[0] != group)
+    return found[:3]
 
 
 def nearest_choices(word: str, known: Sequence[str]) -> list[str]:

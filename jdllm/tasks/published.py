@@ -54,7 +54,7 @@ class Preset:
     chat: bool = False
     """Whether prompts are framed by the model's chat template."""
     decode: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of DecodeConfig; empty for tasks scored by likelihood."""
+    """Settings of DecodeConfig by dotted name; empty for tasks scored by likelihood."""
     likelihood: Mapping[str, Any] = field(default_factory=dict)
     """Fields of LikelihoodConfig; empty for tasks that generate."""
     tokens_per_second: float | None = None

@@ -147,7 +147,7 @@ def _dinfer() -> Iterator[Preset]:
         "llada_moe": "inclusionAI/LLaDA-MoE-7B-A1B-Instruct",
         "llada_mini": "inclusionAI/LLaDA2.0-mini-preview",
     }
-    near = {"prefix_look": 16, "after_look": 16, "warmup": 4}
+    near = {"vicinity.before": 16, "vicinity.after": 16, "vicinity.warmup": 4}
     for short, model in models.items():
         decode = {
             "gen_length": 1024,
@@ -160,7 +160,7 @@ def _dinfer() -> Iterator[Preset]:
             **near,
         }
         if short == "llada_moe":
-            decode["cont_weight"] = 0.3
+            decode["smooth.weight"] = 0.3
         if short == "llada_mini":
             decode = {"gen_length": 2048, "block_length": 32, "cache": "block", "rule": "hierarchy",
                       "threshold": 0.8, "low_threshold": 0.62, "stop": "eos_fill"}  # fmt: skip

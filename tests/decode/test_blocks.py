@@ -47,7 +47,7 @@ def whole_records(llm: LLM, config: DecodeConfig, prompts: list[list[int]]) -> l
 
 def check(llm: LLM, options: dict[str, Any], seed: int) -> list[list[Record]]:
     """Watched and unwatched are the same run."""
-    prompts, config = random_prompts(seed, LENGTHS), DecodeConfig(**SHORT | options)
+    prompts, config = random_prompts(seed, LENGTHS), DecodeConfig.of(SHORT | options)
     batch, stretches = watch(llm, config, prompts)
     (alone,) = llm.stream(prompts, config)
     assert (batch.completions, batch.forwards) == (alone.completions, alone.forwards)
@@ -72,10 +72,10 @@ def verified() -> LLM:
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "sampled, smoothed, stops": (
         "plain",
-        {"threshold": 0.7, "temperature": 0.5, "cont_weight": 0.3, "cache": "prefix",
+        {"threshold": 0.7, "temperature": 0.5, "smooth.weight": 0.3, "cache": "prefix",
          "refresh_every": 3, "stable_steps": 2, "max_forwards": 9},
     ),
-    "block cache, edits": ("blocks", {"threshold": 0.5, "edit_threshold": 0.3}),
+    "block cache, edits": ("blocks", {"threshold": 0.5, "edit.threshold": 0.3}),
     "rows that wait": ("plain", {"threshold": 0.6, "edge": "slack", "parity": "dinfer"}),
 }  # fmt: skip
 
@@ -93,7 +93,9 @@ def test_a_watched_run_is_the_run(case: str):
 
 @pytest.mark.slow
 def test_a_watched_verifier_is_the_verifier(verified: LLM):
-    check(verified, {"rule": "verify", "block_length": 6, "temperature": 0.5, "kv_window": 4}, 5)
+    check(
+        verified, {"rule": "verify", "block_length": 6, "temperature": 0.5, "verify.window": 4}, 5
+    )
 
 
 def test_a_block_is_handed_out_before_the_next_one_runs():
@@ -151,7 +153,7 @@ SAMPLED = st.fixed_dictionaries(
 def test_any_watched_run_is_the_run(kind, rule, cache, rest, sampled, seed):
     options = rest | cache | sampled | rule
     try:
-        make_setup(tiny(kind).resolve(DecodeConfig(**SHORT | options)), tiny(kind).config)
+        make_setup(tiny(kind).resolve(DecodeConfig.of(SHORT | options)), tiny(kind).config)
     except ValueError:
         reject()
     llm = tiny(kind)

@@ -24,11 +24,11 @@ SHORT: dict[str, Any] = {"gen_length": 12, "block_length": 4}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "default": ("plain", {"threshold": 0.5}),
     "sampled": ("plain", {"threshold": 0.5, "temperature": 0.8}),
-    "smoothed": ("plain", {"threshold": 0.5, "cont_weight": 0.3, "cache": "prefix"}),
-    "edited": ("plain", {"threshold": 0.4, "edit_threshold": 0.3}),
+    "smoothed": ("plain", {"threshold": 0.5, "smooth.weight": 0.3, "cache": "prefix"}),
+    "edited": ("plain", {"threshold": 0.4, "edit.threshold": 0.3}),
     "shifted": ("shifted", {"threshold": 0.5}),
     "blocks": ("blocks", {"threshold": 0.5}),
-    "blocks edited": ("blocks", {"threshold": 0.4, "edit_threshold": 0.3}),
+    "blocks edited": ("blocks", {"threshold": 0.4, "edit.threshold": 0.3}),
 }
 LENGTHS = [3, 31, 12, 7, 20]
 
@@ -36,7 +36,7 @@ LENGTHS = [3, 31, 12, 7, 20]
 def settled(case: str, **more: Any) -> tuple[LLM, DecodeConfig]:
     """A model that likes to end, and the config of a case."""
     kind, options = CASES[case]
-    config = DecodeConfig(**SHORT | options | more)
+    config = DecodeConfig.of(SHORT | options | more)
     return tiny(kind, 3.0), config
 
 
@@ -109,7 +109,7 @@ RUNS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "hierarchy": ("shifted", {"rule": "hierarchy"}, True),
     "entropy_bound": ("plain", {"rule": "entropy_bound", "remasking": "entropy"}, True),
     "allowance": ("plain", {"rule": "allowance", "align": True}, True),
-    "editing": ("blocks", {"edit_threshold": 0.0, "edit_passes": 3}, True),
+    "editing": ("blocks", {"edit.threshold": 0.0, "edit.passes": 3}, True),
     "llada": ("plain", {"rule": "quota", "parity": "llada"}, True),
     "fast_dllm": ("plain", {"parity": "fast_dllm"}, True),
     "dinfer": ("plain", {"edge": "slack", "parity": "dinfer"}, True),
@@ -127,11 +127,11 @@ RUNS: dict[str, tuple[str, dict[str, Any], bool]] = {
                False),
     "sglang": (
         "blocks",
-        {"edit_threshold": 0.0, "edit_passes": 2, "delete_id": 7, "split_id": 8, "cache": "none",
-         "parity": "sglang"},
+        {"edit.threshold": 0.0, "edit.passes": 2, "edit.delete_id": 7, "edit.split_id": 8,
+         "cache": "none", "parity": "sglang"},
         True,
     ),
-    "apd": ("shifted", {"rule": "verify", "lookahead": 3, "parity": "apd"}, True),
+    "apd": ("shifted", {"rule": "verify", "verify.lookahead": 3, "parity": "apd"}, True),
 }  # fmt: skip
 
 
@@ -147,7 +147,7 @@ def broken(kind: str, value: float) -> LLM:
 def test_it_ends_for_any_weights(name: str):
     """[MASK] by far the most likely token everywhere; logits that are NaN; and infinite ones."""
     kind, options, fills = RUNS[name]
-    config = DecodeConfig(**SHORT | {"gen_length": 8, "stop": "none"} | options)
+    config = DecodeConfig.of(SHORT | {"gen_length": 8, "stop": "none"} | options)
     verifier = None
     if config.rule == "verify":
         facts = dataclasses.replace(TINY, causal=True, mask_id=NO_ID)
@@ -161,7 +161,7 @@ def test_it_ends_for_any_weights(name: str):
         answers = [row[len(p) :] for row, p in zip(rows, prompts, strict=True)]
         assert not fills or all(TINY.mask_id not in answer for answer in answers)
         assert max(nfe) <= forwards <= limit
-        if config.parity == "none" and config.edit_threshold is None:
+        if config.parity == "none" and config.edit.threshold is None:
             blocks = len(answers[0]) // 4 + 1
             assert max(nfe) <= len(answers[0]) + 1 + blocks  # steps, a prefill, commits
 
@@ -185,9 +185,9 @@ PLANS: list[tuple[str, dict[str, Any]]] = [
     ("plain", {"cache": "none"}),
     ("plain", {"cache": "prefix", "refresh_every": 3}),
     ("plain", {"cache": "dual"}),
-    ("plain", {"cache": "dual", "prefix_look": 2, "after_look": 2, "warmup": 2}),
-    ("plain", {"cache": "dual", "cont_weight": 0.3}),
-    ("plain", {"cache": "block", "edit_threshold": 0.5}),
+    ("plain", {"cache": "dual", "vicinity.before": 2, "vicinity.after": 2, "vicinity.warmup": 2}),
+    ("plain", {"cache": "dual", "smooth.weight": 0.3}),
+    ("plain", {"cache": "block", "edit.threshold": 0.5}),
     ("shifted", {}),
     ("blocks", {}),
     ("plain", {"parity": "dinfer", "refresh_every": 2}),
@@ -198,7 +198,7 @@ PLANS: list[tuple[str, dict[str, Any]]] = [
 def test_nothing_crosses_to_the_host_between_steps(kind: str, options: dict[str, Any]):
     """The lowered program holds two nested loops and no callback, infeed, send or outfeed."""
     llm = tiny(kind)
-    config = llm.resolve(DecodeConfig(gen_length=12, block_length=4, **options))
+    config = llm.resolve(DecodeConfig.of({"gen_length": 12, "block_length": 4} | options))
     setup = make_setup(config, llm.config)
     request = llm._request(random_prompts(0, [4, 6]), [0, 0], config, setup)
     text = decode.lower(llm.model, request, setup).as_text()

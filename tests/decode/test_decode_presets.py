@@ -24,7 +24,7 @@ def test_a_command_line_and_python_read_a_preset_alike(name: str):
     if PRESETS[name].get("rule") == "verify":
         words.append("verifier=FOLDER")
     parsed = cli.parse(GenerateConfig, words, "prog").decode
-    assert parsed == DecodeConfig.named(name) == DecodeConfig(**PRESETS[name])
+    assert parsed == DecodeConfig.named(name) == DecodeConfig.of(PRESETS[name])
     assert parsed == read_settings({"decode.preset": name}, {"decode": DecodeConfig()})["decode"]
     assert parsed.parity == "none" and parsed.stop == "eos"
     assert dataclasses.asdict(parsed.resolve())["gen_length"]
@@ -59,5 +59,5 @@ def test_a_preset_decodes(name: str, tiny: LLM):
     (found,) = tiny.generate([[5, 6, 7, 8, 9]], options)
     assert tiny.config.mask_id not in found.ids
     assert len(found.ids) == 16 or found.finish_reason == "stop"
-    passes = options.edit_passes * 3 if options.edit_threshold is not None else 0
+    passes = options.edit.passes * 3 if options.edit.on else 0
     assert 1 <= found.nfe <= 2 * 16 + 4 + passes

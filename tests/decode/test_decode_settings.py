@@ -1,23 +1,28 @@
 """What a DecodeConfig refuses, and that it says so with the fix, when it is parsed."""
 
 import dataclasses
+import json
 from typing import Any
 
 import numpy as np
 import pytest
 
 from jdllm import DecodeConfig
-from jdllm.decode.checks import CONFLICTS, RANGES, READERS
+from jdllm.decode import Credit, Edit, Smooth
+from jdllm.decode.checks import CONFLICTS, READERS, RENAMED
+from jdllm.decode.config import default_settings
 from jdllm.parity import make_setup
+from jdllm.runtime.fields import flatten, leaves, nested, replaced
 from jdllm.score.likelihood import LikelihoodConfig
 from tests.support.tiny_models import TINY
 
 
 def refuse(options: dict[str, Any]) -> None:
     """What the caller expects to raise."""
-    DecodeConfig(**options)
+    DecodeConfig.of(options)
 
 
+INDEL = {"edit.delete_id": 3, "edit.split_id": 4, "edit.threshold": 0.5}
 # One config for every row of CONFLICTS, in its order, and part of what it says.
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"rule": "quota", "steps": 4, "tokens_per_step": 2}, "keep one"),
@@ -27,22 +32,23 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"rule": "entropy_bound"}, "set remasking=entropy, not low_confidence"),
     ({"rule": "hierarchy", "remasking": "entropy"}, "set remasking=low_confidence, not entropy"),
     ({"remasking": "random"}, "remasking=random is none, use rule=quota"),
-    ({"prefix_look": 2, "cache": "none"}, "need cache=prefix or dual, not cache=none"),
+    ({"vicinity.before": 2, "cache": "none"}, "need cache=prefix or dual, not cache=none"),
     ({"rule": "quota", "parity": "llada", "cache": "dual"}, "set cache=none, not cache=dual"),
-    ({"delete_id": 3, "edit_threshold": 0.5}, "set both or neither"),
-    ({"delete_id": 3, "split_id": 4}, "set edit_threshold too"),
-    ({"rule": "quota", "edit_threshold": 0.5}, "needs rule=threshold, not rule=quota"),
-    ({"cont_weight": 0.3, "cfg_scale": 1.0}, "use one of them"),
+    ({"rule": "quota", "edit.threshold": 0.5}, "needs rule=threshold, not rule=quota"),
+    ({"smooth.weight": 0.3, "cfg_scale": 1.0}, "use one of them"),
     ({"rule": "origin"}, "set schedule=timesteps, not masks"),
     ({"rule": "verify", "cache": "dual"}, "leave out cache=dual"),
-    ({"edit_threshold": 0.5, "remasking": "entropy"}, "set remasking=low_confidence, not entropy"),
-    ({"rule": "quota", "cont_weight": 0.3}, "set rule=threshold or hierarchy"),
-    ({"delete_id": 3, "split_id": 3, "edit_threshold": 0.5}, "must differ"),
-    ({"delete_id": 3, "split_id": 4, "edit_threshold": 0.5, "top_p": 0.9}, "leave out .* top_p"),
-    ({"lookahead": 3, "cache": "dual"}, "set cache=none, not cache=dual"),
-    ({"lookahead": 3, "rule": "quota", "parity": "llada"}, "set parity=none or apd"),
-    ({"lookahead": 3, "edit_threshold": 0.5}, "use one of them"),
-    ({"kv_window": 8}, "belongs to rule=verify, not rule=threshold"),
+    ({"edit.threshold": 0.5, "remasking": "entropy"}, "set remasking=low_confidence, not entropy"),
+    ({"rule": "quota", "smooth.weight": 0.3}, "set rule=threshold or hierarchy"),
+    (INDEL | {"top_p": 0.9}, "leave out .* top_p"),
+    ({"verify.lookahead": 3, "cache": "dual"}, "set cache=none, not cache=dual"),
+    ({"verify.lookahead": 3, "rule": "quota", "parity": "llada"}, "set parity=none or apd"),
+    ({"verify.lookahead": 3, "edit.threshold": 0.5}, "use one of them"),
+    ({"block_lengths": (4, 0)}, "a block has 1 column or more"),
+    ({"block_lengths": (4, 8), "block_length": 4}, "stand instead of block_length=4; keep one"),
+    ({"block_lengths": (4, 8), "gen_length": 13}, "must sum to gen_length=13 or more"),
+    ({"block_lengths": (4, 8), "align": True}, r"leave out block_lengths=\(4, 8\)"),
+    ({"block_lengths": (4, 8), "parity": "dinfer"}, "parity=dinfer has blocks of one length"),
     ({"stop_fill": True}, "belongs to stop=eos_block, not stop=eos"),
 ]
 
@@ -50,7 +56,18 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("options", "message"), WRONG, ids=range(len(WRONG)))
 def test_combinations_that_make_no_sense_are_refused(options: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
-        DecodeConfig(**options)
+        DecodeConfig.of(options)
+
+
+def unchecked(options: dict[str, Any]) -> DecodeConfig:
+    """The config that is refused."""
+    candidate, plain = object.__new__(DecodeConfig), DecodeConfig()
+    for field in dataclasses.fields(DecodeConfig):
+        value, inner = getattr(plain, field.name), f"{field.name}."
+        changes = {n.removeprefix(inner): v for n, v in options.items() if n.startswith(inner)}
+        value = replaced(value, changes) if changes else options.get(field.name, value)
+        object.__setattr__(candidate, field.name, value)
+    return candidate
 
 
 def test_every_row_of_conflicts_has_its_example():
@@ -58,12 +75,9 @@ def test_every_row_of_conflicts_has_its_example():
     assert len(WRONG) == len(CONFLICTS)
     for (options, _), (wrong, sentence) in zip(WRONG, CONFLICTS, strict=True):
         with pytest.raises(ValueError) as refused:
-            DecodeConfig(**options)
+            DecodeConfig.of(options)
         plain = DecodeConfig()
-        candidate = object.__new__(DecodeConfig)
-        for field in dataclasses.fields(DecodeConfig):
-            value = options.get(field.name, getattr(plain, field.name))
-            object.__setattr__(candidate, field.name, value)
+        candidate = unchecked(options)
         assert wrong(candidate)
         assert str(refused.value) == sentence.format(c=candidate)
         assert not wrong(plain)
@@ -75,27 +89,22 @@ ELSEWHERE: dict[str, tuple[Any, dict[str, Any]]] = {
     "low_threshold": (0.3, {}),
     "factor": (2.0, {}),
     "entropy_bound": (0.5, {}),
-    "verify_weight": (0.3, {}),
+    "verify.weight": (0.3, {}),
+    "verify.window": (8, {}),
     "top_k_first": (True, {"top_k": 5}),
     "alg_temp": (0.5, {}),
     "schedule": ("columns", {}),
     "minimal_topk": (2, {}),
     "eps": (0.1, {"rule": "quota"}),
     "remasking": ("topk_margin", {"rule": "verify"}),
-    "credit": (True, {"rule": "verify"}),
+    "credit.alpha": (0.7, {"rule": "verify"}),
     "logits_eos_inf": (True, {"rule": "verify"}),
     "confidence_eos_eot_inf": (True, {"rule": "quota", "remasking": "entropy"}),
-    "credit_alpha": (0.5, {}),
-    "credit_beta": (0.5, {}),
-    "credit_gamma": (0.5, {}),
-    "edit_passes": (3, {}),
-    "edit_penalty": (0.5, {}),
-    "cont_init": (0.5, {}),
-    "cont_growth": (0.5, {}),
-    "threshold_decay": (0.5, {}),
-    "after_look": (3, {"cache": "prefix"}),
-    "expected_tpf": (4, {}),
-    "maximum_unroll": (2, {}),
+    "edit.passes": (3, {}),
+    "edit.penalty": (0.5, {}),
+    "vicinity.after": (3, {"cache": "prefix"}),
+    "dinfer.expected_tpf": (4, {}),
+    "dinfer.maximum_unroll": (2, {}),
 }
 
 
@@ -106,14 +115,91 @@ def test_every_option_that_some_rules_ignore_has_its_example():
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_options_that_would_be_ignored_are_refused(name: str):
     value, options = ELSEWHERE[name]
-    DecodeConfig(**options)
+    DecodeConfig.of(options)
     with pytest.raises(ValueError, match=f"{name}={value} is read by .*; leave it out"):
-        DecodeConfig(**options | {name: value})
+        DecodeConfig.of(options | {name: value})
+
+
+# One for every group with a switch, and for every pair that goes together.
+INSIDE: list[tuple[dict[str, Any], str]] = [
+    ({"credit.beta": 0.5}, "credit.beta=0.5 is read by credit.alpha only"),
+    ({"credit.gamma": 0.5}, "credit.gamma=0.5 is read by credit.alpha only"),
+    ({"smooth.init": 0.5}, "smooth.init=0.5 is read by smooth.weight only"),
+    ({"smooth.growth": 0.5}, "smooth.growth=0.5 is read by smooth.weight only"),
+    ({"smooth.decay": 0.5, "smooth.weight": 0}, "smooth.decay=0.5 is read by smooth.weight only"),
+    ({"edit.delete_id": 3, "edit.threshold": 0.5}, "set both or neither"),
+    ({"edit.delete_id": 3, "edit.split_id": 3, "edit.threshold": 0.5}, "must differ"),
+    ({"edit.delete_id": 3, "edit.split_id": 4}, "set edit.threshold too"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), INSIDE, ids=range(len(INSIDE)))
+def test_a_group_refuses_what_makes_no_sense_in_it(options: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        DecodeConfig.of(options)
+
+
+def test_zero_is_off_but_an_edit_threshold_of_zero_edits():
+    off = DecodeConfig(credit=Credit(0.0), smooth=Smooth(0), edit=Edit(None))
+    assert off == DecodeConfig()
+    setup = make_setup(DecodeConfig().resolve(model=TINY), TINY)
+    assert (setup.smooth, setup.lookahead, setup.plan.window, setup.extra_steps) == (
+        None, None, None, 0,
+    )  # fmt: skip
+    edits = make_setup(DecodeConfig(edit=Edit(0.0)).resolve(model=TINY), TINY)
+    assert edits.extra_steps == 18
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_an_old_name_is_refused_with_the_new(old: str):
+    new = RENAMED[old]
+    assert new in default_settings() and old not in default_settings()
+    group, _, field = new.partition(".")
+    options: Any = {old: 1}
+    for make in (lambda: DecodeConfig(**options), lambda: DecodeConfig.named("llada", **options)):
+        with pytest.raises(ValueError, match=f"^{old} is {new} now"):
+            make()
+    with pytest.raises(ValueError, match=rf"{group}={group.title()}\({field}=...\)"):
+        dataclasses.replace(DecodeConfig(), **options)
+
+
+def test_settings_are_read_by_dotted_names_and_nested():
+    config = DecodeConfig(edit=Edit(0.0, passes=3), threshold=0.5, block_lengths=(4, 8))
+    dotted = {"edit.threshold": 0.0, "edit.passes": 3, "threshold": 0.5, "block_lengths": (4, 8)}
+    assert DecodeConfig.of(dotted) == config
+    stored = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert stored["edit"]["threshold"] == 0.0 and DecodeConfig.of(stored) == config
+    assert flatten(stored) == leaves(config) and set(leaves(config)) == set(default_settings())
+    resolved = config.resolve(model=TINY)
+    assert DecodeConfig.of(dataclasses.asdict(resolved)) == resolved == resolved.resolve(model=TINY)
+    with pytest.raises(ValueError, match="edit.treshold is no decode setting; try edit.threshold"):
+        DecodeConfig.of({"edit": {"treshold": 0.5}})
+
+
+def test_blocks_of_unequal_length_say_how_long_the_canvas_is():
+    found = DecodeConfig(block_lengths=(4, 8, 2)).resolve(gen_length=128)
+    assert (found.gen_length, found.block_length, found.block_lengths) == (14, 8, (4, 8, 2))
+    short = DecodeConfig(block_lengths=(4, 8, 2), gen_length=11).resolve()
+    assert short.block_lengths == (4, 8), "no block begins behind the canvas"
+    quota = DecodeConfig(rule="quota", block_lengths=(4, 8, 2)).resolve()
+    assert quota.steps == 24, "one token each in the longest"
+    with pytest.raises(ValueError, match="steps=8 must be a multiple of the 3 blocks"):
+        DecodeConfig(rule="quota", steps=8, block_lengths=(4, 8, 2)).resolve()
+    causal = dataclasses.replace(TINY, block_causal=4)
+    with pytest.raises(ValueError, match="a block-causal model has blocks of one length"):
+        DecodeConfig(block_lengths=(4, 8)).resolve(model=causal)
 
 
 def test_origin_ranks_nothing():
     with pytest.raises(ValueError, match="remasking=entropy is read by other rules than origin"):
         DecodeConfig(rule="origin", schedule="timesteps", remasking="entropy")
+
+
+RANGES = {
+    prefix + name: limits
+    for prefix, kind in nested(DecodeConfig)
+    for name, limits in kind.ranges.items()  # pyright: ignore[reportAttributeAccessIssue]
+}
 
 
 @pytest.mark.parametrize("name", RANGES)
@@ -125,20 +211,21 @@ def test_values_out_of_range_are_refused(name: str):
 
 
 TYPED: list[tuple[str, Any, str]] = [
-    ("prefix_look", "3", "prefix_look='3' must be an integer"),
+    ("vicinity.before", "3", "vicinity.before='3' must be an integer"),
+    ("block_lengths", (4, 2.5), r"block_lengths=\(4, 2.5\) must be a tuple of integers"),
     ("gen_length", 8.5, "gen_length=8.5 must be an integer or None"),
     ("gen_length", True, "gen_length=True must be an integer or None"),
-    ("steps", [4], r"steps=\[4\] must be an integer or None"),
+    ("steps", (4,), r"steps=\(4,\) must be an integer or None"),
     ("temperature", None, "temperature=None must be a finite number"),
     ("temperature", float("inf"), "temperature=inf must be a finite number"),
     ("temperature", float("nan"), "temperature=nan must be a finite number"),
     ("threshold", "0.9", "threshold='0.9' must be a finite number or None"),
-    ("credit", 1, "credit=1 must be True or False"),
+    ("stop_fill", 1, "stop_fill=1 must be True or False"),
     ("align", "yes", "align='yes' must be True or False or None"),
     ("rule", None, "rule=None must be threshold or"),
     ("cache", 3, "cache=3 must be none or prefix or dual or block or None"),
     ("gen_length", 0, "gen_length=0 is out of range"),
-    ("lookahead", 0, "lookahead=0 is out of range"),
+    ("verify.lookahead", -1, "verify.lookahead=-1 is out of range"),
 ]
 
 
@@ -148,12 +235,23 @@ def test_values_of_another_type_are_refused_by_name(name: str, value: Any, messa
         refuse({name: value})
 
 
-@pytest.mark.parametrize("owner", [DecodeConfig, LikelihoodConfig])
-def test_every_field_is_checked(owner: type):
+OWNERS = [*nested(DecodeConfig), ("", LikelihoodConfig)]
+
+
+@pytest.mark.parametrize(("prefix", "owner"), OWNERS, ids=str)
+def test_every_field_is_checked(prefix: str, owner: type):
     for field in dataclasses.fields(owner):
         for value in (object(), {"a": 1}, np.zeros(2)):
-            with pytest.raises(ValueError, match=f"^{field.name}=.* must be "):
+            with pytest.raises(ValueError, match=f"^{prefix}{field.name}=.* must be |credit.alpha"):
                 owner(**{field.name: value})
+
+
+def test_a_group_is_no_number():
+    wrong: Any = 3
+    with pytest.raises(ValueError, match=r"^edit=3 must be Edit\(...\)"):
+        DecodeConfig(edit=wrong)
+    with pytest.raises(ValueError, match="edit is no decode setting; try edit.threshold, edit.pa"):
+        DecodeConfig.of({"edit": 3})
 
 
 def test_numbers_of_numpy_and_whole_numbers_are_numbers():
@@ -189,7 +287,7 @@ def test_steps_that_do_not_divide_are_refused(rule: Any):
 MODELS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"block_causal": 4}, {"cache": "dual"}, "use cache=block, which is exact"),
     ({"block_causal": 4}, {"align": False}, "align=false would straddle"),
-    ({"shift_logits": True}, {"cont_weight": 0.3}, "set cont_weight=0"),
+    ({"shift_logits": True}, {"smooth.weight": 0.3}, "set smooth.weight=0"),
     ({"causal": True}, {}, "it can judge drafts as a verifier"),
 ]
 
@@ -197,7 +295,8 @@ MODELS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 @pytest.mark.parametrize(("facts", "options", "message"), MODELS, ids=range(len(MODELS)))
 def test_settings_that_do_not_fit_the_model_are_refused(facts, options, message):
     model = dataclasses.replace(TINY, **facts)
-    config = DecodeConfig(gen_length=8, block_length=4, **options).resolve(model=model)
+    lengths = {"gen_length": 8, "block_length": 4}
+    config = DecodeConfig.of(lengths | options).resolve(model=model)
     with pytest.raises(ValueError, match=message):
         make_setup(config, model)
 

@@ -29,7 +29,7 @@ EXACT: dict[str, Any] = {"threshold": 0.6, "stop": "none"}
 
 def check(kind: str, options: dict[str, Any], seed: int, lengths: list[int], end_bias: float):
     llm = tiny(kind, end_bias)
-    config = DecodeConfig(**SHORT | options)
+    config = DecodeConfig.of(SHORT | options)
     prompts = random_prompts(seed, lengths)
     judge = tiny("judge", end_bias) if config.rule == "verify" else None
     rows, nfe, forwards = canvases(llm, config, prompts, judge)
@@ -48,46 +48,55 @@ MEANT = pytest.mark.filterwarnings("ignore:steps=")  # a floor beside a threshol
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("plain", {"threshold": 0.6}),
     ("plain", {"threshold": 0.5, "edge": "above", "cache": "prefix", "block_length": 5}),
-    ("plain", {"threshold": 0.7, "edge": "slack", "credit": True, "cache": "none"}),
+    ("plain", {"threshold": 0.7, "edge": "slack", "credit.alpha": 0.7, "cache": "none"}),
     ("plain", {"rule": "quota", "steps": 6, "refresh_every": 2}),
+    ("plain", {"threshold": 0.6, "block_length": None, "block_lengths": (2, 5, 6)}),
+    ("plain", {"rule": "quota", "steps": 9, "block_length": None, "block_lengths": (5, 3, 4),
+               "cache": "none"}),
     ("plain", {"rule": "quota", "steps": 4, "schedule": "columns", "remasking": "topk_margin",
-               "cache": "prefix", "prefix_look": 3, "block_length": 6}),
+               "cache": "prefix", "vicinity.before": 3, "block_length": 6}),
     ("plain", {"rule": "quota", "steps": 9, "schedule": "timesteps", "remasking": "entropy",
-               "warmup": 3, "prefix_look": 2, "after_look": 2, "block_length": 5}),
-    ("plain", {"rule": "quota", "tokens_per_step": 2, "remasking": "leftright", "lookahead": 3,
-               "cache": "none", "block_length": 0}),
+               "vicinity.warmup": 3, "vicinity.before": 2, "vicinity.after": 2, "block_length": 5}),
+    ("plain", {"rule": "quota", "tokens_per_step": 2, "remasking": "leftright",
+               "verify.lookahead": 3, "cache": "none", "block_length": 0}),
     ("plain", {"rule": "factor", "factor": 1.2, "cache": "prefix", "refresh_every": 3}),
     ("plain", {"rule": "hierarchy", "threshold": 0.8, "low_threshold": 0.3, "block_length": 6}),
     ("plain", {"rule": "entropy_bound", "remasking": "entropy", "entropy_bound": 1.5,
                "cache": "none"}),
-    ("plain", {"threshold": 0.4, "edit_threshold": 0.3, "edit_penalty": 0.5, "cache": "none"}),
-    ("plain", {"threshold": 0.6, "cache": "block", "edit_threshold": 0.4, "stable_steps": 2}),
+    ("plain", {"threshold": 0.4, "edit.threshold": 0.3, "edit.penalty": 0.5, "cache": "none"}),
+    ("plain", {"threshold": 0.6, "cache": "block", "edit.threshold": 0.4, "stable_steps": 2}),
     ("plain", {"rule": "quota", "steps": 12, "stable_steps": 1, "block_length": 6}),
     ("plain", {"threshold": 0.7, "max_forwards": 5, "cache": "block", "stop": "none"}),
     ("plain", {"threshold": 0.6, "cfg_scale": 1.0, "cache": "block"}),
-    ("plain", {"rule": "hierarchy", "threshold": 0.6, "cont_weight": 0.3, "cont_growth": 0.1,
-               "threshold_decay": 0.1, "cache": "prefix", "stable_steps": 1}),
+    ("plain", {"rule": "hierarchy", "threshold": 0.6, "smooth.weight": 0.3, "smooth.growth": 0.1,
+               "smooth.decay": 0.1, "cache": "prefix", "stable_steps": 1}),
     ("plain", {"threshold": 0.6, "align": True, "block_length": 5}),
     ("plain", {"rule": "allowance", "threshold": 0.8, "steps": 12, "block_length": 4,
                "align": True}),
     ("plain", {"threshold": 0.6, "stop": "eos_block", "stop_fill": True}),
     ("plain", {"logits_eos_inf": True, "threshold": 1.0, "remasking": "entropy"}),
     ("plain", {"threshold": 0.6, "steps": 3, "stop": "none"}),
-    ("blocks", {"threshold": 0.9, "tokens_per_step": 2, "edit_threshold": 0.4}),
+    ("blocks", {"threshold": 0.9, "tokens_per_step": 2, "edit.threshold": 0.4}),
     ("shifted", {"threshold": 0.6}),
-    ("shifted", {"threshold": 0.6, "cache": "prefix", "prefix_look": 2, "align": True}),
-    ("plain", {"rule": "verify", "verify_weight": 0.8, "stop": "none"}),
+    ("shifted", {"threshold": 0.6, "cache": "prefix", "vicinity.before": 2, "align": True}),
+    ("plain", {"rule": "verify", "verify.weight": 0.8, "stop": "none"}),
     ("blocks", EXACT),
     ("blocks", EXACT | {"cache": "none"}),
-    ("blocks", {"threshold": 0.5, "edit_threshold": 0.4, "stop": "eos_block"}),
+    ("blocks", {"threshold": 0.5, "edit.threshold": 0.4, "stop": "eos_block"}),
 ]  # fmt: skip
 MORE: list[tuple[str, dict[str, Any]]] = [
-    ("plain", {"threshold": 0.8, "edge": "above", "credit": True, "credit_alpha": 2.0,
+    ("plain", {"threshold": 0.8, "edge": "above", "credit.alpha": 2.0,
                "block_length": 6}),
-    ("plain", {"threshold": 0.4, "edit_threshold": 0.2, "edit_passes": 2}),
+    ("plain", {"threshold": 0.4, "edit.threshold": 0.2, "edit.passes": 2}),
     ("plain", {"threshold": 0.6, "cache": "block", "block_length": 5}),
+    ("plain", {"threshold": 0.6, "cache": "block", "block_length": None,
+               "block_lengths": (5, 1, 6)}),
+    ("shifted", {"rule": "quota", "steps": 12, "schedule": "columns", "cache": "prefix",
+                 "block_length": None, "block_lengths": (1, 7, 9)}),
+    ("plain", {"rule": "allowance", "threshold": 0.8, "steps": 6, "block_length": None,
+               "block_lengths": (3, 2, 8), "vicinity.before": 2, "vicinity.after": 3}),
     ("plain", {"threshold": 0.7, "max_forwards": 5, "cache": "prefix"}),
-    ("plain", {"threshold": 0.6, "cont_weight": 0.3, "block_length": 6}),
+    ("plain", {"threshold": 0.6, "smooth.weight": 0.3, "block_length": 6}),
     ("plain", {"rule": "quota", "steps": 6, "confidence_eos_eot_inf": True}),
     ("shifted", {"threshold": 0.6, "cache": "block"}),
     ("shifted", {"rule": "quota", "steps": 6, "schedule": "timesteps", "remasking": "entropy",
@@ -124,27 +133,35 @@ LINES = [0.3, 0.6, 0.9, 1.0]
 RULES = st.one_of(
     some(threshold=LINES, edge=["at_least", "above", "slack"], steps=[None, 6],
          remasking=["low_confidence", "topk_margin"]),
-    some(threshold=LINES, tokens_per_step=[2, 3], edit_threshold=[None, 0.5]),
+    some(threshold=LINES, tokens_per_step=[2, 3], **{"edit.threshold": [None, 0.5]}),
     some(threshold=[0.5, 1.5], remasking=["entropy"], edge=["at_least", "above"]),
-    some(threshold=LINES, edge=["above", "slack"], credit=[True], credit_alpha=[0.7, 2.0]),
-    some(threshold=LINES, edit_threshold=[0.2, 0.5, 0.9], edit_passes=[0, 1, 16],
-         edit_penalty=[0.0, 0.5]),
-    some(threshold=LINES, cont_weight=[0.1, 0.3], cont_growth=[0.02, 0.1],
-         threshold_decay=[0.02, 0.2]),
+    some(threshold=LINES, edge=["above", "slack"], **{"credit.alpha": [0.7, 2.0]}),
+    some(threshold=LINES, **{"edit.threshold": [0.2, 0.5, 0.9], "edit.passes": [0, 1, 16],
+                             "edit.penalty": [0.0, 0.5]}),
+    some(threshold=LINES, **{"smooth.weight": [0.1, 0.3], "smooth.growth": [0.02, 0.1],
+                             "smooth.decay": [0.02, 0.2]}),
     some(rule=["quota"], steps=[6, 12], schedule=["masks", "columns", "timesteps"],
          remasking=["low_confidence", "leftright", "topk_margin", "entropy"],
          confidence_eos_eot_inf=[False, False, True]),
     some(rule=["quota"], tokens_per_step=[1, 2, 5], remasking=["leftright", "entropy"],
-         lookahead=[None, 3]),
+         **{"verify.lookahead": [0, 3]}),
     some(rule=["factor"], factor=[0.5, 1.0, 2.0]),
-    some(rule=["hierarchy"], threshold=LINES, low_threshold=[0.1, 0.4], cont_weight=[0.0, 0.3]),
+    some(rule=["hierarchy"], threshold=LINES, low_threshold=[0.1, 0.4],
+         **{"smooth.weight": [0.0, 0.3]}),
     some(rule=["entropy_bound"], remasking=["entropy"], entropy_bound=[0.2, 1.0, 4.0]),
     some(rule=["allowance"], threshold=LINES, steps=[6, 12]),
 )  # fmt: skip
 CACHES = st.one_of(
     some(cache=["none", "prefix", "dual", "block"]),
-    some(cache=["prefix", "dual"], refresh_every=[1, 2, 3], prefix_look=[0, 2], warmup=[0, 3]),
-    some(cache=["dual"], prefix_look=[0, 3], after_look=[2, 9], warmup=[0, 3]),
+    some(
+        cache=["prefix", "dual"],
+        refresh_every=[1, 2, 3],
+        **{"vicinity.before": [0, 2], "vicinity.warmup": [0, 3]},
+    ),
+    some(
+        cache=["dual"],
+        **{"vicinity.before": [0, 3], "vicinity.after": [2, 9], "vicinity.warmup": [0, 3]},
+    ),
 )
 REST = some(
     stop=["eos", "eos_block", "none"],
@@ -162,8 +179,8 @@ REST = some(
 @pytest.mark.slow
 @settings(max_examples=SEARCH, **LOOSE)
 @given(
-    some(block_length=[0, 2, 3, 4, 5, 6, 12], verify_weight=[0.3, 0.6, 0.8, 0.95],
-         lookahead=[None, None, 3], align=[None, True]),
+    some(block_length=[0, 2, 3, 4, 5, 6, 12], align=[None, True],
+         **{"verify.weight": [0.3, 0.6, 0.8, 0.95], "verify.lookahead": [0, 0, 3]}),
     st.integers(0, 10_000),
 )  # fmt: skip
 def test_verified_drafts_equal_twin_for_any_block_length(options, seed):
@@ -176,7 +193,7 @@ def test_verified_drafts_equal_twin_for_any_block_length(options, seed):
 def test_loop_equals_twin_for_any_settings(kind, rule, cache, rest, seed):
     options = rest | cache | rule
     try:
-        config = DecodeConfig(**SHORT | options)
+        config = DecodeConfig.of(SHORT | options)
         make_setup(tiny(kind).resolve(config), tiny(kind).config)
     except ValueError:
         reject()

@@ -23,7 +23,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dual": ("plain", {"threshold": 0.6}),
     "prefix, shifted": ("shifted", {"threshold": 0.6, "cache": "prefix"}),
     "no cache, sampled": ("plain", {"threshold": 0.5, "temperature": 0.8, "cache": "none"}),
-    "block": ("blocks", {"threshold": 0.5, "edit_threshold": 0.4}),
+    "block": ("blocks", {"threshold": 0.5, "edit.threshold": 0.4}),
     "steps": ("plain", {"rule": "quota", "steps": 9, "stable_steps": 1, "cfg_scale": 0.5}),
 }
 
@@ -79,7 +79,7 @@ def staggered(llm: LLM, config: DecodeConfig, prompts: list[list[int]]):
 @pytest.mark.parametrize("case", CASES)
 def test_rows_at_different_blocks_get_their_own_tokens(case: str):
     kind, options = CASES[case]
-    config = DecodeConfig(gen_length=12, block_length=4, **options)
+    config = DecodeConfig.of({"gen_length": 12, "block_length": 4} | options)
     llm, prompts = tiny(kind, 1.5), random_prompts(11, [9, 4])
     rows, nfe, blocks = staggered(llm, config, prompts)
     alone = [canvases(llm, config, [prompt]) for prompt in prompts]
@@ -91,7 +91,7 @@ def test_rows_at_different_blocks_get_their_own_tokens(case: str):
 def test_a_mask_in_a_prompt_is_text():
     """It is neither filled nor waited for, whatever is cached, and in the block that it shares."""
     for kind, options in CASES.values():
-        config = DecodeConfig(gen_length=12, block_length=4, align=True, **options)
+        config = DecodeConfig.of({"gen_length": 12, "block_length": 4, "align": True} | options)
         llm, prompt = tiny(kind, 1.5), random_prompts(2, [7])[0]
         prompt[1] = prompt[5] = prompt[6] = TINY.mask_id
         [row], _, _ = canvases(llm, config, [prompt])

@@ -20,6 +20,7 @@ from jdllm.decode import decode, read_prefix
 from jdllm.llm import LLM, Batch, Completion
 from jdllm.parity import make_setup
 from jdllm.runtime import sharding
+from jdllm.runtime.fields import replaced
 from tests.support.models import on_mesh, random_arrays
 from tests.support.tiny_models import TINY, random_prompts, tiny
 
@@ -121,10 +122,10 @@ def test_lengths_are_few(block: int):
 # What is decoded
 
 OPTIONS: list[dict[str, Any]] = [
-    {"edit_threshold": 0.4, "stop": "eos_block"},
+    {"edit.threshold": 0.4, "stop": "eos_block"},
     {"rule": "quota", "threshold": None, "steps": 6, "sampling": "categorical",
      "temperature": 0.7, "stable_steps": 2, "block_length": 8, "gen_length": 16},
-    {"edge": "slack", "parity": "dinfer", "cont_weight": 0.3},
+    {"edge": "slack", "parity": "dinfer", "smooth.weight": 0.3},
 ]  # fmt: skip
 
 
@@ -141,7 +142,7 @@ OPTIONS: list[dict[str, Any]] = [
 def test_completions_and_nfe_are_the_same(options: dict[str, Any], seed, common, own):
     """Mixed lengths in several batches, one beginning or two, the prompt's tail on any column."""
     llm, prompts = deep(), prompts_of(seed, common, own)
-    config = dataclasses.replace(SHORT, **options)
+    config = replaced(SHORT, options)
     shared, found = run(llm, prompts, config, batch_size=3)
     alone, plain = run(llm, prompts, dataclasses.replace(config, **ALONE), batch_size=3)
     assert shared == alone
@@ -221,7 +222,7 @@ def test_it_is_left_alone_where_it_is_not_exact(kind: str, options: dict[str, An
     monkeypatch.setattr(LLM, "_program", lambda *_: (_ for _ in ()).throw(InterruptedError))
     llm, prompts = fresh(tiny(kind)), prompts_of(1, [40], [3, 9])
     with pytest.raises(InterruptedError):
-        next(llm.stream(prompts, dataclasses.replace(SHORT, **options)))
+        next(llm.stream(prompts, replaced(SHORT, options)))
     assert not llm._programs
 
 

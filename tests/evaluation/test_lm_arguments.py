@@ -14,15 +14,22 @@ from lm_eval.api.instance import Instance
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from jdllm.decode import DecodeConfig
+from jdllm.decode import Credit, DecodeConfig, Edit
 from jdllm.eval import TaskResult, run
 from jdllm.evaluation.grading import as_lm_eval
 from jdllm.evaluation.harness import JdllmLM
-from jdllm.evaluation.lm_arguments import batch_rows, given_names, overlay, read_gen_kwargs
+from jdllm.evaluation.lm_arguments import (
+    batch_rows,
+    given_names,
+    overlay,
+    read_gen_kwargs,
+    read_settings,
+)
 from jdllm.llm import LLM
 from jdllm.load import BUNDLED
 from jdllm.model.config import NAMED
 from jdllm.runtime import sharding
+from jdllm.score.likelihood import LikelihoodConfig
 from jdllm.store.checkpoint import random_model
 from jdllm.tasks import TASKS
 from jdllm.tokenizer import load_tokenizer
@@ -70,6 +77,26 @@ def test_gen_kwargs_are_translated(given: dict, wanted: dict):
     overlay(DecodeConfig(), (), asked)
 
 
+def test_words_of_model_args_reach_the_groups():
+    bases: dict[str, Any] = {
+        "decode": DecodeConfig(edit=Edit(0.9)),
+        "likelihood": LikelihoodConfig(),
+    }
+    words = {"decode.edit.passes": 3, "decode.credit.alpha": 0.7, "likelihood.mc_num": 4}
+    found = read_settings(words, bases)
+    assert found["decode"] == DecodeConfig(edit=Edit(0.9, passes=3), credit=Credit(0.7))
+    assert found["likelihood"].mc_num == 4
+    named = given_names(bases["decode"], words)
+    assert named == {"edit.passes", "credit.alpha", "edit.threshold"}
+    config, used, remarks = overlay(
+        found["decode"], named, read_gen_kwargs({"edit.passes": 5, "edit.penalty": 0.5})
+    )
+    assert config.edit == Edit(0.9, 3, 0.5) and used == {"edit.penalty": 0.5}
+    assert remarks == ["decode.edit.passes=3 wins over gen_kwargs: edit.passes=5"]
+    with pytest.raises(ValueError, match="^decode.credit_alpha is decode.credit.alpha now"):
+        read_settings({"decode.credit_alpha": 0.7}, bases)
+
+
 def test_stop_strings_and_lengths():
     asked = read_gen_kwargs({"until": "x", "max_new_tokens": 9, "max_tokens": 5})
     assert (asked.stop, asked.length) == (("x",), 9)
@@ -92,6 +119,8 @@ def test_stop_strings_and_lengths():
         ({"temperature": -1}, "temperature=-1: temperature=-1 is out of range"),
         ({"temperature": "hot"}, "gen_kwargs: temperature=hot: "),
         ({"factor": 2.0}, "factor=2.0: factor=2.0 is read by rule=factor only"),
+        ({"credit_alpha": 0.7}, "gen_kwargs: credit_alpha=0.7 is credit.alpha now"),
+        ({"edit.threshold": 2}, "edit.threshold=2: edit.threshold=2 is out of range"),
     ],
 )
 def test_what_has_no_meaning_is_refused_by_name(given: dict, message: str):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jdllm import eval, sweep, tune
-from jdllm.decode import DecodeConfig
+from jdllm.decode import Credit, DecodeConfig, Edit
 from jdllm.evaluation import report
 from jdllm.evaluation.pareto import aup, front
 from jdllm.evaluation.plans import BUILT_IN, read_plan
@@ -176,6 +176,15 @@ def test_a_plan_file(plan: Path):
     other = plan.with_suffix(".json")
     other.write_text(json.dumps({"tasks": ["sudoku"], "settings": [{}]}))
     assert read_plan(str(other)).models == ("bundled",)
+    plan.write_text(
+        "tasks: [sudoku]\nsettings: [{edit: {threshold: 0, passes: 3}, block_lengths: [4, 8]}]\n"
+        "grid: {credit.alpha: [0.5, 0.7], edge: [slack]}\n"
+    )
+    assert read_plan(str(plan)).settings == (
+        DecodeConfig(edit=Edit(0, 3), block_lengths=(4, 8)),
+        DecodeConfig(credit=Credit(0.5), edge="slack"),
+        DecodeConfig(credit=Credit(0.7), edge="slack"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -183,6 +192,11 @@ def test_a_plan_file(plan: Path):
     [
         ("tasks: [sudoku]", "at least one of each"),
         ("tasks: [sudoku]\nsettings: [{treshold: 1}]", "threshold"),
+        ("tasks: [sudoku]\nsettings: [{edit: {treshold: 1}}]", "try edit.threshold"),
+        (
+            "tasks: [sudoku]\nsettings: [{edit_threshold: 0}]",
+            "edit_threshold is edit.threshold now",
+        ),
         ("tasks: [sudoku]\nsettings: [{}, {}]", "twice"),
         ("tasks: [sudokku]\nsettings: [{}]", "did you mean sudoku"),
         ("tasks: [sudoku]\nsettings: [{threshold: 2}]", "threshold=2"),
@@ -286,6 +300,12 @@ def test_settings_survive_a_file(tmp_path: Path):
     write_decode(tmp_path / "one.json", config)
     assert read_decode(tmp_path / "one.json") == config
     assert label(config) == "rule=quota steps=8 cache=prefix temperature=0.5"
+    nested = DecodeConfig.named("llada2.1-speed", block_length=8)
+    write_decode(tmp_path / "two.json", nested)
+    assert read_decode(tmp_path / "two.json") == nested
+    more = read_decode(tmp_path / "two.json", DecodeConfig(edit=Edit(passes=3, threshold=0.5)))
+    assert more.edit == Edit(0.5, 3) and more.threshold == nested.threshold
+    assert label(DecodeConfig(edit=Edit(0.0))) == "edit.threshold=0.0"
 
 
 def test_without_a_plot_library_tables_are_written(tmp_path: Path, monkeypatch):

@@ -1,6 +1,5 @@
 """docs/decoding.md lists every option, rule, cache, stop, parity and preset, with true values."""
 
-import dataclasses
 import json
 import re
 import runpy
@@ -14,10 +13,17 @@ from jdllm.decode.presets import PRESETS
 from jdllm.generate import GenerateConfig
 from jdllm.parity import COPIES
 from jdllm.runtime import cli
+from jdllm.runtime.fields import leaves, nested
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "decoding.md").read_text()
-HINTS = get_type_hints(DecodeConfig)
+GROUPS = {prefix.removesuffix(".") for prefix, _ in nested(DecodeConfig)}
+HINTS = {
+    prefix + name: hint
+    for prefix, kind in nested(DecodeConfig)
+    for name, hint in get_type_hints(kind).items()
+    if prefix + name not in GROUPS
+}
 
 
 def section(title: str) -> list[list[str]]:
@@ -31,8 +37,8 @@ def section(title: str) -> list[list[str]]:
 
 def written(value: Any) -> str:
     """As the page writes a value."""
-    if value is None:
-        return "open"
+    if value in (None, ()):
+        return "none" if value == () else "open"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -44,7 +50,7 @@ def choices(name: str) -> set[str]:
 
 def test_the_options_are_the_fields_with_their_defaults():
     told = [(name, default) for name, default, *_ in section("Options")]
-    assert told == [(f.name, written(f.default)) for f in dataclasses.fields(DecodeConfig)]
+    assert told == [(name, written(value)) for name, value in leaves(DecodeConfig()).items()]
 
 
 def test_every_option_says_what_it_means_and_where_it_is_from():

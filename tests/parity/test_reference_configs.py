@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from jdllm.runtime.fields import leaves
 from tests.support.reference_configs import CONFIGS, sglang_config
 
 DINFER = {"gen_length": 16, "block_length": 8, "llm": "BlockWiseDiffusionLLM"}
@@ -47,8 +48,8 @@ def test_sglangs_algorithms_ignore_each_others_options():
     )
     assert sglang_config(extra | ids, low) == sglang_config({}, low)
     assert sglang_config(extra | ids, joint) == sglang_config(extra, joint)
-    assert sglang_config(extra | ids, indel).edit_penalty == 0
-    assert sglang_config(extra | ids, indel).delete_id == 3
+    assert sglang_config(extra | ids, indel).edit.penalty == 0
+    assert sglang_config(extra | ids, indel).edit.delete_id == 3
 
 
 READ: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
@@ -62,7 +63,7 @@ READ: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("apd", APD | {"temperature": 0.2, "top_p": 0.9, "top_k": 5},
      {"sampling": "categorical", "temperature": 0.2, "top_p": 0.9, "top_k": 5}),
     ("apd", {"alg": "leftright", "max_new_tokens": 16, "temperature": 0.2, "max_lookahead": 4},
-     {"rule": "quota", "tokens_per_step": 1, "lookahead": 4, "sampling": "categorical"}),
+     {"rule": "quota", "tokens_per_step": 1, "verify.lookahead": 4, "sampling": "categorical"}),
     ("traces_official", LLADA2 | {"temperature": 0.7, "top_p": 0.9},
      {"sampling": "categorical", "temperature": 0.7, "top_p": 0.9}),
     ("llada", {"gen_length": 8, "block_length": 8, "steps": 20}, {"steps": 20}),
@@ -72,4 +73,4 @@ READ: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 @pytest.mark.parametrize(("family", "params", "expected"), READ, ids=range(len(READ)))
 def test_what_no_open_recording_sets_is_read(family: str, params, expected):
     config = CONFIGS[family](params).resolve()
-    assert {name: getattr(config, name) for name in expected} == expected
+    assert {name: leaves(config)[name] for name in expected} == expected

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jdllm import DecodeConfig
+from jdllm.decode import Dinfer, Smooth
 from tests.support.oracle import candidates, confidences, select, times
 from tests.support.plain_model import PlainModel, softmax
 from tests.support.tiny_models import canvases, plain, random_prompts, tiny
@@ -155,7 +156,7 @@ def test_itersmooth_counts_every_call_for_the_age_of_its_cache(cache: Any, every
     llm = tiny("plain")
     config = DecodeConfig(
         gen_length=12, block_length=6, threshold=0.8, edge="slack", cache=cache,
-        refresh_every=every, cont_weight=0.3, parity="dinfer", expected_tpf=2, stop="none",
+        refresh_every=every, smooth=Smooth(0.3), parity="dinfer", dinfer=Dinfer(2), stop="none",
     )  # fmt: skip
     for prompt in random_prompts(11, [7, 7]):
         rows, nfe, _ = canvases(llm, config, [prompt])

@@ -73,6 +73,38 @@ def test_a_setting_without_its_group_names_it(capsys):
     assert "no setting 'threshold'; did you mean inner.threshold?" in capsys.readouterr().err
 
 
+@dataclasses.dataclass(frozen=True)
+class Moved:
+    """A command whose settings have moved."""
+
+    renamed: ClassVar = {"bar": "inner.threshold"}
+    inner: Inner = Inner()
+    sizes: tuple[int, ...] = ()
+
+
+def test_what_was_renamed_names_the_new(capsys):
+    for word in ("bar=0.5", "--bar=0.5"):
+        with pytest.raises(SystemExit) as stop:
+            cli.parse(Moved, [word], "prog")
+        assert stop.value.code == 2
+        assert "prog has no setting 'bar'; it is inner.threshold now" in capsys.readouterr().err
+
+
+def test_a_group_names_its_settings(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(Moved, ["inner=0.5"], "prog")
+    assert stop.value.code == 2
+    assert "no setting 'inner'; did you mean inner.threshold?" in capsys.readouterr().err
+
+
+def test_several_numbers_are_one_word(capsys):
+    assert cli.parse(Moved, ["sizes=4,8,16"], "prog").sizes == (4, 8, 16)
+    assert cli.parse(Moved, ["sizes="], "prog").sizes == ()
+    with pytest.raises(SystemExit):
+        cli.parse(Moved, ["sizes=4,x"], "prog")
+    assert "sizes" in capsys.readouterr().err
+
+
 def test_a_rule_between_fields_is_one_sentence(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.parse(Config, ["count=0"], "prog")

@@ -6,6 +6,7 @@ rules and stops of its own. Slow and obvious; what it says is right. It knows wh
 """
 
 import dataclasses
+import itertools
 from fractions import Fraction
 
 import numpy as np
@@ -159,7 +160,12 @@ class Row:
         self.prompt, self.end = len(prompt), end
         self.tokens = np.array(prompt + [facts.mask_id] * (end - len(prompt)))
         self.start = self.prompt // self.length * self.length if config.align else self.prompt
-        self.blocks = -(-config.gen_length // self.length)
+        lengths = config.block_lengths or [self.length] * (end - self.start)
+        self.edges = [self.start]
+        """The first column of every block, and the column behind the last."""
+        while self.edges[-1] < end:
+            self.edges.append(min(self.edges[-1] + lengths[len(self.edges) - 1], end))
+        self.blocks = len(config.block_lengths) or -(-config.gen_length // self.length)
         self.nfe = 0
         self.keys = [self.model.empty(end), self.model.empty(end)]  # with and without the prompt
         self.inputs = self.embedded(self.tokens)
@@ -182,7 +188,7 @@ class Row:
 
     def feed(self, columns: np.ndarray, visible_end: int, keys: Keys, guided: bool) -> np.ndarray:
         visible = np.arange(self.end) < visible_end
-        inputs = self.inputs if self.config.cont_weight else self.embedded(self.tokens)
+        inputs = self.inputs if self.config.smooth.weight else self.embedded(self.tokens)
         if not guided:
             hidden = np.where(np.arange(self.end) < self.prompt, self.facts.mask_id, self.tokens)
             inputs = self.embedded(hidden)
@@ -203,16 +209,16 @@ class Row:
     def window(self, block: Block) -> tuple[int, int, int]:
         """First and last column to feed, and where sight ends; a full pass where the plan says."""
         config, everything = self.config, (0, self.end, self.end)
-        if config.lookahead:
+        if config.verify.lookahead:
             first_mask = self.open(block.first, block.last)[0]
-            return 0, self.end, min(first_mask + config.lookahead, self.end)
+            return 0, self.end, min(first_mask + config.verify.lookahead, self.end)
         if config.cache == "none" or self.full(block):
             return everything
-        before = block.first - config.prefix_look - self.facts.shift_logits
+        before = block.first - config.vicinity.before - self.facts.shift_logits
         if config.cache == "prefix":
             return before, self.end, self.end
         if config.cache == "dual":
-            return before, min(block.last + config.after_look, self.end), self.end
+            return before, min(block.last + config.vicinity.after, self.end), self.end
         return before, block.last, block.last
 
     def full(self, block: Block) -> bool:
@@ -220,7 +226,7 @@ class Row:
         if config.cache not in ("prefix", "dual"):
             return False
         renewed = config.refresh_every and block.calls % config.refresh_every == 0
-        warm = block.first == self.start and block.calls < config.warmup
+        warm = block.first == self.start and block.calls < config.vicinity.warmup
         return block.calls == 0 or bool(renewed) or warm
 
     def call(self, block: Block) -> None:
@@ -233,15 +239,15 @@ class Row:
         open_ = [i - block.first for i in self.open(block.first, block.last)]
         if config.logits_eos_inf:
             own[:, self.facts.eos_id] = -np.inf
-        if config.credit:
+        if config.credit.alpha:
             own = self.credited(own, open_, block)
         for i in range(1, len(old)):
-            own[i, old[i - 1]] -= config.edit_penalty
+            own[i, old[i - 1]] -= config.edit.penalty
         ids = candidates(own, config, mask_id)
         c = confidences(own, ids, config, self.facts.stop_ids)
-        if config.lookahead:
-            open_ = [i for i in open_ if i < open_[0] + config.lookahead]
-        floor = 1 - n * config.threshold_decay if config.cont_weight else -np.inf
+        if config.verify.lookahead:
+            open_ = [i for i in open_ if i < open_[0] + config.verify.lookahead]
+        floor = 1 - n * config.smooth.decay if config.smooth.weight else -np.inf
         quota = block.quotas(block.calls, len(open_))
         new = old.copy()
         if config.rule == "verify":
@@ -250,9 +256,9 @@ class Row:
             chosen = select(c, open_, config, quota, floor)
         for i in chosen:
             new[i] = ids[i]
-        if config.edit_threshold is not None:
+        if config.edit.threshold is not None:
             for i in range(max(self.prompt - block.first, 0), len(old)):
-                if old[i] != mask_id and c[i] > config.edit_threshold:
+                if old[i] != mask_id and c[i] > config.edit.threshold:
                     new[i] = ids[i]
             block.clean_calls += not open_
             block.finished = not open_ and bool((new == old).all())
@@ -260,7 +266,7 @@ class Row:
         self.dirty = bool((new != old).any())
         self.now = {i + block.first: ids[i] for i in open_}
         block.calls += 1
-        if config.cont_weight:
+        if config.smooth.weight:
             self.smooth(logits, n)
 
     def agreed(self, own: np.ndarray, ids: np.ndarray, open_: list[int], first: int) -> list[int]:
@@ -277,7 +283,7 @@ class Row:
         theirs = self.verifier(inputs, columns, seen, self.verifier.empty(len(drafted)))
         kept = open_[:1]
         for i in open_[1:]:
-            weight = self.config.verify_weight
+            weight = self.config.verify.weight
             mixed = weight * own[i] + (1 - weight) * theirs[first + i - 1]
             mixed[self.facts.mask_id] = -np.inf
             if mixed.argmax() != ids[i]:
@@ -288,16 +294,16 @@ class Row:
     def credited(self, logits: np.ndarray, open_: list[int], block: Block) -> np.ndarray:
         """dInfer's credit, as the dense matrix it is there."""
         config = self.config
-        block.credit *= config.credit_beta if block.calls else 1
+        block.credit *= config.credit.beta if block.calls else 1
         p = softmax(logits)
         for i in open_:
-            block.credit[i, p[i].argmax()] += p[i].max() ** config.credit_gamma
-        return logits + config.credit_alpha * np.log1p(block.credit)
+            block.credit[i, p[i].argmax()] += p[i].max() ** config.credit.gamma
+        return logits + config.credit.alpha * np.log1p(block.credit)
 
     def smooth(self, logits: np.ndarray, n: int) -> None:
         """What is fed next: masks that were in this call carry some of their prediction."""
         config = self.config
-        weight = min(config.cont_init + config.cont_growth * n, config.cont_weight)
+        weight = min(config.smooth.init + config.smooth.growth * n, config.smooth.weight)
         for i in np.flatnonzero(~np.isnan(logits[:, 0])):
             self.inputs[i] = self.embedded(self.tokens[i])
             if self.tokens[i] == self.facts.mask_id:
@@ -307,8 +313,8 @@ class Row:
         """Whether a block needs another call."""
         if self.open(block.first, block.last):
             return True
-        edits = self.config.edit_threshold is not None
-        return edits and not block.finished and block.clean_calls < self.config.edit_passes
+        edits = self.config.edit.threshold is not None
+        return edits and not block.finished and block.clean_calls < self.config.edit.passes
 
     def settled(self, block: Block) -> None:
         """The stop that fills a block: its predictions stayed the same, or the budget is spent."""
@@ -339,7 +345,7 @@ class Row:
             if found and config.stop_fill:
                 self.tokens[last:] = facts.eos_id
             return found
-        if config.stop == "none" or (config.edit_threshold is not None and not closing):
+        if config.stop == "none" or (config.edit.threshold is not None and not closing):
             return False
         assert config.stop == "eos"
         for i in range(self.prompt, self.end):
@@ -359,8 +365,7 @@ class Row:
         cached = self.config.cache == "block"
         if cached:
             self.absorb(0, self.start)
-        for first in range(self.start, self.end, self.length):
-            last = min(first + self.length, self.end)
+        for first, last in itertools.pairwise(self.edges):
             opened = len(self.open(first, last))
             quotas = Quotas(self.config, self.blocks, opened)
             block = Block(first, last, quotas, np.zeros((last - first, self.facts.vocab)))

@@ -15,7 +15,7 @@ def llada_config(params: dict[str, Any]) -> DecodeConfig:
     settings = given(params, "mask_id", "eos_id")
     if settings.get("remasking") == "random":
         settings.pop("confidence_eos_eot_inf", None)  # it changes what then nobody looks at
-    return DecodeConfig(rule="quota", stop="none", parity="llada", **settings)
+    return DecodeConfig.of({"rule": "quota", "stop": "none", "parity": "llada"} | settings)
 
 
 def fast_llada_config(params: dict[str, Any]) -> DecodeConfig:
@@ -75,17 +75,24 @@ def fast_dream_config(params: dict[str, Any]) -> DecodeConfig:
 
 DINFER_DECODERS: dict[str, dict[str, Any]] = {
     "threshold": {"rule": "threshold", "edge": "slack"},
-    "credit": {"rule": "threshold", "edge": "slack", "credit": True},
+    "credit": {"rule": "threshold", "edge": "slack", "credit.alpha": 0.7},
     "hierarchy": {"rule": "hierarchy", "threshold": 1.0, "low_threshold": 0.4},
 }
 DINFER_NAMES = {
-    "boost_gamma": "credit_gamma",
-    "decay_beta": "credit_beta",
+    "credit_alpha": "credit.alpha",
+    "boost_gamma": "credit.gamma",
+    "decay_beta": "credit.beta",
     "cache_update_freq": "refresh_every",
     "start_block_align": "align",
-    "warmup_steps": "warmup",
-    "cont_weight_init": "cont_init",
-    "cont_weight_growth": "cont_growth",
+    "prefix_look": "vicinity.before",
+    "after_look": "vicinity.after",
+    "warmup_steps": "vicinity.warmup",
+    "cont_weight": "smooth.weight",
+    "cont_weight_init": "smooth.init",
+    "cont_weight_growth": "smooth.growth",
+    "threshold_decay": "smooth.decay",
+    "expected_tpf": "dinfer.expected_tpf",
+    "maximum_unroll": "dinfer.maximum_unroll",
 }
 SMOOTH_NAMES = ("cont_weight", "cont_weight_init", "cont_weight_growth", "threshold_decay")
 # What a decoder or an engine does not read, though its caller may say it.
@@ -124,25 +131,29 @@ def dinfer_config(params: dict[str, Any]) -> DecodeConfig:
     read = given(flat, *(name for part in unread for name in DINFER_UNREAD[part]))
     settings: dict[Any, Any] = {DINFER_NAMES.get(k, k): v for k, v in read.items()}
     if smooth:
-        settings.setdefault("cont_weight", 0.3)
+        settings.setdefault("smooth.weight", 0.3)
     # Without early_stop only block diffusion with its cache goes on behind an eos.
     endless = script or (cached_blocks and not fills)
-    return DecodeConfig(
-        **DINFER_DECODERS[decoder] | settings,
-        cache=cache,
-        stop="none" if endless else "eos_block",
-        stop_fill=fills and not script,
-        parity="none" if script else "dinfer",
+    return DecodeConfig.of(
+        DINFER_DECODERS[decoder]
+        | settings
+        | {
+            "cache": cache,
+            "stop": "none" if endless else "eos_block",
+            "stop_fill": fills and not script,
+            "parity": "none" if script else "dinfer",
+        }
     )
 
 
 def apd_config(params: dict[str, Any]) -> DecodeConfig:
     """Adaptive parallel decoding; without a weight of the mixture a fixed number of tokens."""
     unread = ("alg", "apd_mixture_weight", "max_lookahead", "max_new_tokens", "tokens_per_step")
-    common: dict[str, Any] = given(params, *unread, "steps", "eps", "alg_temp") | {
+    common: dict[str, Any] = given(params, *unread, "kv_window", "steps", "eps", "alg_temp") | {
         "gen_length": params["max_new_tokens"],
         "block_length": 0,
-        "lookahead": params.get("max_lookahead"),
+        "verify.lookahead": params.get("max_lookahead") or 0,
+        "verify.window": params.get("kv_window") or 0,
         "sampling": "categorical",
         "cache": "none",
         "stop": "eos_any",
@@ -150,13 +161,10 @@ def apd_config(params: dict[str, Any]) -> DecodeConfig:
     }
     weight = params.get("apd_mixture_weight")
     if weight is not None:
-        return DecodeConfig(rule="verify", verify_weight=weight, **common)
-    return DecodeConfig(
-        rule="quota",
-        remasking="leftright",
-        tokens_per_step=params.get("tokens_per_step") or 1,
-        **common,
-    )
+        return DecodeConfig.of({"rule": "verify", "verify.weight": weight} | common)
+    tokens = params.get("tokens_per_step") or 1
+    left = {"rule": "quota", "remasking": "leftright", "tokens_per_step": tokens}
+    return DecodeConfig.of(left | common)
 
 
 def official_config(params: dict[str, Any]) -> DecodeConfig:
@@ -171,40 +179,43 @@ def official_config(params: dict[str, Any]) -> DecodeConfig:
     early = settings.pop("eos_early_stop", False)
     if edits:
         settings["tokens_per_step"] = settings.pop("num_to_transfer", 1)
-        settings["edit_threshold"] = settings.pop("editing_threshold")
-        settings["edit_passes"] = settings.pop("max_post_steps", 16)
+        settings["edit.threshold"] = settings.pop("editing_threshold")
+        settings["edit.passes"] = settings.pop("max_post_steps", 16)
     after: dict[bool, Any] = {
         True: "eos_block" if early else "none",
         False: "eos_return" if early else "eos_block",
     }
-    return DecodeConfig(
-        schedule="masks" if edits else "columns",
-        sampling="categorical",
-        cache="none",
-        stop=after[edits],
-        parity="llada2",
-        **settings,
+    return DecodeConfig.of(
+        {
+            "schedule": "masks" if edits else "columns",
+            "sampling": "categorical",
+            "cache": "none",
+            "stop": after[edits],
+            "parity": "llada2",
+        }
+        | settings
     )
 
 
 def sglang_config(params: dict[str, Any], algorithm: str) -> DecodeConfig:
     """SGLang's LowConfidence, JointThreshold and JointThresholdInDel."""
     names = {
-        "max_post_edit_steps": "edit_passes",
-        "penalty_lambda": "edit_penalty",
-        "delete_token_id": "delete_id",
-        "split_token_id": "split_id",
+        "edit_threshold": "edit.threshold",
+        "max_post_edit_steps": "edit.passes",
+        "penalty_lambda": "edit.penalty",
+        "delete_token_id": "edit.delete_id",
+        "split_token_id": "edit.split_id",
     }
     unread = {
-        "low_confidence": ("edit_threshold", *names),
+        "low_confidence": tuple(names),
         "joint_threshold": ("delete_token_id", "split_token_id"),
         "joint_threshold_indel": ("penalty_lambda",),
     }[algorithm.removeprefix("sglang.")]
     read = given(params, "eos_id", "mask_id", *unread)
     settings: dict[str, Any] = {names.get(k, k): v for k, v in read.items()}
     if not algorithm.endswith("low_confidence"):
-        settings = {"threshold": 0.5, "edit_threshold": 0.0, **settings}
-    return DecodeConfig(cache="none", stop="eos_block", parity="sglang", **settings)
+        settings = {"threshold": 0.5, "edit.threshold": 0.0, **settings}
+    return DecodeConfig.of({"cache": "none", "stop": "eos_block", "parity": "sglang"} | settings)
 
 
 CONFIGS = {

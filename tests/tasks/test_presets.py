@@ -19,7 +19,7 @@ def test_there_is_a_row_for_every_published_table():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_decode_settings_are_settings(name):
-    DecodeConfig(**dict(PRESETS[name].decode)).resolve()
+    DecodeConfig.of(PRESETS[name].decode).resolve()
 
 
 @pytest.mark.parametrize("name", PRESETS)

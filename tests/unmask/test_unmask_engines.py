@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jdllm import DecodeConfig
+from jdllm import DecodeConfig, decode
 from jdllm.decode.setup import make_rule
 from jdllm.unmask.indel import InDel
 from jdllm.unmask.speculate import Speculate
@@ -216,7 +216,7 @@ def plain_speculation(
 def test_speculation_at_a_temperature_equals_its_twin(parity: Any, facts: dict[str, Any]):
     """The verifier is mixed with logits as they are, whatever the draft was drawn from."""
     model = dataclasses.replace(TINY, vocab=VOCAB, mask_id=MASK, eos_id=8, pad_id=8, stop_ids=(8,))
-    config = DecodeConfig(rule="verify", verify_weight=0.6, parity=parity, **facts)
+    config = DecodeConfig(rule="verify", verify=decode.Verify(0.6), parity=parity, **facts)
     rule = make_rule(config.resolve(model=model), model)
     lengths = set()
     for seed in range(40):

@@ -1,0 +1,129 @@
+"""Settings that belong together: one frozen dataclass per method, off by its defaults."""
+
+import dataclasses
+from typing import ClassVar
+
+from jdllm.decode.checks import INFINITY, Ranges, check_group
+
+
+@dataclasses.dataclass(frozen=True)
+class Credit:
+    """dInfer: tokens that were on top of a position before gain logits."""
+
+    ranges: ClassVar[Ranges] = {"alpha": (0, INFINITY), "beta": (0, 1), "gamma": (0, INFINITY)}
+
+    alpha: float = 0.0
+    """Weight of log(1 + credit); 0 is off, dInfer has 0.7."""
+    beta: float = 0.8
+    """Decay of credit in every call."""
+    gamma: float = 0.2
+    """The top token gains p ** gamma."""
+
+    def __post_init__(self):
+        check_group(self, "credit", "alpha")
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """LLaDA2.1, SGLang: generated tokens of a block may be replaced."""
+
+    ranges: ClassVar[Ranges] = {
+        "threshold": (0, 1), "passes": (0, INFINITY), "penalty": (0, INFINITY),
+        "delete_id": (0, INFINITY), "split_id": (0, INFINITY),
+    }  # fmt: skip
+
+    threshold: float | None = None
+    """A token is replaced by one of a probability above this; None is off, as 0 edits most."""
+    passes: int = 16
+    """Passes over a block without masks, at most."""
+    penalty: float = 0.0
+    """SGLang: taken off the logit of the left neighbour's token."""
+    delete_id: int | None = None
+    """SGLang's JointThresholdInDel: this token deletes its position."""
+    split_id: int | None = None
+    """SGLang's JointThresholdInDel: this token inserts a mask before its position."""
+
+    def __post_init__(self):
+        check_group(self, "edit")
+        pair = f"edit.delete_id={self.delete_id} and edit.split_id={self.split_id}"
+        if (self.delete_id is None) != (self.split_id is None):
+            raise ValueError(f"{pair} go together; set both or neither")
+        if self.delete_id is not None and self.delete_id == self.split_id:
+            raise ValueError(f"{pair} must differ")
+        if self.delete_id is not None and not self.on:
+            raise ValueError(f"{pair} edit tokens; set edit.threshold too")
+
+    @property
+    def on(self) -> bool:
+        """Whether tokens are edited."""
+        return self.threshold is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Smooth:
+    """dInfer's IterSmooth: a mask's embedding carries some of its prediction."""
+
+    ranges: ClassVar[Ranges] = dict.fromkeys(("weight", "init", "growth", "decay"), (0, 1))
+
+    weight: float = 0.0
+    """How much of its prediction a mask's embedding carries, at most; 0 is off."""
+    init: float = 0.15
+    """The weight in the first call."""
+    growth: float = 0.02
+    """What every call adds to the weight."""
+    decay: float = 0.02
+    """The threshold falls from 1 by this much a call."""
+
+    def __post_init__(self):
+        check_group(self, "smooth", "weight")
+
+
+@dataclasses.dataclass(frozen=True)
+class Vicinity:
+    """dInfer's vicinity refresh: columns near a block are computed again with it."""
+
+    ranges: ClassVar[Ranges] = dict.fromkeys(("before", "after", "warmup"), (0, INFINITY))
+
+    before: int = 0
+    """prefix, dual: so many columns before the block are computed again with it."""
+    after: int = 0
+    """dual: so many columns behind the block are computed again with it."""
+    warmup: int = 0
+    """prefix, dual: so many passes of the first block are full."""
+
+    def __post_init__(self):
+        check_group(self, "vicinity")
+
+
+@dataclasses.dataclass(frozen=True)
+class Verify:
+    """apd: rule=verify asks a causal model about drafts."""
+
+    ranges: ClassVar[Ranges] = {
+        "weight": (0, 1), "window": (0, INFINITY), "lookahead": (0, INFINITY),
+    }  # fmt: skip
+
+    weight: float = 0.5
+    """The diffusion model's part in the mixture with the verifier; at 0 the verifier decides."""
+    window: int = 0
+    """Columns before the first mask that are computed again, the rest is cached; 0 is no cache."""
+    lookahead: int = 0
+    """Only so many columns from the first mask on are seen and filled, by any rule; 0 is all."""
+
+    def __post_init__(self):
+        check_group(self, "verify")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dinfer:
+    """parity=dinfer: how many calls its runner makes before it looks at what is left to do."""
+
+    ranges: ClassVar[Ranges] = dict.fromkeys(("expected_tpf", "maximum_unroll"), (1, INFINITY))
+
+    expected_tpf: int = 8
+    """Masks / this = calls made without looking."""
+    maximum_unroll: int = 4
+    """And at most so many."""
+
+    def __post_init__(self):
+        check_group(self, "dinfer")
