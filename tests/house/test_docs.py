@@ -13,16 +13,17 @@ import pytest
 from lm_eval._cli import HarnessCLI
 
 from jdllm.bench import BenchConfig, GridConfig
-from jdllm.convert.__main__ import COMMANDS, ConvertConfig, ExportConfig, PlanConfig, with_model
-from jdllm.convert.families import FAMILIES
-from jdllm.doctor import DoctorConfig
+from jdllm.checkup import DoctorConfig
+from jdllm.convert.commands import ConvertConfig, ExportConfig
+from jdllm.convert.families import COMMANDS, FAMILIES
+from jdllm.convert.plan import PlanConfig, with_model
 from jdllm.eval import EvalConfig
-from jdllm.generate import GenerateConfig
-from jdllm.launch import LaunchConfig, split
+from jdllm.generation import GenerateConfig
 from jdllm.model.config import NAMED, count_parameters
 from jdllm.runtime import cli
-from jdllm.sft import SFTConfig
+from jdllm.runtime.launch import LaunchConfig, split
 from jdllm.sweep import SweepConfig
+from jdllm.training.config import SFTConfig
 from jdllm.tune import TuneConfig
 
 ROOT = Path(__file__).parents[2]

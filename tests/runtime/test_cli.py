@@ -13,12 +13,12 @@ from typing import ClassVar, Literal, get_type_hints
 import jax
 import pytest
 
-from jdllm.convert.__main__ import ConvertConfig
+from jdllm.convert.commands import ConvertConfig
 from jdllm.eval import EvalConfig
-from jdllm.generate import GenerateConfig
+from jdllm.generation import GenerateConfig
 from jdllm.runtime import cli, hints, signals
-from jdllm.sft import SFTConfig
 from jdllm.sweep import SweepConfig
+from jdllm.training.config import SFTConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,7 +250,7 @@ def test_errors_of_the_system_name_the_file(capsys, monkeypatch, tmp_path: Path)
 
 SAYS = """
 import dataclasses
-from jdllm import cli
+from jdllm.runtime import cli
 
 @dataclasses.dataclass(frozen=True)
 class Config:

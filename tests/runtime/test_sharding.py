@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jdllm import DecodeConfig
-from jdllm.convert.__main__ import main as convert
+from jdllm.convert.commands import main as convert
 from jdllm.kernels.attention import IMPLEMENTATIONS as ATTENTION
 from jdllm.kernels.attention import reference
 from jdllm.kernels.experts import IMPLEMENTATIONS as EXPERTS
