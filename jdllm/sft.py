@@ -2,6 +2,7 @@
 
 python -m jdllm.sft data=chats.jsonl model=GSAI-ML/LLaDA-8B-Instruct output=runs/mine
 python -m jdllm.sft task=sudoku model=random:bundled tokenizer=bundled output=runs/sudoku
+python -m jdllm.sft task=sudoku:1,countdown:3 model=models/mine output=runs/both mesh=4x1
 
 A killed run is continued by the same command and ends in the same bits. docs/training.md explains.
 """

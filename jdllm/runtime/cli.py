@@ -8,7 +8,6 @@ that are not given. A field `preset`, if it has one, keeps the name.
 import contextlib
 import dataclasses
 import difflib
-import inspect
 import os
 import re
 import sys
@@ -24,6 +23,8 @@ from jdllm.runtime import signals
 from jdllm.runtime.hints import nearest_choices, nearest_settings
 
 WORD = re.compile(r"[A-Za-z_][\w.-]*=")
+HELP_ALL = {"--help-all", "--help_all"}
+HELP = {"-h", "--help", *HELP_ALL}
 CONF = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
 TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 Presets = Mapping[str, Mapping[str, Any]]
@@ -130,20 +131,12 @@ def _listed(names: Iterable[str]) -> str:
     return f"there are {', '.join(names)}"
 
 
-def describe(config: type) -> str | None:
-    """The text above the settings in `--help`; None leaves it to tyro."""
-    lists = [
-        f"{setting}=NAME: {_listed(table)}." for setting, table in preset_tables(config).items()
-    ]
-    return "\n\n".join([inspect.getdoc(config) or "", *lists]) if lists else None
-
-
 def check_names(config: type, options: Sequence[str], prog: str | None) -> None:
     """Exits with status 2 and the nearest names where an option is none of the settings."""
     names = field_names(config)
     for option in options:
         name = option.removeprefix("--").partition("=")[0].replace("-", "_")
-        if not option.startswith("--") or name in (*names, "help"):
+        if not option.startswith("--") or name in names:
             continue
         near = nearest_settings(name, names)
         hint = f"did you mean {', or '.join(near)}?" if near else f"there are {', '.join(names)}."
@@ -208,16 +201,21 @@ def parse[T](
     """Parses `words` (default: the process's arguments) into an instance of the dataclass `config`.
 
     `default` supplies other defaults than the class. Exits with status 2 and the nearest names
-    where a word is misspelt, and with status 0 after `--help`, which lists every field with its
-    default.
+    where a word is misspelt, and with status 0 after `--help` or `--help-all` (see
+    `jdllm.runtime.help`).
     """
-    options = expand_presets(config, to_options(sys.argv[1:] if words is None else words), prog)
+    options = to_options(sys.argv[1:] if words is None else words)
+    if asked := HELP & set(options):
+        from jdllm.runtime.help import page  # which stands on this file
+
+        print(page(config, prog or "this command", default, full=bool(asked & HELP_ALL)))
+        raise SystemExit(0)
+    options = expand_presets(config, options, prog)
     check_names(config, options, prog)
     check_choices(config, options, prog)
     shared: Any = {
         "args": options,
         "prog": prog,
-        "description": describe(config),
         "config": CONF,
         "registry": REGISTRY,
         "use_underscores": True,  # as the settings are written everywhere else
