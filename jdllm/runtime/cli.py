@@ -321,7 +321,11 @@ def dispatch(
     usage = f"usage: {prog} {{{','.join(commands)}}} [key=value ...]"
     name = words[0] if words else ""
     if name in ("-h", "--help"):
-        print(f"{usage}\n\n{prog} COMMAND --help lists the settings of a command.")
+        from jdllm.runtime.help import examples  # which stands on this file
+
+        shown = [f"  {line}" for line in examples(prog, sys.modules["__main__"].__doc__)]
+        end = f"{prog} COMMAND --help lists the settings of a command."
+        print("\n".join([usage, "", *["examples", *shown, ""] * bool(shown), end]))
         raise SystemExit(0)
     if name not in commands:
         near = difflib.get_close_matches(name, commands)
