@@ -19,6 +19,10 @@ FAMILIES: dict[str, Family] = {
     "dream": dream.FAMILY,
     "qwen2": qwen2.FAMILY,
 }
+# Subcommands that convert: the family of each, and the Hugging Face id that it converts by default.
+COMMANDS = {name: (name, family.source) for name, family in FAMILIES.items()} | {
+    "diffucoder": ("dream", "apple/DiffuCoder-7B-Instruct")
+}
 
 
 @dataclasses.dataclass(frozen=True)

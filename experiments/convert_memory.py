@@ -25,7 +25,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jdllm.convert import llada
-from jdllm.convert.__main__ import convert
+from jdllm.convert.commands import convert
 from jdllm.convert.families import Source, open_source
 from jdllm.convert.table import restore_sources
 from jdllm.model.config import LLADA_8B, ModelConfig

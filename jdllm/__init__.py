@@ -1,6 +1,7 @@
 """jdllm: diffusion language models in JAX."""
 
 import importlib
+import os
 import signal
 import sys
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,8 @@ if TYPE_CHECKING:
     from jdllm.llm import LLM, Completion
     from jdllm.model.config import ModelConfig
 
-if sys.argv[:1] == ["-m"]:  # a command is being started, which takes over in cli.run
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until then Ctrl-C ends it without a traceback
+if os.path.basename("".join(sys.argv[:1])) in ("-m", "jdllm"):  # a command is being started
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until cli.run, Ctrl-C shows no traceback
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "Completion", "DecodeConfig", "ModelConfig"]

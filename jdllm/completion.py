@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -55,16 +56,27 @@ def complete(
     return Completion(text, kept, nfe, "stop" if stopped else "length")
 
 
+@functools.lru_cache(maxsize=2)
+def pieces(tokenizer: Any, vocab: int) -> list[str]:
+    """Returns the text of every id below `vocab` that the tokenizer has."""
+    ids = [[i] for i in range(min(vocab, len(tokenizer)))]
+    return tokenizer.batch_decode(ids, skip_special_tokens=False)
+
+
 def stop_sequences(
-    tokenizer: Any, pieces: Sequence[str], stop: Sequence[str], mask_id: int
+    tokenizer: Any | None, stop: Sequence[str], config: ModelConfig
 ) -> tuple[tuple[int, ...], ...]:
     """Sequences of ids whose text holds a stop string: single ids, and its own encoding.
 
-    `pieces` has the text of every id. A string that comes about in another way, from the end of one
-    token and the beginning of the next, is not among them; `complete` finds it in the text.
+    A string that comes about in another way, from the end of one token and the beginning of the
+    next, is not among them; `complete` finds it in the text. None without a tokenizer.
     """
-    holds = {i for i, piece in enumerate(pieces) if any(s in piece for s in stop)}
-    holds.discard(mask_id)
+    stop = [s for s in stop if s]
+    if not stop or tokenizer is None:
+        return ()
+    texts = pieces(tokenizer, config.vocab)
+    holds = {i for i, piece in enumerate(texts) if any(s in piece for s in stop)}
+    holds.discard(config.mask_id)
     spelt = [tokenizer.encode(s, add_special_tokens=False) for s in stop]
     proven = {
         tuple(ids)

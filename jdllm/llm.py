@@ -111,7 +111,6 @@ class LLM:
         self.defaults = defaults or DecodeConfig()
         self.verifier = verifier
         self._programs = Programs()
-        self._pieces: list[str] = []
 
     @classmethod
     def load(
@@ -277,7 +276,7 @@ class LLM:
             return Shared()
         whole = sharding.replicated(self.mesh)
         tokens = [processes.place(np.array([ids], np.int32), whole) for ids in common.prefixes]
-        program, compile_seconds = self._compiled(
+        program, compile_seconds = self._programs.get(
             ("prefix", common.length, setup.block_length),
             lambda: read_prefix.lower(self.model, tokens[0], setup.block_length).compile(),
         )
@@ -340,11 +339,7 @@ class LLM:
                 return compile_blocks(self.model, request, setup, self.verifier)
             return decode.lower(self.model, request, setup, False, self.verifier).compile()
 
-        return self._compiled((request.tokens.shape, shared, setup, watched), make)
-
-    def _compiled(self, key: Any, make: Callable[[], Any]) -> tuple[Any, float]:
-        """The program kept under `key`, and the seconds spent if it is made now."""
-        return self._programs.get(key, make)
+        return self._programs.get((request.tokens.shape, shared, setup, watched), make)
 
     def loglikelihood(
         self,
@@ -368,18 +363,8 @@ class LLM:
 
     def _with_stops(self, setup: Setup, stop: Sequence[str]) -> Setup:
         """`setup` whose rows also end at token ids that prove a stop string."""
-        sequences = self._stop_sequences(stop)
-        if not sequences or not isinstance(setup.stop, EosStop) or setup.stop.after_block:
+        if not isinstance(setup.stop, EosStop) or setup.stop.after_block:
             return setup
+        sequences = stop_sequences(self.tokenizer, stop, self.config)
         rule = StopStrings(setup.stop, self.config.eos_id, sequences)
-        return dataclasses.replace(setup, stop=rule)
-
-    def _stop_sequences(self, stop: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """Sequences of ids that prove a stop string; see jdllm.completion."""
-        stop = [s for s in stop if s]
-        if not stop or self.tokenizer is None:
-            return ()
-        if not self._pieces:
-            ids = [[i] for i in range(min(self.config.vocab, len(self.tokenizer)))]
-            self._pieces = self.tokenizer.batch_decode(ids, skip_special_tokens=False)
-        return stop_sequences(self.tokenizer, self._pieces, stop, self.config.mask_id)
+        return dataclasses.replace(setup, stop=rule) if sequences else setup

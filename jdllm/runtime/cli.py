@@ -9,7 +9,6 @@ attribute `renamed` (old name -> dotted name) tells what a setting is called now
 import contextlib
 import dataclasses
 import difflib
-import inspect
 import os
 import re
 import sys
@@ -26,6 +25,8 @@ from jdllm.runtime.fields import NUMBERS, nested
 from jdllm.runtime.hints import nearest_choices, nearest_settings
 
 WORD = re.compile(r"[A-Za-z_][\w.-]*=")
+HELP_ALL = {"--help-all", "--help_all"}
+HELP = {"-h", "--help", *HELP_ALL}
 CONF = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
 TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 Presets = Mapping[str, Mapping[str, Any]]
@@ -146,20 +147,12 @@ def _listed(names: Iterable[str]) -> str:
     return f"there are {', '.join(names)}"
 
 
-def describe(config: type) -> str | None:
-    """The text above the settings in `--help`; None leaves it to tyro."""
-    lists = [
-        f"{setting}=NAME: {_listed(table)}." for setting, table in preset_tables(config).items()
-    ]
-    return "\n\n".join([inspect.getdoc(config) or "", *lists]) if lists else None
-
-
 def check_names(config: type, options: Sequence[str], prog: str | None) -> None:
     """Exits with status 2 and the new or the nearest names where an option is no setting."""
     names, old_names = field_names(config), renamed(config)
     for option in options:
         name = option.removeprefix("--").partition("=")[0].replace("-", "_")
-        if not option.startswith("--") or name in (*names, "help"):
+        if not option.startswith("--") or name in names:
             continue
         now = [new for old, new in old_names.items() if f".{old}".endswith(f".{name}")]
         near = nearest_settings(name, names)
@@ -226,16 +219,21 @@ def parse[T](
     """Parses `words` (default: the process's arguments) into an instance of the dataclass `config`.
 
     `default` supplies other defaults than the class. Exits with status 2 and the nearest names
-    where a word is misspelt, and with status 0 after `--help`, which lists every field with its
-    default.
+    where a word is misspelt, and with status 0 after `--help` or `--help-all` (see
+    `jdllm.runtime.help`).
     """
-    options = expand_presets(config, to_options(sys.argv[1:] if words is None else words), prog)
+    options = to_options(sys.argv[1:] if words is None else words)
+    if asked := HELP & set(options):
+        from jdllm.runtime.help import page  # which stands on this file
+
+        print(page(config, prog or "this command", default, full=bool(asked & HELP_ALL)))
+        raise SystemExit(0)
+    options = expand_presets(config, options, prog)
     check_names(config, options, prog)
     check_choices(config, options, prog)
     shared: Any = {
         "args": options,
         "prog": prog,
-        "description": describe(config),
         "config": CONF,
         "registry": REGISTRY,
         "use_underscores": True,  # as the settings are written everywhere else
@@ -341,7 +339,11 @@ def dispatch(
     usage = f"usage: {prog} {{{','.join(commands)}}} [key=value ...]"
     name = words[0] if words else ""
     if name in ("-h", "--help"):
-        print(f"{usage}\n\n{prog} COMMAND --help lists the settings of a command.")
+        from jdllm.runtime.help import examples  # which stands on this file
+
+        shown = [f"  {line}" for line in examples(prog, sys.modules["__main__"].__doc__)]
+        end = f"{prog} COMMAND --help lists the settings of a command."
+        print("\n".join([usage, "", *["examples", *shown, ""] * bool(shown), end]))
         raise SystemExit(0)
     if name not in commands:
         near = difflib.get_close_matches(name, commands)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from jdllm.convert import families
-from jdllm.convert.__main__ import main
+from jdllm.convert.commands import main
 from jdllm.convert.fetch import converted_folder
 from jdllm.convert.shards import Shards
 from jdllm.convert.table import ConversionError, apply, source_shape, undo
@@ -546,7 +546,7 @@ def test_disk_full_halfway(
 DRIVER = """
 import sys, time
 from pathlib import Path
-from jdllm.convert.__main__ import convert
+from jdllm.convert.commands import convert
 from jdllm.convert.families import Source, open_source
 
 class Stuck(Source):

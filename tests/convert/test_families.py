@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jdllm.convert import families
-from jdllm.convert.__main__ import main
+from jdllm.convert.commands import main
 from jdllm.convert.published import flat_rope
 from jdllm.convert.table import ConversionError, Row
 from jdllm.model.config import NAMED, NO_ID, ModelConfig, count_parameters

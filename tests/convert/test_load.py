@@ -9,7 +9,7 @@ import pytest
 
 from jdllm import load
 from jdllm.convert import fetch
-from jdllm.convert.__main__ import main as convert
+from jdllm.convert.commands import main as convert
 from jdllm.llm import LLM
 from jdllm.model.model import named
 from jdllm.runtime import sharding

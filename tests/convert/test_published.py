@@ -12,15 +12,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jdllm import bench, eval, generate, load, sft, sweep, tune
+from jdllm import bench, eval, load, sweep, tune
 from jdllm.convert import families
-from jdllm.convert.__main__ import ConvertConfig, PlanConfig, describe_model, main
+from jdllm.convert.commands import ConvertConfig, main
+from jdllm.convert.plan import PlanConfig, describe_model
 from jdllm.convert.table import ConversionError, sizes, source_shapes
 from jdllm.evaluation import harness
+from jdllm.generation import GenerateConfig, complete
 from jdllm.llm import LLM
 from jdllm.model.config import NAMED, count_parameters
 from jdllm.runtime import cli, sharding
 from jdllm.runtime.journal import Journal
+from jdllm.training.config import SFTConfig
 from tests.convert.test_convert import (
     BF16,
     F32,
@@ -345,7 +348,7 @@ def test_commands_hand_allowed_keys_on(monkeypatch: pytest.MonkeyPatch, tmp_path
     allow: Any = {"model": "owner/name", "allow_unknown": ("flavour",)}
     runs: dict[str, Callable[[], object]] = {
         "eval": lambda: eval.evaluate(eval.EvalConfig(**allow)),
-        "generate": lambda: generate.complete(generate.GenerateConfig(prompt="x", **allow)),
+        "generate": lambda: complete(GenerateConfig(prompt="x", **allow)),
         "bench": lambda: bench.main(bench.BenchConfig(**allow)),
         "grid": lambda: bench.grid(bench.GridConfig(**allow)),
         "harness": lambda: harness.JdllmLM(**allow),
@@ -357,8 +360,8 @@ def test_commands_hand_allowed_keys_on(monkeypatch: pytest.MonkeyPatch, tmp_path
         assert seen.pop() == ("flavour",), name
 
 
-COMMANDS = [eval.EvalConfig, generate.GenerateConfig, bench.BenchConfig, bench.GridConfig]
-COMMANDS += [sweep.SweepConfig, tune.TuneConfig, sft.SFTConfig, ConvertConfig, PlanConfig]
+COMMANDS = [eval.EvalConfig, GenerateConfig, bench.BenchConfig, bench.GridConfig]
+COMMANDS += [sweep.SweepConfig, tune.TuneConfig, SFTConfig, ConvertConfig, PlanConfig]
 
 
 @pytest.mark.parametrize("config", COMMANDS, ids=lambda config: config.__name__)

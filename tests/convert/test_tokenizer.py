@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, pre_tokenizers
 
-from jdllm.convert.__main__ import main
+from jdllm.convert.commands import main
 from jdllm.store import checkpoint
 from jdllm.tokenizer import added_tokens, build_tokenizer, encode_prompts, load_tokenizer
 

@@ -8,7 +8,7 @@ from jdllm import LLM
 from jdllm.decode import DecodeConfig
 from jdllm.decode.presets import PRESETS, preset_settings
 from jdllm.evaluation.harness import read_settings
-from jdllm.generate import GenerateConfig
+from jdllm.generation import GenerateConfig
 from jdllm.runtime import cli
 
 # Some of every kind; the others differ from these in numbers, or are decoded elsewhere.

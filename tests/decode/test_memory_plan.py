@@ -13,8 +13,9 @@ import pytest
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jdllm.convert import __main__ as command
-from jdllm.convert.__main__ import describe_model, main
+from jdllm.convert import commands
+from jdllm.convert.commands import main
+from jdllm.convert.plan import describe_model
 from jdllm.decode import DecodeConfig, Request, decode, make_setup
 from jdllm.decode import memory as memory_plan
 from jdllm.decode.memory import Plan, Planner, share, weight_bytes
@@ -121,7 +122,7 @@ def test_the_largest_batch(power: float, memory: int, replicas: int):
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(command, "enable_compilation_cache", lambda: None)  # keep the tests' own
+    monkeypatch.setattr(commands, "enable_compilation_cache", lambda: None)  # keep the tests' own
     monkeypatch.setattr(memory_plan, "TRIALS", 2)  # of the search, which is tested by itself
     words = ["mesh=4x2", "batch=8", "length=64", "decode.gen_length=32", "memory=0.05"]
     main(["plan", "tiny", *words])

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from jdllm import doctor
-from jdllm.doctor import Finding, Machine, Probe
+from jdllm import checkup
+from jdllm.checkup import Finding, Machine, Probe
 from jdllm.runtime import machine
 from jdllm.runtime.machine import Folder, HuggingFace, Packages
 
@@ -47,61 +47,66 @@ def with_cuda(driver: str | None, platforms: str = "", probe: Probe = GPU) -> Ma
 BROKEN = Folder(Path("/readonly"), "Permission denied", 10**12)
 FULL = Folder(Path("/full"), "", 1000)
 CASES: list[tuple[Any, Any, str, str]] = [
-    (doctor.check_python, GOOD, "ok", "3.12"),
-    (doctor.check_python, dataclasses.replace(GOOD, python=(3, 11)), "WRONG", "3.11 is too old"),
-    (doctor.check_versions, GOOD, "ok", "jaxlib 0.12.0.1"),
-    (doctor.check_versions, packages(jdllm=None), "note", "runs uninstalled"),
-    (doctor.check_versions, packages(jaxlib="0.12.1"), "WRONG", "installed is 0.12.1"),
-    (doctor.check_versions, packages(jaxlib="0.10.0"), "WRONG", "jaxlib<=0.12.0.1,>=0.11.2"),
-    (doctor.check_versions, packages(jaxlib=None), "WRONG", "jaxlib, which is not installed"),
-    (doctor.check_plugin, GOOD, "ok", "only GPUs need one"),
-    (doctor.check_plugin, packages(**CUDA), "ok", "jax-cuda13-plugin 0.12.0.1"),
+    (checkup.check_python, GOOD, "ok", "3.12"),
+    (checkup.check_python, dataclasses.replace(GOOD, python=(3, 11)), "WRONG", "3.11 is too old"),
+    (checkup.check_versions, GOOD, "ok", "jaxlib 0.12.0.1"),
+    (checkup.check_versions, packages(jdllm=None), "note", "runs uninstalled"),
+    (checkup.check_versions, packages(jaxlib="0.12.1"), "WRONG", "installed is 0.12.1"),
+    (checkup.check_versions, packages(jaxlib="0.10.0"), "WRONG", "jaxlib<=0.12.0.1,>=0.11.2"),
+    (checkup.check_versions, packages(jaxlib=None), "WRONG", "jaxlib, which is not installed"),
+    (checkup.check_plugin, GOOD, "ok", "only GPUs need one"),
+    (checkup.check_plugin, packages(**CUDA), "ok", "jax-cuda13-plugin 0.12.0.1"),
     (
-        doctor.check_plugin,
+        checkup.check_plugin,
         packages(**CUDA | {"jax-cuda13-pjrt": "0.12.0"}),
         "WRONG",
         "do not fit jaxlib 0.12.0.1",
     ),
     (
-        doctor.check_plugin,
+        checkup.check_plugin,
         packages(**CUDA | {"jax-cuda12-plugin": "0.12.0.1"}),
         "note",
         "plugins of two CUDA versions",
     ),
-    (doctor.check_triton, GOOD, "ok", "not installed"),
-    (doctor.check_triton, packages(jax_triton="0.3.1", triton="3.6.0"), "ok", "0.3.1"),
-    (doctor.check_triton, packages(jax_triton="0.4.1", triton="3.7.0"), "ok", "0.4.1"),
+    (checkup.check_triton, GOOD, "ok", "not installed"),
+    (checkup.check_triton, packages(jax_triton="0.3.1", triton="3.6.0"), "ok", "0.3.1"),
+    (checkup.check_triton, packages(jax_triton="0.4.1", triton="3.7.0"), "ok", "0.4.1"),
     (
-        doctor.check_triton,
+        checkup.check_triton,
         packages(jax_triton="0.4.1", triton="3.6.0"),
         "WRONG",
         "needs triton 3.7",
     ),
-    (doctor.check_triton, packages(jax_triton="0.4.1"), "WRONG", "without triton"),
-    (doctor.check_gpu, gpu(None, probe=CPU), "ok", "no NVIDIA driver"),
-    (doctor.check_gpu, with_cuda("580.65.06"), "ok", "JAX uses it"),
-    (doctor.check_gpu, with_cuda("570.1"), "WRONG", "too old for jax-cuda13-plugin"),
-    (doctor.check_gpu, gpu("580.65.06", probe=CPU), "WRONG", "has no CUDA plugin and sees cpu"),
-    (doctor.check_gpu, with_cuda("580.65.06", probe=CPU), "WRONG", "but JAX sees cpu"),
-    (doctor.check_gpu, with_cuda("580.65.06", "cpu", CPU), "note", "JAX_PLATFORMS=cpu keeps"),
-    (doctor.check_devices, gpu(None, probe=CPU), "ok", "1 x cpu (cpu)"),
-    (doctor.check_devices, with_cuda("580.1"), "ok", "105.0 GB for JAX on each"),
-    (doctor.check_devices, gpu(None, "tpu", Probe(error="no tpu")), "WRONG", "JAX_PLATFORMS=tpu"),
-    (doctor.check_devices, gpu(None, probe=Probe(error="no end")), "WRONG", "no end"),
-    (doctor.check_memory, 8 * 10**9, "ok", "8.0 GB available"),
-    (doctor.check_memory, 10**8, "WRONG", "0.1 GB available"),
-    (doctor.check_home, FOLDER, "ok", "1000.0 GB free"),
-    (doctor.check_home, BROKEN, "WRONG", "nothing can be written to /readonly: Permission denied"),
-    (doctor.check_home, FULL, "WRONG", "0.0 GB free"),
-    (doctor.check_hugging_face, HuggingFace(FOLDER, False, True), "ok", "a token is set"),
-    (doctor.check_hugging_face, HuggingFace(FOLDER, False, False), "ok", "no token"),
-    (doctor.check_hugging_face, HuggingFace(FOLDER, True, True), "note", "forbids downloads"),
-    (doctor.check_hugging_face, HuggingFace(BROKEN, False, True), "note", "Permission denied"),
-    (doctor.check_generation, CPU, "ok", "solved a sudoku, 2 tokens in 1.0 s"),
-    (doctor.check_generation, dataclasses.replace(CPU, solved=False), "WRONG", "is wrong: '1'"),
-    (doctor.check_generation, Probe(error="killed"), "WRONG", "killed"),
-    (doctor.check_kernels, dataclasses.replace(CPU, kernels=[ROW]), "ok", "by xla (cudnn: a mask)"),
-    (doctor.check_kernels, Probe(error="killed"), "note", "nothing was generated"),
+    (checkup.check_triton, packages(jax_triton="0.4.1"), "WRONG", "without triton"),
+    (checkup.check_gpu, gpu(None, probe=CPU), "ok", "no NVIDIA driver"),
+    (checkup.check_gpu, with_cuda("580.65.06"), "ok", "JAX uses it"),
+    (checkup.check_gpu, with_cuda("570.1"), "WRONG", "too old for jax-cuda13-plugin"),
+    (checkup.check_gpu, gpu("580.65.06", probe=CPU), "WRONG", "has no CUDA plugin and sees cpu"),
+    (checkup.check_gpu, with_cuda("580.65.06", probe=CPU), "WRONG", "but JAX sees cpu"),
+    (checkup.check_gpu, with_cuda("580.65.06", "cpu", CPU), "note", "JAX_PLATFORMS=cpu keeps"),
+    (checkup.check_devices, gpu(None, probe=CPU), "ok", "1 x cpu (cpu)"),
+    (checkup.check_devices, with_cuda("580.1"), "ok", "105.0 GB for JAX on each"),
+    (checkup.check_devices, gpu(None, "tpu", Probe(error="no tpu")), "WRONG", "JAX_PLATFORMS=tpu"),
+    (checkup.check_devices, gpu(None, probe=Probe(error="no end")), "WRONG", "no end"),
+    (checkup.check_memory, 8 * 10**9, "ok", "8.0 GB available"),
+    (checkup.check_memory, 10**8, "WRONG", "0.1 GB available"),
+    (checkup.check_home, FOLDER, "ok", "1000.0 GB free"),
+    (checkup.check_home, BROKEN, "WRONG", "nothing can be written to /readonly: Permission denied"),
+    (checkup.check_home, FULL, "WRONG", "0.0 GB free"),
+    (checkup.check_hugging_face, HuggingFace(FOLDER, False, True), "ok", "a token is set"),
+    (checkup.check_hugging_face, HuggingFace(FOLDER, False, False), "ok", "no token"),
+    (checkup.check_hugging_face, HuggingFace(FOLDER, True, True), "note", "forbids downloads"),
+    (checkup.check_hugging_face, HuggingFace(BROKEN, False, True), "note", "Permission denied"),
+    (checkup.check_generation, CPU, "ok", "solved a sudoku, 2 tokens in 1.0 s"),
+    (checkup.check_generation, dataclasses.replace(CPU, solved=False), "WRONG", "is wrong: '1'"),
+    (checkup.check_generation, Probe(error="killed"), "WRONG", "killed"),
+    (
+        checkup.check_kernels,
+        dataclasses.replace(CPU, kernels=[ROW]),
+        "ok",
+        "by xla (cudnn: a mask)",
+    ),
+    (checkup.check_kernels, Probe(error="killed"), "note", "nothing was generated"),
 ]
 
 
@@ -114,12 +119,12 @@ def test_facts_are_judged(check: Any, facts: Any, status: str, words: str):
 
 def test_the_fix_of_a_stray_plugin_names_this_jax():
     stray = packages(**CUDA | {"jax-cuda13-plugin": "0.11.2"})
-    assert "'jax[cuda13]==0.12.0.1'" in doctor.check_plugin(stray).fix
+    assert "'jax[cuda13]==0.12.0.1'" in checkup.check_plugin(stray).fix
 
 
 def test_every_check_is_in_the_table():
-    checks = {value for name, value in vars(doctor).items() if name.startswith("check_")}
-    assert {check.judge for check in doctor.checks(1)} == checks
+    checks = {value for name, value in vars(checkup).items() if name.startswith("check_")}
+    assert {check.judge for check in checkup.checks(1)} == checks
 
 
 def test_facts_of_this_machine():
@@ -142,20 +147,20 @@ def test_facts_that_cannot_be_read_are_wrong():
     def read() -> int:
         raise OSError("no such file")
 
-    ((name, finding),) = doctor.examine([doctor.Check("memory", read, doctor.check_memory)])
+    ((name, finding),) = checkup.examine([checkup.Check("memory", read, checkup.check_memory)])
     assert (name, finding.status) == ("memory", "WRONG") and "no such file" in finding.text
 
 
 def test_a_child_that_hangs_is_ended():
     start = time.perf_counter()
     code = 'import time; print(\'{"backend": "cpu"}\', flush=True); time.sleep(60)'
-    found = doctor.run_probe(1.0, code)
+    found = checkup.run_probe(1.0, code)
     assert time.perf_counter() - start < 20
     assert found.backend == "cpu" and "no end after 1 s" in found.error
 
 
 def test_a_child_that_dies_says_why():
-    found = doctor.run_probe(20.0, "raise RuntimeError('no kernel image')")
+    found = checkup.run_probe(20.0, "raise RuntimeError('no kernel image')")
     assert found.error == "the process ended with status 1: RuntimeError: no kernel image"
 
 
@@ -185,10 +190,8 @@ def test_the_command(tmp_path: Path, home: str):
 
 def test_json_holds_the_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     found = [("one", Finding("ok", "fine", "unused")), ("two", Finding("WRONG", "bad", "mend it"))]
-    monkeypatch.setattr(doctor, "examine", lambda table: iter(found))
-    with pytest.raises(SystemExit) as stop:
-        doctor.main(doctor.DoctorConfig(json=True))
-    assert stop.value.code == 1
+    monkeypatch.setattr(checkup, "examine", lambda table: iter(found))
+    assert not checkup.report(checkup.DoctorConfig(json=True))
     assert json.loads(capsys.readouterr().out) == {
         "good": False,
         "checks": [

@@ -21,9 +21,9 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.style import Style
 
-from jdllm import generate
+from jdllm import generation
 from jdllm.decode import DecodeConfig
-from jdllm.generate import GenerateConfig
+from jdllm.generation import GenerateConfig, generate
 from jdllm.llm import LLM
 from jdllm.load import BUNDLED
 from jdllm.model.config import NAMED
@@ -56,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("JDLLM_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(generate, "enable_compilation_cache", lambda: None)
+    monkeypatch.setattr(generation, "enable_compilation_cache", lambda: None)
 
 
 def config(folder: Path, **settings) -> GenerateConfig:
@@ -81,7 +81,7 @@ PIECES = Lexicon(None, MASK, [END])
 
 def test_a_watched_run_prints_and_writes(folder: Path, tmp_path: Path, capsys):
     files = {"trace": tmp_path / "deep" / "run.jsonl", "html": tmp_path / "run.html"}
-    generate.main(config(folder, viz="live", **files))
+    generate(config(folder, viz="live", **files))
     out, said = capsys.readouterr()
     shown, _, rest = out.partition("\n\n")
     wanted = LLM.load(str(folder), "1x1").generate(["1 2 3"], DECODE)[0]
@@ -100,7 +100,7 @@ def test_a_watched_run_prints_and_writes(folder: Path, tmp_path: Path, capsys):
     assert not list(tmp_path.rglob("*.partial*"))
 
     again = tmp_path / "again.html"
-    generate.main(GenerateConfig(replay=files["trace"], viz="live", html=again))
+    generate(GenerateConfig(replay=files["trace"], viz="live", html=again))
     assert capsys.readouterr().out == f"{shown}\n\n{wanted.text}\n"
     assert again.read_text() == files["html"].read_text()
 
@@ -121,10 +121,10 @@ def test_what_is_not_watched_is_not_recorded(folder: Path, monkeypatch, capsys):
         raise AssertionError("nobody asked for a record")
 
     monkeypatch.setattr(trace, "cut", fail)
-    generate.main(config(folder))
+    generate(config(folder))
     assert "finish" in capsys.readouterr().err
     with pytest.raises(AssertionError, match="nobody asked"):
-        generate.main(config(folder, viz="live"))
+        generate(config(folder, viz="live"))
 
 
 def test_an_interrupted_run_leaves_no_file(folder: Path, tmp_path: Path, monkeypatch):
@@ -133,7 +133,7 @@ def test_an_interrupted_run_leaves_no_file(folder: Path, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(trace, "cut", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        generate.main(config(folder, trace=tmp_path / "run.jsonl"))
+        generate(config(folder, trace=tmp_path / "run.jsonl"))
     assert not list(tmp_path.glob("run*"))
 
 

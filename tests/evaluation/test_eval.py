@@ -13,7 +13,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from jdllm import eval, generate, sweep, tune
+from jdllm import eval, generation, sweep, tune
 from jdllm.decode import DecodeConfig
 from jdllm.evaluation.grading import as_lm_eval, run_task
 from jdllm.evaluation.harness import JdllmLM
@@ -59,7 +59,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Keeps the tests' own compilation cache, and everything else out of the user's folder."""
     monkeypatch.setenv("JDLLM_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(eval, "enable_compilation_cache", lambda: None)
-    monkeypatch.setattr(generate, "enable_compilation_cache", lambda: None)
+    monkeypatch.setattr(generation, "enable_compilation_cache", lambda: None)
 
 
 def request(prompt: str, doc_id: int = 0, **settings) -> Instance:
@@ -404,12 +404,12 @@ def test_speed_adds_up():
 
 def test_generate_prints_the_completion(folder: Path, llm: LLM, capsys: pytest.CaptureFixture):
     words = [f"model={folder}", "prompt=1 2 3", *WORDS]
-    generate.main(cli.parse(generate.GenerateConfig, words))
+    generation.generate(cli.parse(generation.GenerateConfig, words))
     out, said = capsys.readouterr()
     wanted = llm.generate(["1 2 3"], LOOSE)[0]
     assert out == f"{wanted.text}\n"
     assert f"NFE {wanted.nfe}," in said and "tokens/s" in said
-    generate.main(cli.parse(generate.GenerateConfig, [*words, "json=true"]))
+    generation.generate(cli.parse(generation.GenerateConfig, [*words, "json=true"]))
     facts = json.loads(capsys.readouterr().out)
     assert facts["completion"] == wanted.text and facts["ids"] == wanted.ids
     assert (facts["nfe"], facts["finish_reason"]) == (wanted.nfe, wanted.finish_reason)
@@ -426,7 +426,7 @@ def test_data_that_is_no_folder_is_refused(tmp_path: Path, capsys: pytest.Captur
 @pytest.mark.parametrize("words", [[], ["prompt= "]])
 def test_generate_needs_a_prompt(words: list[str], capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit):
-        cli.parse(generate.GenerateConfig, words)
+        cli.parse(generation.GenerateConfig, words)
     assert "prompt" in capsys.readouterr().err
 
 

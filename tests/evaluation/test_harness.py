@@ -15,7 +15,7 @@ from lm_eval.tasks import TaskManager
 
 from jdllm import batches
 from jdllm.batches import deal
-from jdllm.completion import raw_text
+from jdllm.completion import raw_text, stop_sequences
 from jdllm.decode import DecodeConfig
 from jdllm.evaluation.grading import as_lm_eval, run_task
 from jdllm.evaluation.harness import JdllmLM
@@ -265,13 +265,13 @@ def test_stop_rule_waits_for_masks_on_its_left():
 
 
 def test_stop_sequences_hold_the_stop_string(llm: LLM):
-    found = llm._stop_sequences(["\n", "1zq", ""])
+    found = stop_sequences(llm.tokenizer, ["\n", "1zq", ""], llm.config)
     assert len({len(one) for one in found}) > 1, "single ids and a sequence"
     assert all(
         "\n" in raw_text(llm.tokenizer, one) or "1zq" in raw_text(llm.tokenizer, one)
         for one in found
     )
-    assert llm._stop_sequences([]) == ()
+    assert stop_sequences(llm.tokenizer, [], llm.config) == ()
 
 
 def test_fingerprints_follow_content(llm: LLM):

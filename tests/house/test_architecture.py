@@ -2,6 +2,7 @@
 
 import ast
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,11 @@ FLOORS: list[list[str]] = [
     ["model"],
     ["unmask", "stop", "store"],
     ["decode", "train", "batches", "score"],
-    ["tokenizer", "parity", "tasks", "convert", "load"],
-    ["training", "viz", "completion", "llm", "evaluation"],
+    ["tokenizer", "parity", "tasks", "convert", "load", "convert.plan", "convert.commands"],
+    ["training", "viz", "completion", "llm", "evaluation", "generation", "checkup"],
     [
         "eval", "bench", "sweep", "tune", "generate", "sft", "doctor", "launch", "harness",
-        "convert.__main__",
+        "convert.__main__", "__main__",
     ],
 ]  # fmt: skip
 # What a room must not import although the order alone would allow it.
@@ -52,6 +53,9 @@ EXCEPTIONS = {
     "jdllm/runtime/machine.py": {"huggingface_hub", "packaging"},
     "jdllm/store/checkpoint.py": {"tensorstore"},
 }
+# Doors hold a command line and nothing else; what they call, and what tests test, are rooms.
+DOORS = ["generate", "sft", "doctor", "launch", "harness", "convert.__main__", "__main__"]
+MAX_DOOR = 120
 MAX_LINES = 420
 MAX_FUNCTION = 62
 
@@ -133,6 +137,27 @@ def test_rooms_stay_small(path: Path):
         if isinstance(node, ast.FunctionDef):
             length = (node.end_lineno or 0) - node.lineno + 1
             assert length <= MAX_FUNCTION, f"{path}: {node.name} has {length} lines"
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_doors_are_thin(path: Path):
+    name = module_name(path).removeprefix("jdllm.")
+    assert name not in DOORS or len(path.read_text(encoding="utf-8").splitlines()) <= MAX_DOOR
+
+
+def test_nothing_imports_a_door():
+    """But jdllm.harness, by whose import lm-eval comes to know the model."""
+    doors = {f"jdllm.{name}" for name in DOORS} - {"jdllm.harness"}
+    others = [p for folder in ("tests", "experiments") for p in (ROOT / folder).rglob("*.py")]
+    found = {str(p.relative_to(ROOT)): doors & imports(p) for p in FILES + others}
+    assert not {path: names for path, names in found.items() if names}
+
+
+def test_every_folder_of_the_package_is_installed():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    inside = {module_name(path).rpartition(".")[0] for path in FILES if path.stem != "__init__"}
+    inside |= {module_name(path) for path in FILES if path.stem == "__init__"} | {"jdllm.bundled"}
+    assert sorted(inside) == sorted(listed)
 
 
 def test_no_stray_packages():

@@ -10,7 +10,7 @@ import pytest
 
 from jdllm.decode import DecodeConfig
 from jdllm.decode.presets import PRESETS
-from jdllm.generate import GenerateConfig
+from jdllm.generation import GenerateConfig
 from jdllm.parity import COPIES
 from jdllm.runtime import cli
 from jdllm.runtime.fields import leaves, nested

@@ -1,5 +1,6 @@
 """README and docs tell the truth: commands parse, code runs, links and tables are real."""
 
+import ast
 import json
 import os
 import re
@@ -13,16 +14,17 @@ import pytest
 from lm_eval._cli import HarnessCLI
 
 from jdllm.bench import BenchConfig, GridConfig
-from jdllm.convert.__main__ import COMMANDS, ConvertConfig, ExportConfig, PlanConfig, with_model
-from jdllm.convert.families import FAMILIES
-from jdllm.doctor import DoctorConfig
+from jdllm.checkup import DoctorConfig
+from jdllm.convert.commands import ConvertConfig, ExportConfig
+from jdllm.convert.families import COMMANDS, FAMILIES
+from jdllm.convert.plan import PlanConfig, with_model
 from jdllm.eval import EvalConfig
-from jdllm.generate import GenerateConfig
-from jdllm.launch import LaunchConfig, split
+from jdllm.generation import GenerateConfig
 from jdllm.model.config import NAMED, count_parameters
 from jdllm.runtime import cli
-from jdllm.sft import SFTConfig
+from jdllm.runtime.launch import LaunchConfig, split
 from jdllm.sweep import SweepConfig
+from jdllm.training.config import SFTConfig
 from jdllm.tune import TuneConfig
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +44,80 @@ CONFIGS = {
 } | {f"jdllm.convert {family}": ConvertConfig for family in COMMANDS}
 
 
+# What an example asks for that a CPU without a network does not have, and the word that says so
+# between the last heading (or example) and this one. What asks for nothing is run: see below.
+NEEDS = {
+    r"(GSAI-ML|inclusionAI|Dream-org|apple|Qwen)/|plan\.yaml|preset=llada"
+    rf"|jdllm\.convert ({'|'.join(COMMANDS)})\b": "download",
+    r"FOLDER|FILE|OUTPUT|(chats|prompt)\.(jsonl|txt)|my_tasks|models/mine": "of yours",
+    r"mesh=(?!1x1)[0-9]+x": "devices",
+    r"random:llada-8b|jdllm\.sft": "GPU",
+}
+Example = tuple[str, str, str]
+"""What stands before an example, its language, and its text."""
+
+
+def examples(page: Path) -> list[Example]:
+    """The fenced blocks of a page with what is said about them."""
+    parts = re.split(r"^```(\w*)\n(.*?)^```$", page.read_text(), flags=re.M | re.S)
+    before = [re.split(r"^#.*$", text, flags=re.M)[-1] for text in parts[::3]]
+    return list(zip(before, parts[1::3], parts[2::3], strict=False))
+
+
+def lines_of(text: str) -> list[str]:
+    """The commands of this package in a block, by either name."""
+    found = re.findall(
+        r"^(?:.*&& )?(?:python3? -m jdllm\.|jdllm )([^#&|\n]*)", text.replace("\\\n", " "), re.M
+    )
+    return [" ".join(f"jdllm.{line}".split()) for line in found]
+
+
+def needs(text: str) -> set[str]:
+    """What a command or a program asks for."""
+    found = {word for pattern, word in NEEDS.items() if re.search(pattern, text)}
+    # A plan loads nothing, whatever it names; the launcher makes virtual devices.
+    given = {"jdllm.convert plan": found, "jdllm.launch": {"devices"}}
+    return found.difference(*(words for start, words in given.items() if text.startswith(start)))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_say_what_their_examples_need(page: Path):
+    for before, language, text in examples(page):
+        some = [text] if language == "python" else lines_of(text) * (language in ("", "sh"))
+        for one in some:
+            unsaid = {word for word in needs(one) if word not in before}
+            assert not unsaid, f"{page.name} does not say that this needs {unsaid}: {one}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_programs_can_be_imported(page: Path):
+    """Every program is one, and the names that it imports are there."""
+    for text in blocks(page, "python"):
+        tree = ast.parse(text)
+        tree.body = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
+        exec(compile(tree, page.name, "exec"), {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_examples_run(page: Path, tmp_path: Path):
+    """Those that need nothing, in the order of the page: one may use what another has written."""
+    home = {"JDLLM_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    for _, language, text in examples(page):
+        words = [shlex.split(line) for line in lines_of(text) if not needs(line)]
+        runs = [["-m", *some] for some in words] if language in ("", "sh") else []
+        runs += [["-c", text]] if language == "python" and not needs(text) else []
+        for some in runs:
+            done = subprocess.run(
+                [sys.executable, *some],
+                cwd=tmp_path,
+                env=dict(os.environ) | home,
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == 0 and "Traceback" not in done.stderr, (some, done.stderr)
+
+
 def blocks(page: Path, language: str) -> list[str]:
     """Fenced blocks of a page whose fence names `language`."""
     fences = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.M | re.S)
@@ -51,9 +127,7 @@ def blocks(page: Path, language: str) -> list[str]:
 def commands() -> list[str]:
     """Every `python -m jdllm...` command that a page shows in a fenced block."""
     text = "\n".join(block for page in PAGES for lang in ("", "sh") for block in blocks(page, lang))
-    text = text.replace("\\\n", " ")
-    found = re.findall(r"python3? -m (jdllm\.[^#&|\n]*)", text)
-    return sorted({command.strip() for command in found})
+    return sorted(set(lines_of(text)))
 
 
 @pytest.fixture
@@ -62,6 +136,7 @@ def named_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (plan,) = (text for page in PAGES for text in blocks(page, "yaml"))
     for name, text in {"plan.yaml": plan, "tuned.json": "{}", "FILE.jsonl": ""}.items():
         (tmp_path / name).write_text(text)
+    (tmp_path / "FOLDER").mkdir()
     monkeypatch.chdir(tmp_path)
 
 
@@ -69,7 +144,7 @@ def named_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_command_parses(command: str, named_files, monkeypatch: pytest.MonkeyPatch):
     words = shlex.split(command)
     name = words.pop(0)
-    if name == "jdllm.evaluation.harness":  # lm-eval's own command line
+    if name == "jdllm.harness":  # lm-eval's own command line
         monkeypatch.setattr(sys, "argv", [name, *words])
         assert HarnessCLI().parse_args().model == "jdllm"
         return

@@ -17,9 +17,9 @@ from jdllm.model.config import NAMED, ModelConfig
 from jdllm.model.mask import Mask
 from jdllm.model.model import Model, assemble, forward, named
 from jdllm.runtime import sharding
-from jdllm.sft import SFTConfig
-from jdllm.sft import main as train
 from jdllm.store import checkpoint
+from jdllm.training.config import SFTConfig
+from jdllm.training.run import fine_tune as train
 
 FACTS = {
     "dream": {"qkv_bias": True, "shift_logits": True},

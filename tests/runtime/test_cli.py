@@ -2,23 +2,24 @@
 
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar, Literal, get_type_hints
+from typing import Any, ClassVar, Literal, get_type_hints
 
 import jax
 import pytest
 
-from jdllm.convert.__main__ import ConvertConfig
+from jdllm.convert.commands import ConvertConfig
 from jdllm.eval import EvalConfig
-from jdllm.generate import GenerateConfig
+from jdllm.generation import GenerateConfig
 from jdllm.runtime import cli, hints, signals
-from jdllm.sft import SFTConfig
 from jdllm.sweep import SweepConfig
+from jdllm.training.config import SFTConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,13 +113,48 @@ def test_a_rule_between_fields_is_one_sentence(capsys):
     assert "count=0 makes no sense: ask for at least 1" in capsys.readouterr().err
 
 
-def test_help_lists_every_field_with_its_default(capsys):
+def helped(config: type, word: str, capsys, prog: str = "prog", **default: Any) -> str:
+    """What a command prints as its help."""
     with pytest.raises(SystemExit) as stop:
-        cli.parse(Config, ["--help"], "prog")
+        cli.parse(config, [word], prog, **default)
     assert stop.value.code == 0
-    text = capsys.readouterr().out
-    for part in ("--name", "What it is called", "(default: x)", "--inner.threshold", "0.9"):
+    return capsys.readouterr().out
+
+
+def test_full_help_lists_every_setting_with_its_default(capsys):
+    text = helped(Config, "--help-all", capsys)
+    for part in (
+        "name=TEXT                   What it is called. (default: x)\n",
+        "flag=true|false             (default: false)\n",
+        "count=INTEGER\n",
+        "inner.NAME=VALUE: ",
+        "inner.threshold=NUMBER      (default: 0.9)\n",
+    ):
         assert part in text
+    assert "(default: y)" in helped(Config, "--help-all", capsys, default=Config("y"))
+
+
+def test_help_is_short(capsys, monkeypatch):
+    """Three examples, the command's own settings a sentence each, names of the groups' settings."""
+    doc = "Solves it.\n\n" + "".join(f"prog name={i}\nprogram name={i}\n" for i in range(5))
+    monkeypatch.setattr(sys.modules["__main__"], "__doc__", doc)
+    text = helped(Config, "--help", capsys)
+    assert text == helped(Config, "-h", capsys)
+    assert text.startswith("usage: prog [key=value ...]\n\nA command.\n\nexamples\n  prog name=0\n")
+    assert text.count("  prog name=") == 3 and "program" not in text
+    assert re.search(r"^inner\.NAME=VALUE: .*\n  threshold$", text, re.M)
+    assert "--help-all" in text.splitlines()[-1]
+
+
+@pytest.mark.parametrize("config", [EvalConfig, SFTConfig, GenerateConfig, SweepConfig])
+def test_the_help_of_every_command(config: type, capsys):
+    """The full one has every setting, the short one every name on two screens."""
+    short, full = (helped(config, word, capsys) for word in ("--help", "--help-all"))
+    assert len(short.splitlines()) < 90 and max(map(len, short.splitlines())) <= 100
+    groups = {prefix.removesuffix(".") for prefix, _ in cli.nested(config)}
+    for name in set(cli.field_names(config)) - groups:
+        assert f"  {name}=" in full and name.rpartition(".")[2] in short
+    assert "\nmodel\n" in short and "\ntask\n" in short or config is GenerateConfig
 
 
 def test_dispatch_runs_the_named_command_and_suggests_others(capsys):
@@ -169,10 +205,8 @@ def test_an_unknown_preset_names_the_nearest_and_help_lists_them(capsys):
     with pytest.raises(SystemExit):
         cli.parse(Outer, ["decode.prest=quick"], "prog")
     assert "did you mean decode.preset?" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        cli.parse(Outer, ["--help"], "prog")
-    text = capsys.readouterr().out
-    assert "A command with presets." in text and "there are quick, exact." in text
+    text = helped(Outer, "--help", capsys)
+    assert "A command with presets." in text and "Settings by name: quick, exact." in text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,7 +316,7 @@ def test_errors_of_the_system_name_the_file(capsys, monkeypatch, tmp_path: Path)
 
 SAYS = """
 import dataclasses
-from jdllm import cli
+from jdllm.runtime import cli
 
 @dataclasses.dataclass(frozen=True)
 class Config:

@@ -13,13 +13,13 @@ import jax
 import numpy as np
 import pytest
 
-from jdllm import LLM, DecodeConfig, launch
+from jdllm import LLM, DecodeConfig
 from jdllm.eval import EvalConfig
-from jdllm.launch import LaunchConfig
 from jdllm.load import load_model
-from jdllm.runtime import cli, sharding
+from jdllm.runtime import cli, launch, sharding
+from jdllm.runtime.launch import LaunchConfig
 from jdllm.runtime.processes import Place, alone_on_node, find_cluster, read_place
-from jdllm.sft import SFTConfig
+from jdllm.training.config import SFTConfig
 
 ROOT = Path(__file__).parents[2]
 SLURM = {
@@ -145,7 +145,7 @@ def test_a_lost_process_ends_the_others_and_is_named(tmp_path: Path):
     """Process 1 dies after all have met, as a killed one does; process 0 would wait for it."""
     (tmp_path / "one_dies.py").write_text(
         "import os, signal, time\n"
-        "from jdllm import processes\n"
+        "from jdllm.runtime import processes\n"
         "processes.initialize()\n"
         "import jax\n"
         "assert (jax.process_count(), jax.device_count()) == (2, 4)\n"
@@ -201,7 +201,7 @@ def test_two_processes_decode_as_one(tmp_path: Path):
     settings: dict[str, Any] = {"gen_length": 16, "block_length": 8, "threshold": 0.02}
     (tmp_path / "decodes.py").write_text(
         "import json\n"
-        "from jdllm import processes\n"
+        "from jdllm.runtime import processes\n"
         "processes.initialize()\n"
         "from jdllm import LLM, DecodeConfig\n"
         "llm = LLM.load('random:tiny', '2x2')\n"
@@ -223,7 +223,8 @@ def test_a_download_is_converted_once_for_all(tmp_path: Path):
     (tmp_path / "converts.py").write_text(
         "import time\n"
         "from pathlib import Path\n"
-        "from jdllm import load, processes\n"
+        "from jdllm import load\n"
+        "from jdllm.runtime import processes\n"
         "processes.initialize()\n"
         "load.CONVERT_ABOVE = 0\n"
         f"load.fetch = lambda model: Path({str(source)!r})\n"

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jdllm import DecodeConfig
-from jdllm.convert.__main__ import main as convert
+from jdllm.convert.commands import main as convert
 from jdllm.kernels.attention import reference
 from jdllm.kernels.choose import TABLES
 from jdllm.kernels.choose import experts as kernel

@@ -22,15 +22,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from jdllm import sft
-from jdllm.launch import free_port
 from jdllm.load import BUNDLED, load_model
 from jdllm.model.config import NAMED
 from jdllm.runtime import cli, files, sharding, signals
-from jdllm.sft import SFTConfig
+from jdllm.runtime.launch import free_port
 from jdllm.store import checkpoint
 from jdllm.tokenizer import copy_tokenizer, load_tokenizer
 from jdllm.train.step import Recipe
+from jdllm.training import run
+from jdllm.training.config import SFTConfig
 
 CONFIG = dataclasses.replace(
     NAMED["bundled"],
@@ -75,7 +75,7 @@ def lines(output: Path) -> list[dict]:
 def refusal(config: SFTConfig) -> str:
     """The one sentence that `config` is refused with."""
     with pytest.raises((ValueError, OSError)) as caught:
-        sft.main(config)
+        run.fine_tune(config)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -89,7 +89,7 @@ def test_a_run_leaves_metrics_checkpoints_and_a_model(tiny, tmp_path, chats, kin
     text.write_text("".join(map(str, range(400))))
     source = {"jsonl": {"data": chats}, "txt": {"data": text}, "task": {}}[kind]
     config = settings(tiny, tmp_path / "run", **source)
-    sft.main(config)
+    run.fine_tune(config)
     rows = lines(config.output)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert all(set(row) == {"step", "loss", "nll", "gradient_norm"} for row in rows)
@@ -104,36 +104,36 @@ def test_a_run_leaves_metrics_checkpoints_and_a_model(tiny, tmp_path, chats, kin
     assert all((a.astype("float32") != b).any() for a, b in pairs if a.ndim > 1)
     assert load_tokenizer(config.output / "model") is not None
     captured = capsys.readouterr()
-    assert "examples" in captured.out and f"wrote {config.output / 'model'}" in captured.out
+    assert "examples" in captured.err and f"wrote {config.output / 'model'}" in captured.err
     assert "4/4" in captured.err  # the bar
 
 
 def test_a_finished_run_is_left_alone(tiny, tmp_path, capsys):
     config = settings(tiny, tmp_path / "run")
-    sft.main(config)
+    run.fine_tune(config)
 
     def files() -> dict[Path, int]:
         found = (p for p in config.output.rglob("*") if p.is_file() and p.name != "lock")
         return {p: p.stat().st_mtime_ns for p in found}
 
     before = files()
-    sft.main(config)
-    assert "this run is finished, nothing to do" in capsys.readouterr().out
+    run.fine_tune(config)
+    assert "this run is finished, nothing to do" in capsys.readouterr().err
     assert files() == before
     longer = dataclasses.replace(config.recipe, steps=5)
     message = refusal(dataclasses.replace(config, recipe=longer))
     assert "recipe.steps=5 (there 4)" in message and "name another output" in message
     assert "length=90 (there 96)" in refusal(dataclasses.replace(config, length=90))
-    sft.main(dataclasses.replace(config, save_every=50, log_every=7))  # these two may change
+    run.fine_tune(dataclasses.replace(config, save_every=50, log_every=7))  # these two may change
 
 
 def test_a_run_whose_model_was_not_written_writes_it(tiny, tmp_path, capsys):
     config = settings(tiny, tmp_path / "run")
-    sft.main(config)
+    run.fine_tune(config)
     (config.output / "model").rename(tmp_path / "first")
     rows = lines(config.output)
-    sft.main(config)
-    assert "resumed at step 4" in capsys.readouterr().out
+    run.fine_tune(config)
+    assert "resumed at step 4" in capsys.readouterr().err
     assert lines(config.output) == rows
     same_weights(tmp_path / "first", config.output / "model")
 
@@ -149,7 +149,7 @@ def test_a_mesh_trains_alike(tiny, tmp_path):
     alone = settings(tiny, tmp_path / "one", accumulation=2, response_length=32)
     spread = dataclasses.replace(alone, output=tmp_path / "four", mesh="2x2")
     for config in (alone, spread):
-        sft.main(config)
+        run.fine_tune(config)
     one, four = (np.array([row["loss"] for row in lines(c.output)]) for c in (alone, spread))
     np.testing.assert_allclose(one, four, rtol=1e-3)
 
@@ -162,7 +162,7 @@ def test_metrics_are_repaired_and_cut_back(tmp_path):
     path = tmp_path / "metrics.jsonl"
     whole = [json.dumps({"step": k, "time": 0.0, "loss": k / 3}) for k in range(1, 6)]
     path.write_text("\n".join(whole) + '\n{"step": 6, "time": 0.0, "lo')
-    metrics = sft.Metrics(path, every=1, start=10)
+    metrics = run.Metrics(path, every=1, start=10)
     with metrics.file:
         assert path.read_text().splitlines() == whole
         metrics.add(6, {"loss": jnp.float32(jnp.nan)})
@@ -171,7 +171,7 @@ def test_metrics_are_repaired_and_cut_back(tmp_path):
         metrics.flush()
     assert json.loads(path.read_text().splitlines()[-1])["loss"] is None
     assert len(path.read_text().splitlines()) == 6
-    sft.Metrics(path, every=1, start=3).file.close()
+    run.Metrics(path, every=1, start=3).file.close()
     assert path.read_text().splitlines() == whole[:3]
 
 
@@ -185,7 +185,7 @@ def test_metrics_are_on_disk_before_their_checkpoint(tiny, tmp_path, monkeypatch
         return save(self, step, *args, **kwargs)
 
     monkeypatch.setattr(ocp.CheckpointManager, "save", watched)
-    sft.main(config)
+    run.fine_tune(config)
     assert seen == {3: [2], 4: [2, 4]}
 
 
@@ -217,7 +217,7 @@ def test_a_refusal_is_status_1_without_traceback(tmp_path, monkeypatch, capsys):
     words = [f"output={tmp_path}", f"model={tmp_path / 'nothing'}", "task=sudoku", "mesh=1x1"]
     monkeypatch.setattr(sys, "argv", ["sft", *words])
     with pytest.raises(SystemExit) as caught:
-        cli.run(sft.main, SFTConfig, "sft")
+        cli.run(run.fine_tune, SFTConfig, "sft")
     assert caught.value.code == 1
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1 and "Traceback" not in said
@@ -229,7 +229,7 @@ def test_other_training_text_is_refused(tiny, tmp_path, chats):
     path.write_text(chats.read_text())
     stamp = path.stat()
     config = settings(tiny, tmp_path / "run", data=path)
-    sft.main(config)
+    run.fine_tune(config)
     (config.output / "model").rename(tmp_path / "away")
     path.write_text(chats.read_text().replace('"4"', '"5"'))
     os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
@@ -245,7 +245,7 @@ def test_cache_follows_content_tokenizer_and_length(tiny, tmp_path, chats):
     cache = config.output / "cache"
 
     def count(config=config, model=CONFIG) -> int:
-        sft.load_rows(config, model, folder)
+        run.load_rows(config, model, folder)
         return len(list(cache.iterdir()))
 
     assert count() == count() == 1
@@ -299,9 +299,9 @@ def test_words_that_cannot_be_are_status_2(words, rule, capsys):
 def test_an_interrupt_says_how_to_go_on(tiny, tmp_path, monkeypatch, capsys):
     """SIGTERM in the third step, then in the last: each is saved, and the curve is what it was."""
     whole = settings(tiny, tmp_path / "whole")
-    sft.main(whole)
+    run.fine_tune(whole)
     config = dataclasses.replace(whole, output=tmp_path / "run")
-    step = sft.train.train_step
+    step = run.train.train_step
 
     def interrupted(state, *args, **kwargs):
         if state.step == interrupt:
@@ -310,14 +310,14 @@ def test_an_interrupt_says_how_to_go_on(tiny, tmp_path, monkeypatch, capsys):
 
     assert "goes on from the last checkpoint" in config.going_on
     with monkeypatch.context() as patch:
-        patch.setattr(sft.train, "train_step", interrupted)
+        patch.setattr(run.train, "train_step", interrupted)
         for interrupt in (2, 3):
             with pytest.raises(signals.Interrupted, match="SIGTERM"):
-                sft.main(config)
+                run.fine_tune(config)
             assert "saving after this step" in capsys.readouterr().err
             assert [row["step"] for row in lines(config.output)] == [*range(1, interrupt + 2)]
             assert not (config.output / "model").exists()
-    sft.main(config)
+    run.fine_tune(config)
     assert "resumed at step 4" in capsys.readouterr().err
     assert lines(config.output) == lines(whole.output)
     same_weights(config.output / "model", whole.output / "model")
@@ -430,9 +430,11 @@ DIES = """
 import os, signal, time
 from pathlib import Path
 import jax
-from jdllm import cli, sft
+from jdllm.runtime import cli
+from jdllm.training import run
+from jdllm.training.config import SFTConfig
 
-step = sft.train.train_step
+step = run.train.train_step
 
 def dying(state, *args, **kwargs):
     if jax.process_index() == int(os.environ["VICTIM"]) and state.step == int(os.environ["STEP"]):
@@ -441,8 +443,8 @@ def dying(state, *args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     return step(state, *args, **kwargs)
 
-sft.train.train_step = dying
-cli.run(sft.main, sft.SFTConfig, "dies")
+run.train.train_step = dying
+cli.run(run.fine_tune, SFTConfig, "dies")
 """
 
 
@@ -508,7 +510,7 @@ def test_two_processes_train_as_one_and_survive_a_loss(tiny, tmp_path):
     again = launch(words, 2, tmp_path)
     assert again.returncode == 0, again.stderr
     assert "resumed at step" in again.stdout and again.stdout.count("wrote") == 1
-    sft.main(cli.parse(SFTConfig, spread_words(tiny, tmp_path / "one", "2x2"), prog="sft"))
+    run.fine_tune(cli.parse(SFTConfig, spread_words(tiny, tmp_path / "one", "2x2"), prog="sft"))
     close_run(tmp_path / "two", tmp_path / "one")
 
 
@@ -535,7 +537,7 @@ def test_processes_change_places_with_one(tiny, tmp_path, mesh):
     assert "1 process x 8 devices" in done.stdout and "resumed at step" in done.stdout
     again = launch(words["two"], 4, tmp_path)
     assert again.returncode == 0, again.stderr
-    sft.main(cli.parse(SFTConfig, spread_words(tiny, tmp_path / "whole", mesh), prog="sft"))
+    run.fine_tune(cli.parse(SFTConfig, spread_words(tiny, tmp_path / "whole", mesh), prog="sft"))
     for name in ("one", "two"):
         close_run(tmp_path / name, tmp_path / "whole")
 
@@ -576,5 +578,5 @@ def test_a_loss_during_a_save(tiny, tmp_path, delay):
     again = launch(words, 2, tmp_path)
     assert again.returncode == 0, again.stderr
     assert "resumed at step 5\n" in again.stdout or "resumed at step 10\n" in again.stdout
-    sft.main(cli.parse(SFTConfig, spread_words(tiny, tmp_path / "one", "2x2"), prog="sft"))
+    run.fine_tune(cli.parse(SFTConfig, spread_words(tiny, tmp_path / "one", "2x2"), prog="sft"))
     close_run(tmp_path / "two", tmp_path / "one")

@@ -1,0 +1,120 @@
+"""The subcommands: what each is asked for, and what it does."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Generator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from jdllm.convert.export import export
+from jdllm.convert.families import COMMANDS, Source, open_source
+from jdllm.convert.fetch import converted_folder, fetch
+from jdllm.convert.plan import PlanConfig, find_plan, shown_plan, with_model
+from jdllm.load import enable_compilation_cache
+from jdllm.runtime import cli, files
+from jdllm.store import checkpoint
+from jdllm.store.checkpoint import LazyArray
+from jdllm.tokenizer import copy_tokenizer
+
+PROG = "python -m jdllm.convert"
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertConfig:
+    """Converts one checkpoint."""
+
+    source: str
+    """A folder, or a Hugging Face id that is downloaded first."""
+    output: Path | None = None
+    """Folder to write (default: models/<name> in JDLLM_HOME, which is ~/.cache/jdllm)."""
+    dtype: Dtype | None = None
+    """Store weights in this dtype (default: as in the source)."""
+    allow_unknown: tuple[str, ...] = ()
+    """Keys of config.json to ignore although their meaning is not known here."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """Writes a converted model back as a Hugging Face checkpoint."""
+
+    source: Path
+    """A folder that this command wrote, or the model/ in one of jdllm.sft."""
+    output: Path
+    """Folder to write."""
+    dtype: Dtype | None = None
+    """Store weights in this dtype (default: as in the source)."""
+    shard_bytes: int = 5_000_000_000
+    """Largest size of one safetensors file."""
+
+
+def convert(source: Source, tokenizer_files: Path, output: Path) -> None:
+    """Streams `source` into `output`; OSError where its disk has no room for it."""
+    needed = int(source.shards.count * np.dtype(source.config.dtype).itemsize * 1.02)
+    with files.atomic_folder(output) as folder:
+        files.require_space(folder, needed)
+        if "tokenizer.json" not in copy_tokenizer(tokenizer_files, folder):
+            print(
+                f"warning: {tokenizer_files} has no tokenizer.json, so the model will take token "
+                "ids only",
+                file=sys.stderr,
+            )
+        with contextlib.closing(progress(source)) as units:
+            checkpoint.write_model(folder, source.config, units)
+
+
+def progress(source: Source) -> Generator[tuple[str, dict[str, LazyArray]]]:
+    """The source's units behind a progress bar that counts weights."""
+    with tqdm(total=source.shards.count, unit=" weights", unit_scale=True) as bar:
+        for unit, arrays in source.units():
+            yield unit, arrays
+            bar.update(sum(lazy.size for lazy in arrays.values()))
+
+
+def run_convert(command: str, words: Sequence[str]) -> None:
+    """One of COMMANDS."""
+    family, source = COMMANDS[command]
+    config = cli.parse(ConvertConfig, words, f"{PROG} {command}", ConvertConfig(source=source))
+    output = config.output or converted_folder(config.source)
+    files.refuse_existing(output)
+    folder = fetch(config.source)
+    source = open_source(folder, family, config.dtype, config.allow_unknown)
+    convert(source, folder, output)
+    print(f"wrote {output}", file=sys.stderr)
+
+
+def run_export(words: Sequence[str]) -> None:
+    """The subcommand export."""
+    config = cli.parse(ExportConfig, words, f"{PROG} export")
+    export(config.source, config.output, config.dtype, config.shard_bytes)
+    print(f"wrote {config.output}", file=sys.stderr)
+
+
+def run_plan(words: Sequence[str]) -> None:
+    """The subcommand plan."""
+    config = cli.parse(PlanConfig, with_model(words), f"{PROG} plan")
+    enable_compilation_cache()
+    facts = find_plan(config)
+    print(json.dumps(facts, indent=2) if config.json else shown_plan(facts))
+
+
+# What the words of each subcommand set.
+CONFIGS: dict[str, type] = {command: ConvertConfig for command in COMMANDS} | {
+    "export": ExportConfig,
+    "plan": PlanConfig,
+}
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Runs a subcommand; a checkpoint that cannot be converted is one sentence and status 1."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs a traceback before it raises
+    commands = {command: partial(run_convert, command) for command in COMMANDS}
+    with cli.one_sentence("nothing was written; the same command starts again"):
+        cli.dispatch(commands | {"export": run_export, "plan": run_plan}, words, PROG)

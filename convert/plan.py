@@ -1,0 +1,122 @@
+"""What a model needs on a mesh, found out before anything is loaded."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jdllm.convert.families import COMMANDS, read_facts
+from jdllm.convert.fetch import fetch
+from jdllm.decode import DecodeConfig
+from jdllm.decode.memory import Planner
+from jdllm.load import compute_dtype
+from jdllm.model.config import NAMED, ModelConfig, count_parameters, is_converted
+from jdllm.runtime import sharding
+from jdllm.runtime.machine import read_memory
+from jdllm.store import checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanConfig:
+    """Says what a model needs on a mesh, before anything is loaded."""
+
+    model: str
+    """A family, a named shape such as llada-8b, or a converted or Hugging Face folder or id."""
+    allow_unknown: tuple[str, ...] = ()
+    """Keys of a Hugging Face config.json to ignore although their meaning is not known here."""
+    mesh: str = "auto"
+    """data x model, for example 4x2; it may be larger than this machine."""
+    batch: int = 8
+    """Rows that decode together, over the whole mesh."""
+    length: int | None = None
+    """Columns of a canvas: prompt and completion (default: 1024, or the model's)."""
+    memory: float | None = None
+    """GB of one device of another kind than this machine's (default: this machine, as it is)."""
+    dtype: str = "auto"
+    """As in the other commands; with memory=, auto is the stored one."""
+    decode: DecodeConfig = DecodeConfig()
+    json: bool = False
+    """Print one JSON object, in bytes, instead of the table."""
+
+    def __post_init__(self):
+        if self.batch < 1 or (self.length or 1) < 1 or not (self.memory or 1) > 0:
+            raise ValueError("batch and length must be 1 or more, and memory more than 0")
+
+
+def describe_model(model: str, allow_unknown: Sequence[str] = ()) -> ModelConfig:
+    """The facts of what `plan` was asked about; of a repository only small files are fetched."""
+    of_family = {config.family: config for config in reversed(NAMED.values())}
+    family = COMMANDS[model][0] if model in COMMANDS else None
+    if config := NAMED.get(model.removeprefix("random:")) or of_family.get(family or ""):
+        return config
+    if "/" not in model and not Path(model).expanduser().is_dir():
+        raise ValueError(
+            f"{model} is neither a family ({', '.join(COMMANDS)}) nor a named shape "
+            f"({', '.join(NAMED)}) nor a folder"
+        )
+    folder = fetch(model, ["*config.json", "tokenizer.json", "added_tokens.json", "special_*.json"])
+    if is_converted(folder):
+        return checkpoint.read_config(folder)
+    return read_facts(folder, allow_unknown=allow_unknown)[1]
+
+
+def memory_here() -> int:
+    """Bytes that one device of this machine has for us; CPU devices share the host's."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit") or read_memory() // jax.local_device_count()
+
+
+def with_model(words: Sequence[str]) -> list[str]:
+    """`plan`'s words, of which the first may be the model alone."""
+    bare = bool(words) and "=" not in words[0] and not words[0].startswith("-")
+    return [f"model={words[0]}", *words[1:]] if bare else list(words)
+
+
+def shown_plan(facts: dict[str, Any]) -> str:
+    """What `plan` found, as it is shown."""
+    parts = [f"{name:<14}{size / 1e9:>8.3f}" for name, size in facts["bytes"].items()]
+    verdict = "fits" if facts["fits"] else "does not fit"
+    mesh = " x ".join(f"{axis}={size}" for axis, size in facts["mesh"].items())
+    return "\n".join(
+        [
+            f"{facts['model']}: {facts['parameters'] / 1e9:.2f} B parameters in {facts['dtype']}",
+            f"mesh {mesh}, batch {facts['batch']}, {facts['columns']} columns, "
+            f"{facts['block_length']} a block, cache {facts['cache']}",
+            "",
+            "GB on each device",
+            *parts,
+            f"{'total':<14}{facts['total'] / 1e9:>8.3f}  {verdict} in {facts['memory'] / 1e9:.3f}",
+            f"largest batch that fits: {facts['largest_batch']}",
+        ]
+    )
+
+
+def find_plan(config: PlanConfig) -> dict[str, Any]:
+    """Returns what the model needs on one device, in bytes, and the largest batch that fits."""
+    model = describe_model(config.model, config.allow_unknown)
+    elsewhere = config.memory is not None
+    if not elsewhere or config.dtype != "auto":
+        model = dataclasses.replace(model, dtype=compute_dtype(config.dtype, model.dtype))
+    mesh = sharding.abstract_mesh(config.mesh)
+    length = config.length or min(1024, model.max_length)
+    decoding = config.decode.resolve(gen_length=min(128, length), model=model)
+    planner = Planner(model, mesh, length, decoding, elsewhere)
+    plan = planner.plan(config.batch)
+    memory = int(config.memory * 1e9) if config.memory else memory_here()
+    return {
+        "model": config.model,
+        "parameters": count_parameters(model),
+        "dtype": model.dtype,
+        "mesh": dict(mesh.shape),
+        "batch": config.batch,
+        "columns": length,
+        "block_length": decoding.block_length,
+        "cache": decoding.cache,
+        "bytes": dataclasses.asdict(plan),
+        "total": plan.total,
+        "memory": memory,
+        "fits": plan.total <= memory,
+        "largest_batch": planner.largest_batch(memory),
+    }

@@ -1,0 +1,178 @@
+"""Generation from one prompt: its completion, what it cost, and how it came about."""
+
+import dataclasses
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import jdllm
+from jdllm.decode import DecodeConfig
+from jdllm.evaluation.settings import check_verifier, loading
+from jdllm.load import enable_compilation_cache
+from jdllm.runtime import files, processes, sharding
+from jdllm.runtime.progress import Bar
+from jdllm.viz import replay, trace
+from jdllm.viz.pieces import Lexicon
+from jdllm.viz.show import Player
+
+if TYPE_CHECKING:  # imported when it runs, so that --help is quick
+    from jdllm.llm import LLM, Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """Generation from one prompt."""
+
+    prompt: str = ""
+    """The user's message; needed unless replay is given."""
+    model: str = "bundled"
+    """bundled, a converted folder, random:<name>, or a Hugging Face folder or id."""
+    allow_unknown: tuple[str, ...] = ()
+    """Keys of a Hugging Face config.json to ignore although their meaning is not known here."""
+    decode: DecodeConfig = DecodeConfig()
+    chat: bool = True
+    """Frame the prompt with the model's chat template; false passes it on as it is."""
+    viz: Literal["none", "live"] = "none"
+    """live: show the canvas after every model call; without a terminal, as lines of text."""
+    fps: float = 10
+    """viz=live: model calls shown a second."""
+    trace: Path | None = None
+    """JSON lines to write: token, confidence, entropy and commit step by call and column."""
+    html: Path | None = None
+    """Page to write: replays the run in a browser, on its own."""
+    replay: Path | None = None
+    """A trace to show instead of running a model; needs viz or html."""
+    mesh: str = "auto"
+    """data x model, for example 1x4; auto is data parallel where the model fits a device."""
+    dtype: str = "auto"
+    """Compute dtype; auto keeps the stored one, on a CPU float32."""
+    verifier: str | None = None
+    """The causal model that decode.rule=verify asks."""
+    seed: int = 0
+    """Seed of the weights of random:<name>; sampling has decode.seed."""
+    json: bool = False
+    """Print one JSON object with the completion and its cost instead of the text."""
+
+    def __post_init__(self):
+        if self.replay is None and not self.prompt.strip():
+            raise ValueError('prompt is empty; write prompt="some text"')
+        if self.replay and (self.prompt or self.trace):
+            raise ValueError("replay shows a run that is over; leave prompt and trace out")
+        check_verifier(self.verifier, [self.decode])
+        if self.replay and not self.html and self.viz == "none":
+            raise ValueError(f"replay={self.replay} shows nothing; add viz=live or html=FILE")
+        if self.json and (self.replay or self.viz == "live"):
+            raise ValueError("json=true prints one object and nothing else; leave viz, replay out")
+        if not 0 < self.fps <= 1000:
+            raise ValueError(f"fps={self.fps} must lie above 0 and not above 1000")
+        if self.trace and self.trace == self.html:
+            raise ValueError(f"trace and html are both {self.html}; name two files")
+        for name, path in self.outputs.items():
+            if path.is_dir():
+                raise ValueError(f"{name}={path} is a folder; name a file")
+
+    @property
+    def outputs(self) -> dict[str, Path]:
+        """The files to write."""
+        return {n: path for n in ("trace", "html") if (path := getattr(self, n))}
+
+
+@processes.joined()
+def generate(config: GenerateConfig) -> None:
+    """Completes the prompt, or shows a recorded run, and writes the files that were asked for."""
+    for path in config.outputs.values():
+        files.require_writable(path)  # now rather than after the run
+    if config.replay:
+        show_again(config, trace.read(config.replay))
+    else:
+        complete(config)
+
+
+def complete(config: GenerateConfig) -> None:
+    """Prints the completion; a line on standard error says what it cost."""
+    from jdllm.llm import LLM
+
+    enable_compilation_cache()
+    with Bar(total=1, unit="prompt", leave=False, disable=not processes.leads()) as bar:
+        bar.set_postfix_str(f"loading {config.model}")
+        llm = LLM.load(**loading(config))
+        bar.set_postfix_str("")
+        watched = config.viz == "live" or config.outputs
+        if not watched:
+            (batch,) = llm.stream([config.prompt], config.decode, chat=config.chat)
+    if watched:
+        batch = watch(llm, config)
+    elif not config.json:
+        print(batch.completions[0].text)
+    completion = batch.completions[0]
+    tokens = len(completion.ids)
+    if config.json:
+        facts = describe(llm, config, llm.resolve(config.decode), batch)
+        facts |= {"ids": completion.ids, "compile_seconds": round(batch.compile_seconds, 6)}
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    processes.say(
+        f"\nfinish {completion.finish_reason}, {tokens} tokens, NFE {completion.nfe}, "
+        f"{tokens / batch.seconds:.1f} tokens/s on {processes.describe()}, "
+        f"{sharding.describe(llm.mesh)} "
+        f"(compilation {batch.compile_seconds:.1f} s apart)"
+    )
+
+
+def watch(llm: "LLM", config: GenerateConfig) -> "Batch":
+    """Completes the prompt with every model call shown and recorded."""
+    facts, decode = llm.config, llm.resolve(config.decode)
+    pieces = Lexicon(llm.tokenizer, facts.mask_id, (*facts.stop_ids, facts.eos_id))
+    with Player(pieces, config.fps, shown=config.viz == "live") as player:
+        (batch,) = llm.stream(
+            [config.prompt], decode, chat=config.chat, watch=lambda _, stretch: player(stretch)
+        )
+    about = describe(llm, config, decode, batch)
+    if not config.json:
+        player.finish(about["completion"])
+    save(config, trace.Run(player.record, pieces, about))
+    return batch
+
+
+def show_again(config: GenerateConfig, run: trace.Run) -> None:
+    """Shows a recorded run."""
+    with Player(run.pieces, config.fps, shown=config.viz == "live") as player:
+        player(run.record)
+    player.finish(run.about.get("completion") or "")
+    save(config, run)
+
+
+def save(config: GenerateConfig, run: trace.Run) -> None:
+    """Writes the trace and the page, where they were asked for."""
+    if not processes.leads():
+        return
+    if config.trace:
+        trace.write(config.trace, run)
+    if config.html:
+        replay.write(config.html, run)
+
+
+def describe(
+    llm: "LLM", config: GenerateConfig, decode: DecodeConfig, batch: "Batch"
+) -> dict[str, Any]:
+    """What a trace says about its run."""
+    completion = batch.completions[0]
+    return {
+        "prompt": config.prompt,
+        "completion": completion.text,
+        "finish_reason": completion.finish_reason,
+        "nfe": completion.nfe,
+        "seconds": round(batch.seconds, 6),
+        "model": config.model,
+        "chat": config.chat,
+        "decode": dataclasses.asdict(decode),
+        "environment": {
+            "jdllm": jdllm.__version__,
+            "jax": version("jax"),
+            "python": platform.python_version(),
+            "mesh": sharding.describe(llm.mesh),
+            "dtype": llm.config.dtype,
+        },
+    }
