@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jdllm import DecodeConfig, decode
-from jdllm.decode.setup import make_rule
+from jdllm.parity import make_setup
 from jdllm.unmask.indel import InDel
 from jdllm.unmask.speculate import Speculate
 from jdllm.unmask.view import Verify
@@ -217,7 +217,7 @@ def test_speculation_at_a_temperature_equals_its_twin(parity: Any, facts: dict[s
     """The verifier is mixed with logits as they are, whatever the draft was drawn from."""
     model = dataclasses.replace(TINY, vocab=VOCAB, mask_id=MASK, eos_id=8, pad_id=8, stop_ids=(8,))
     config = DecodeConfig(rule="verify", verify=decode.Verify(0.6), parity=parity, **facts)
-    rule = make_rule(config.resolve(model=model), model)
+    rule = make_setup(config.resolve(model=model), model).unmask
     lengths = set()
     for seed in range(40):
         rng = np.random.default_rng(seed)
@@ -252,7 +252,7 @@ def test_a_temperature_of_apd_divides_the_logits_and_scales_the_noise():
         config = DecodeConfig(
             sampling="categorical", temperature=0.3, parity=parity, cache="none", **options
         ).resolve(model=model)
-        tokens = make_rule(config, model)(seen, {})[0].ids_BN[0].tolist()
+        tokens = make_setup(config, model).unmask(seen, {})[0].ids_BN[0].tolist()
         noisy = logits / 0.3 - scale * np.log(-np.log(u))
         assert tokens == noisy[:, :MASK].argmax(-1).tolist()
         found.append(tokens)
