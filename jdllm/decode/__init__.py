@@ -5,7 +5,7 @@ from jdllm.decode.groups import Credit, Dinfer, Edit, Smooth, Verify, Vicinity
 from jdllm.decode.loop import decode
 from jdllm.decode.prefixes import read_prefix
 from jdllm.decode.rows import Prefixes, Request, Rows
-from jdllm.decode.setup import Setup, make_rule, make_setup
+from jdllm.decode.setup import Setup, make_setup
 from jdllm.decode.trace import Trace
 from jdllm.decode.watch import compile_blocks
 from jdllm.decode.work import State
@@ -26,7 +26,6 @@ __all__ = [
     "Vicinity",
     "compile_blocks",
     "decode",
-    "make_rule",
     "make_setup",
     "read_prefix",
 ]

@@ -5,7 +5,7 @@ import functools
 import itertools
 import warnings
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from jdllm.decode.checks import (
     BY_THRESHOLD,
@@ -21,9 +21,16 @@ from jdllm.decode.checks import (
 )
 from jdllm.decode.groups import Credit, Dinfer, Edit, Smooth, Verify, Vicinity
 from jdllm.decode.presets import PRESETS, Settings, preset_settings
+from jdllm.decode.rules import CONFIDENCES, SELECTIONS, STOPS, WHOLE_RULES
 from jdllm.model.config import ModelConfig
 from jdllm.runtime.fields import check_fields, flatten, leaves, replaced
 
+if TYPE_CHECKING:
+    RuleName = ConfidenceName = StopName = str
+else:  # the names in the tables, so that a new row is a new choice
+    RuleName = Literal[*SELECTIONS, *WHOLE_RULES]
+    ConfidenceName = Literal[*CONFIDENCES]
+    StopName = Literal[*STOPS]
 Parity = Literal[
     "none", "llada", "fast_dllm", "dinfer", "dream", "fast_dream", "llada2", "sglang", "apd"
 ]
@@ -55,16 +62,7 @@ class DecodeConfig:
     """Blocks are counted from column 0, so that the first holds the prompt's tail (default: where
     the model is block-causal)."""
 
-    rule: Literal[
-        "threshold",
-        "factor",
-        "quota",
-        "hierarchy",
-        "entropy_bound",
-        "origin",
-        "allowance",
-        "verify",
-    ] = "threshold"
+    rule: RuleName = "threshold"
     """Which positions are unmasked in a step; docs/decoding.md tells each."""
     threshold: float | None = None
     """threshold, hierarchy, allowance: confidence from which a token is taken."""
@@ -79,9 +77,7 @@ class DecodeConfig:
     verify: Verify = Verify()
     """verify: the mixture with the verifier, and apd's windows."""
 
-    remasking: Literal["low_confidence", "random", "leftright", "topk_margin", "entropy"] = (
-        "low_confidence"
-    )
+    remasking: ConfidenceName = "low_confidence"
     """What ranks positions: their token's probability, chance, place, margin or entropy."""
     schedule: Literal["masks", "columns", "timesteps"] = "masks"
     """quota, origin: how `steps` spread over a block's masks, its columns, or Dream's times."""
@@ -133,7 +129,7 @@ class DecodeConfig:
     """block, of block-causal models: what many prompts begin with, few-shot examples say, is
     computed once where that saves enough."""
 
-    stop: Literal["eos", "eos_fill", "eos_block", "eos_return", "eos_any", "none"] = "eos"
+    stop: StopName = "eos"
     """When a row ends before its canvas is full."""
     stop_fill: bool = False
     """eos_block: every later column becomes eos (dInfer's early_stop)."""

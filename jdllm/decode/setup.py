@@ -8,15 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from jdllm import stop as stops
-from jdllm import unmask
 from jdllm.decode.config import DecodeConfig
 from jdllm.decode.groups import Smooth
 from jdllm.decode.layout import BlockView, OpenView, View
 from jdllm.decode.plan import Plan
+from jdllm.decode.rules import make_rule, make_schedule, make_stop
 from jdllm.model.config import ModelConfig
 from jdllm.unmask import Rule, Schedule
-from jdllm.unmask.indel import InDel
-from jdllm.unmask.speculate import Speculate
 
 if TYPE_CHECKING:  # loop.py stands on this file
     from jdllm.decode.loop import State, Work
@@ -118,89 +116,6 @@ class Setup:
         """Columns of a prompt and what is decoded for it; an int or an array."""
         end, L = prompt_length + self.gen_length, self.block_length
         return -(-end // L) * L if self.whole_blocks else end
-
-
-def make_rule(config: DecodeConfig, model: ModelConfig) -> unmask.Rule:
-    """The rule that a resolved `config` describes, for the special ids of `model`."""
-    greedy, excluded = config.temperature == 0, (model.mask_id,)
-    end_of_turn = tuple(i for i in model.stop_ids if i != model.eos_id)
-    # The reference writes -inf into both tensors, which are one and the same at temperature 0.
-    ends = (model.eos_id, *end_of_turn) if greedy else end_of_turn
-    threshold = config.threshold or 0.0
-    if config.remasking == "entropy":
-        threshold = -threshold  # confidence is negative entropy
-    selections = {
-        "quota": unmask.Quota(),
-        "threshold": unmask.Threshold(threshold, config.edge or "at_least"),
-        "factor": unmask.Factor(config.factor),
-        "hierarchy": unmask.Hierarchy(threshold, config.low_threshold),
-        "entropy_bound": unmask.EntropyBound(config.entropy_bound),
-        "origin": unmask.Share(),
-        "allowance": unmask.Allowance(threshold),
-    }
-    confidences = {
-        "low_confidence": unmask.Probability(ends if config.confidence_eos_eot_inf else ()),
-        "random": unmask.Random(),
-        "leftright": unmask.Leftmost(),
-        "topk_margin": unmask.Margin(),
-        "entropy": unmask.NegativeEntropy(),
-    }
-    divides = config.sampling == "categorical"
-    noise = 1.0 if divides and not greedy else config.temperature
-    warp = None
-    if config.top_p is not None or config.top_k is not None or (divides and not greedy):
-        heat = config.temperature if divides else 0.0
-        warp = unmask.Warp(heat, config.top_p, config.top_k, bool(config.top_k_first), excluded)
-    if config.rule == "verify":
-        return Speculate(excluded, config.verify.weight, noise, warp=warp)
-    edit, asked = None, config.edit
-    if asked.threshold is not None:
-        edit = unmask.Edit(asked.threshold, asked.passes, asked.penalty)
-    if asked.delete_id is not None and asked.split_id is not None and edit is not None:
-        return InDel(threshold, edit.threshold, edit.passes, model.mask_id,
-                     asked.delete_id, asked.split_id)  # fmt: skip
-    confidence = confidences["random" if config.rule == "origin" else config.remasking]
-    return unmask.Unmasker(
-        candidate=unmask.Argmax(excluded) if greedy else unmask.Gumbel(excluded, noise),
-        confidence=unmask.Tempered(confidence, config.alg_temp) if config.alg_temp else confidence,
-        selection=selections[config.rule],
-        forbidden=(model.eos_id,) if config.logits_eos_inf else (),
-        credit=unmask.Credit(**vars(config.credit)) if config.credit.alpha else None,
-        warp=warp,
-        edit=edit,
-    )
-
-
-def make_schedule(config: DecodeConfig, blocks: int) -> unmask.Schedule:
-    """How many tokens a step of a block should reveal."""
-    if config.tokens_per_step or not config.steps:
-        return unmask.Each(config.tokens_per_step or 1)
-    per_block = max(config.steps // blocks, 1)
-    if config.rule == "allowance":
-        return unmask.CarryOver(per_block)
-    if config.schedule == "timesteps":
-        return unmask.Timesteps(per_block, config.eps)
-    if config.schedule == "columns":  # LLaDA2 counts the steps of every block by itself
-        return unmask.Columns(config.block_length or 1, config.steps)
-    return unmask.Masks(per_block)
-
-
-def make_stop(config: DecodeConfig, model: ModelConfig) -> stops.Stop:
-    """The stop rules that `config` names, in order."""
-    endings = {
-        "none": stops.NoStop(),
-        "eos": stops.EosStop(model.eos_id, model.stop_ids, after_block=config.edit.on),
-        "eos_fill": stops.EosFill(model.eos_id),
-        "eos_block": stops.EosBlock(model.eos_id, fill=config.stop_fill),
-        "eos_return": stops.EosReturn(model.eos_id),
-        "eos_any": stops.EosAnywhere(model.eos_id),
-    }
-    rules: list[stops.Stop] = []
-    if config.stable_steps:
-        rules.append(stops.Stable(config.stable_steps))
-    if config.max_forwards:
-        rules.append(stops.Budget(config.max_forwards))
-    return stops.Stops((*rules, endings[config.stop])) if rules else endings[config.stop]
 
 
 def make_setup(config: DecodeConfig, model: ModelConfig) -> Setup:

@@ -6,6 +6,7 @@ positions) and a schedule (how many). They know arrays only; rows never depend o
 
 from jdllm.unmask.candidate import Argmax, Gumbel, Warp
 from jdllm.unmask.confidence import (
+    Confidence,
     Leftmost,
     Margin,
     NegativeEntropy,
@@ -32,14 +33,16 @@ from jdllm.unmask.selection import (
     Factor,
     Hierarchy,
     Quota,
+    Selection,
     Share,
     Threshold,
 )
 from jdllm.unmask.view import Draw, Verify, View
 
 __all__ = [
-    "Allowance", "Argmax", "Carry", "CarryOver", "Columns", "Credit", "Decision", "Draw", "Each",
-    "Edit", "EntropyBound", "Factor", "Gumbel", "Hierarchy", "Leftmost", "Margin", "Masks",
-    "NegativeEntropy", "Pace", "Probability", "Quota", "Random", "Rule", "Schedule", "Share",
-    "Tempered", "Threshold", "Timesteps", "Unmasker", "Verify", "View", "Warp", "split_quota",
+    "Allowance", "Argmax", "Carry", "CarryOver", "Columns", "Confidence", "Credit", "Decision",
+    "Draw", "Each", "Edit", "EntropyBound", "Factor", "Gumbel", "Hierarchy", "Leftmost", "Margin",
+    "Masks", "NegativeEntropy", "Pace", "Probability", "Quota", "Random", "Rule", "Schedule",
+    "Selection", "Share", "Tempered", "Threshold", "Timesteps", "Unmasker", "Verify", "View",
+    "Warp", "split_quota",
 ]  # fmt: skip
