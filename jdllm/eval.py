@@ -381,7 +381,7 @@ def main(config: EvalConfig) -> None:
         facts, results = evaluate(config, journal)
         if row:
             facts["preset"] = dataclasses.asdict(row) | {"departures": config.departures}
-        if config.output and processes.leads():  # before it is shown to whoever has gone
+        if config.output and processes.is_main():  # before it is shown to whoever has gone
             save(config.output, facts, results)
         show(facts["speed"], results)
         if row:
@@ -400,9 +400,9 @@ def compared(row: presets.Preset, result: TaskResult, departures: Sequence[str])
 
 def open_journal(folder: Path, stack: contextlib.ExitStack) -> Journal:
     """The folder's finished samples; of several processes one locks it and writes."""
-    if processes.leads():
+    if processes.is_main():
         stack.enter_context(alone(folder))
-    return processes.first(lambda: Journal(folder / FINISHED, writes=processes.leads()))
+    return processes.main_first(lambda: Journal(folder / FINISHED, writes=processes.is_main()))
 
 
 def show(speed: dict[str, Any], results: Sequence[TaskResult]) -> None:

@@ -130,7 +130,7 @@ def write_model(
                     f"the disk of {folder.parent} filled up while {unit} was written: make room "
                     "and start again"
                 ) from error
-    if processes.leads():
+    if processes.is_main():
         (folder / "config.json").write_text(config.to_json())
 
 

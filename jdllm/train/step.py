@@ -183,7 +183,7 @@ def create_state(
     master = jax.tree.map(lambda x: x.astype(jnp.float32), params)
     state = TrainState(master, optimizer.init(master), jnp.zeros((), jnp.int32))
     return jax.tree.map(
-        lambda x: x if x.ndim else processes.place(x, sharding.replicated(mesh)), state
+        lambda x: x if x.ndim else processes.device_put(x, sharding.replicated(mesh)), state
     )
 
 
