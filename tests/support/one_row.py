@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jdllm.stop.rule import Look
+from jdllm.stop.rule import StopView
 from jdllm.unmask import View
 
 MASK, VOCAB = 9, 10
@@ -42,7 +42,7 @@ def canvas_view(ids: list[int], prompt: int, logits: jnp.ndarray, quota: int = 1
     return view(open_, quota, **seen | facts)
 
 
-def look(tokens: list[int], prompt: int, block: tuple[int, int], **facts: Any) -> Look:
+def stop_view(tokens: list[int], prompt: int, block: tuple[int, int], **facts: Any) -> StopView:
     """After a step of `block` that wrote nothing, unless the facts say otherwise."""
     columns = jnp.arange(len(tokens))[None]
     tokens_BT, generated_BT = jnp.array([tokens]), columns >= prompt
@@ -59,4 +59,4 @@ def look(tokens: list[int], prompt: int, block: tuple[int, int], **facts: Any) -
         "candidates_BT": jnp.full(columns.shape, -1),
         "written_BT": jnp.zeros(columns.shape, bool),
     }
-    return Look(**known | facts)
+    return StopView(**known | facts)
