@@ -183,7 +183,7 @@ def losses(
 def is_greedy(
     graph: nnx.GraphDef, params: nnx.State, canvas: Canvas, width: int, scale: float = 0.0
 ) -> jax.Array:
-    """Whether the target is what the model decodes, most confident token first [B].
+    """Returns whether the target is what the model decodes, most confident token first [B].
 
     LLaDA's check: everything from start to end is masked; then every call fills the position of
     highest probability (the leftmost of equals). A row fails at its first wrong token.

@@ -159,7 +159,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def placements(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
-    """The sharding of every parameter, by dotted name, on `mesh`."""
+    """Returns the sharding of every parameter, by dotted name, on `mesh`."""
     leaves = named(nnx.state(abstract(config)))
     return {
         name: NamedSharding(mesh, sharding.spec(name, leaf.shape, leaf.get_metadata("axes"), mesh))
