@@ -232,7 +232,7 @@ def score(result: TaskResult, metric: str) -> str:
 
 
 def summary(results: Sequence[TaskResult]) -> str:
-    """The table of scores and costs, a line a task."""
+    """The table of scores and costs, a line per task."""
     shown = SHOWN if all(SHOWN[0] in result.metrics for result in results) else ("score",)
     header = ["task", "n", *(name.replace("_", " ") for name in shown)]
     rows = [[*header, "NFE/sample", "tokens/forward", "tokens/s"]]
@@ -268,7 +268,7 @@ def example(result: TaskResult) -> str:
 
 
 def save(folder: Path, facts: dict[str, Any], results: Sequence[TaskResult]) -> None:
-    """Writes samples.jsonl, a line a sample, and results.json."""
+    """Writes samples.jsonl, a line per sample, and results.json."""
     with atomic_file(folder / "samples.jsonl") as file:
         for sample in (sample for result in results for sample in result.samples):
             line = json.dumps(dataclasses.asdict(sample), ensure_ascii=False)

@@ -246,7 +246,7 @@ def place_stream(
         for name, lazy in unit.items():
             if name not in targets:
                 raise ValueError(f"{name} is no parameter of the model")
-            read: Any = lazy.read  # called with one slice an axis, for each device
+            read: Any = lazy.read  # called with one slice per axis, for each device
             arrays[name] = jax.make_array_from_callback(lazy.shape, targets[name], read)
     return assemble(config, arrays)
 
