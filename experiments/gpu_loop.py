@@ -113,7 +113,7 @@ def median_seconds(run: Callable[[], Any], repeats: int) -> float:
 
 @partial(jax.jit, static_argnames=("graph", "setup"))
 def bare_loop(graph: nnx.GraphDef, params: nnx.State, request: Request, setup: Setup):
-    """The model calls of a request with one token a step, and next to nothing besides.
+    """The model calls of a request with one token per step, and next to nothing besides.
 
     Every call writes one column, by a sign of its hidden states, so that none can be left out.
     """

@@ -42,7 +42,7 @@ class GenerateConfig:
     viz: Literal["none", "live"] = "none"
     """live: show the canvas after every model call; without a terminal, as lines of text."""
     fps: float = 10
-    """viz=live: model calls shown a second."""
+    """viz=live: model calls shown per second."""
     trace: Path | None = None
     """JSON lines to write: token, confidence, entropy and commit step by call and column."""
     html: Path | None = None

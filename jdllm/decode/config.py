@@ -115,7 +115,7 @@ class DecodeConfig:
     cont_init: float = 0.15
     cont_growth: float = 0.02
     threshold_decay: float = 0.02
-    """IterSmooth: the threshold falls from 1 by this much a step."""
+    """IterSmooth: the threshold falls from 1 by this much per step."""
 
     cache: Literal["none", "prefix", "dual", "block"] | None = None
     """Which keys and values are reused; none is exact, for block-causal models block too."""

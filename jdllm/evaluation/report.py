@@ -181,8 +181,9 @@ def page(rows: Sequence[Row], plots: dict[str, bytes], facts: dict[str, Any]) ->
         '<meta name="viewport" content="width=device-width"><style>' + STYLE + "</style>"
         f"<h1>Sweep: {len(rows)} runs</h1>{images}"
         "<h2>AUP</h2><p>Accuracy under parallelism: the area under accuracy over tokens per "
-        "forward, speed that costs accuracy weighted down. Higher is better; without any speed-up it is the "
-        f"accuracy itself.</p><table>{line(['task', 'model', 'AUP'], 'th')}{''.join(under)}</table>"
+        "forward, speed that costs accuracy weighted down. Higher is better; without any "
+        "speed-up it is the accuracy itself.</p>"
+        f"<table>{line(['task', 'model', 'AUP'], 'th')}{''.join(under)}</table>"
         "<h2>Runs</h2><p>Shaded: no other setting is both faster and better. Accuracy and its "
         f'standard error in percent.</p><div class="wide"><table>{line(heads, "th")}'
         f"{''.join(lines)}</table></div><h2>Measured on</h2><table>{where}</table></html>\n"

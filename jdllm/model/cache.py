@@ -12,7 +12,7 @@ from jdllm.model.config import ModelConfig
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """One array a layer (stacking them costs 2.4x in the decode loop: XLA copies the slices).
+    """One array per layer (stacking them costs 2.4x in the decode loop: XLA copies the slices).
 
     Keys are stored after rotary embedding, so column s of a row always means position s.
     """
