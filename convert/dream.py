@@ -14,7 +14,7 @@ PAD = "<|dlm_pad|>"  # what DiffuCoder fills the rest of a canvas with, behind i
 
 
 def facts(hf: dict[str, Any], special: dict[str, int]) -> ModelConfig:
-    """Reads Dream's config.json. Text ends as Qwen2's does, and at DiffuCoder's padding."""
+    """Returns the facts in Dream's config.json. Text ends as Qwen2's, or at DiffuCoder's pad."""
     base = qwen2.facts(hf, special)
     pad = (special[PAD],) if PAD in special else ()
     return dataclasses.replace(
@@ -28,7 +28,7 @@ def facts(hf: dict[str, Any], special: dict[str, int]) -> ModelConfig:
 
 
 def hf_config(config: ModelConfig) -> dict[str, Any]:
-    """A config.json that the published modelling code and `facts` both read."""
+    """Returns a config.json that the published modelling code and `facts` both read."""
     return qwen2.hf_config(config) | {
         "architectures": ["DreamModel"],
         "mask_token_id": config.mask_id,

@@ -1,4 +1,4 @@
-"""Rows of mixture-of-experts layers, which LLaDA-MoE and LLaDA2 name almost alike."""
+"""The table rows of mixture-of-experts layers, which LLaDA-MoE and LLaDA2 name almost alike."""
 
 from jdllm.convert.table import Row
 from jdllm.model.config import MoEConfig
@@ -7,7 +7,7 @@ PARTS = ("gate_proj", "up_proj", "down_proj")
 
 
 def mlp_rows(name: str, source: str, letter: str = "F") -> list[Row]:
-    """A SwiGLU feed-forward; `letter` is its width."""
+    """Returns the table rows of a SwiGLU feed-forward; `letter` is its width."""
     gate, up, down = (f"{source}.{part}.weight" for part in PARTS)
     return [
         Row(f"{name}.gate_up", (gate, up), f"{letter}D->DC{letter}"),
@@ -16,7 +16,7 @@ def mlp_rows(name: str, source: str, letter: str = "F") -> list[Row]:
 
 
 def merged_rows(name: str, source: str) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
-    """Rows of gate and up, and of down, where a file holds all experts of a layer as one tensor.
+    """Returns rows of gate and up, and of down, for files with all experts of a layer merged.
 
     dFactory trains on gate, up and down apart; dInfer fuses gate over up as w1, and calls down w2.
     """
@@ -34,7 +34,7 @@ def merged_rows(name: str, source: str) -> tuple[tuple[Row, ...], tuple[Row, ...
 
 
 def expert_rows(name: str, source: str, bias: str, shared: str, moe: MoEConfig) -> list[Row]:
-    """Router, experts and shared expert of the layer `name`, whose feed-forward is at `source`.
+    """Returns the rows of the layer `name`, router to shared expert, with its mlp at `source`.
 
     `bias` and `shared` are where its expert bias and its shared expert stand, if it has them. The
     bias is always exported in float32; the router as it was stored.

@@ -1,4 +1,4 @@
-"""The way back: a converted model as a Hugging Face folder of safetensors."""
+"""Exports a converted model as a Hugging Face folder of safetensors."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from jdllm.tokenizer import copy_tokenizer
 
 
 def tensors(folder: Path, config: ModelConfig) -> Iterator[dict[str, np.ndarray]]:
-    """Hugging Face tensors of one unit after the other, routers as in their source."""
+    """Returns Hugging Face tensors of one unit after the other, routers as in their source."""
     with ocp.StandardCheckpointer() as checkpointer:
         for unit, leaves in checkpoint.units(config).items():
             like = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
@@ -72,7 +72,7 @@ def _save(folder: Path, number: int, arrays: dict[str, np.ndarray]) -> list[str]
 
 
 def _finish(folder: Path, written: list[list[str]]) -> None:
-    """Gives the shards their names, which hold the number of shards."""
+    """Renames the shards: their names hold the number of shards."""
     if len(written) == 1:
         (folder / "shard-0").rename(folder / SINGLE)
         return

@@ -34,12 +34,12 @@ class Source:
     shards: Shards
 
     def units(self) -> Iterator[tuple[str, dict[str, LazyArray]]]:
-        """Our parameters in the config's dtype, one unit at a time."""
+        """Returns our parameters in the config's dtype, one unit at a time."""
         return stream(FAMILIES[self.family], self.config, self.shards)
 
 
 def recognise(hf: dict[str, Any], folder: Path) -> str:
-    """The family that the `architectures` key of a config.json names."""
+    """Returns the family that the `architectures` key of a config.json names."""
     names = hf.get("architectures")
     if not isinstance(names, list) or not names:
         names = ["(none)"]
@@ -88,7 +88,7 @@ def check_keys(family: Family, hf: dict[str, Any], allow_unknown: Sequence[str] 
 def _read_facts(
     family: Family, hf: dict[str, Any], folder: Path, stops: Sequence[int]
 ) -> ModelConfig:
-    """The ModelConfig; ConversionError for a missing key or a value that cannot be.
+    """Returns the ModelConfig. Raises ConversionError for a missing key or an impossible value.
 
     Of `stops`, those that the family does not know stand before its own: the last one is what ends
     a turn.
@@ -116,7 +116,7 @@ def _read_facts(
 def read_facts(
     folder: Path, family: str | None = None, allow_unknown: Sequence[str] = ()
 ) -> tuple[str, ModelConfig]:
-    """Family and facts of a Hugging Face folder, of which only config.json need be there.
+    """Returns family and facts of a Hugging Face folder, which may hold only config.json.
 
     `family` insists on one; the dtype is what config.json names. Raises ConversionError, in one
     sentence, where it describes nothing that is supported.

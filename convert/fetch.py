@@ -1,4 +1,4 @@
-"""Where checkpoints come from: a folder as it is, or a Hugging Face id downloaded once."""
+"""Finds checkpoints: a folder as it is, or a Hugging Face id, downloaded once."""
 
 import os
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ PATTERNS = ("*.json", "*.safetensors", "*.jinja", "merges.txt")
 
 
 def converted_folder(source: str) -> Path:
-    """Where the conversion of a folder or an id is kept when no output is named."""
+    """Returns where the conversion of a folder or an id is kept when no output is named."""
     path = Path(source).expanduser()
     name = path.resolve().name if path.is_dir() else source.replace("/", "--")
     return home() / "models" / name
 
 
 def fetch(source: str, patterns: Sequence[str] = PATTERNS) -> Path:
-    """The folder of `source`; an id such as GSAI-ML/LLaDA-1.5 is downloaded or found in the cache.
+    """Returns the folder of `source`; an id such as GSAI-ML/LLaDA-1.5 is downloaded at first.
 
     Of a repository only the files that `patterns` name are.
 

@@ -11,7 +11,7 @@ EOT_ID, EOT_VOCAB = 126348, 126464  # the published tokenizer, where the folder 
 
 
 def facts(hf: dict[str, Any], special: dict[str, int]) -> ModelConfig:
-    """Reads LLaDA's config.json. Text ends at eos, and at the chat template's end of turn."""
+    """Returns the facts in LLaDA's config.json; text ends at eos and at the end of a turn."""
     heads, vocab = hf["n_heads"], hf.get("embedding_size") or hf["vocab_size"]
     pad = hf.get("pad_token_id")
     eot = special.get(EOT, EOT_ID if vocab == EOT_VOCAB else None)
@@ -35,7 +35,7 @@ def facts(hf: dict[str, Any], special: dict[str, int]) -> ModelConfig:
 
 
 def rows(config: ModelConfig) -> list[Row]:
-    """The table, in the order of the model."""
+    """Returns the table, in the order of the model."""
     if config.heads == config.kv_heads:
         attention = [("attention.qkv", ("q_proj", "k_proj", "v_proj"), "(HK)D->DCHK")]
     else:
@@ -62,7 +62,7 @@ def rows(config: ModelConfig) -> list[Row]:
 
 
 def hf_config(config: ModelConfig) -> dict[str, Any]:
-    """A config.json that the published modelling code and `facts` both read."""
+    """Returns a config.json that the published modelling code and `facts` both read."""
     return {
         "activation_type": "silu",
         "alibi": False,

@@ -14,7 +14,7 @@ BLOCK_LENGTH = 32
 
 
 def facts(hf: dict[str, Any], special: dict[str, int]) -> ModelConfig:
-    """Reads LLaDA2's config.json; `num_key_value_heads` 0 means as many as there are heads."""
+    """Returns the facts in LLaDA2's config.json; `num_key_value_heads` 0 means all heads."""
     heads = hf["num_attention_heads"]
     head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
     rotary_dim = int(head_dim * hf.get("partial_rotary_factor", 1))
@@ -59,7 +59,7 @@ def facts(hf: dict[str, Any], special: dict[str, int]) -> ModelConfig:
 
 
 def attention_rows(config: ModelConfig, ours: str, theirs: str) -> list[Row]:
-    """Theirs is one weight, whose rows are those of all queries, then keys, then values."""
+    """Returns the rows of attention: one weight holds all queries, then keys, then values."""
     fused = f"{theirs}.query_key_value.weight"
     queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
     first, second = queries + keys, queries + 2 * keys
@@ -79,7 +79,7 @@ def attention_rows(config: ModelConfig, ours: str, theirs: str) -> list[Row]:
 
 
 def rows(config: ModelConfig) -> list[Row]:
-    """The table, in the order of the model."""
+    """Returns the table, in the order of the model."""
     table = [Row("embedding", ("model.word_embeddings.weight",), "VD->VD")]
     for number in range(config.layers):
         ours, theirs = f"layers.{number}", f"model.layers.{number}"
@@ -99,7 +99,7 @@ def rows(config: ModelConfig) -> list[Row]:
 
 
 def hf_config(config: ModelConfig) -> dict[str, Any]:
-    """A config.json that the published modelling code and `facts` both read."""
+    """Returns a config.json that the published modelling code and `facts` both read."""
     moe, rotary_dim = config.moe, config.rotary_dim or config.head_dim
     if moe is None:
         raise ValueError("a model without experts is not of this family")

@@ -15,7 +15,7 @@ MASK_ID, VOCAB = 156895, 157184  # of the published tokenizer, where the folder 
 
 
 def mask_id(hf: dict[str, Any], special: dict[str, int]) -> int:
-    """The mask's id: config.json does not hold it (ours does, on export), the tokenizer does."""
+    """Returns the mask's id, from config.json where it is (exports), else from the tokenizer."""
     found = hf.get("mask_token_id")
     found = special.get(MASK) if found is None else found
     if found is None and hf["vocab_size"] == VOCAB:
@@ -29,19 +29,19 @@ def mask_id(hf: dict[str, Any], special: dict[str, int]) -> int:
 
 
 def stop_ids(hf: dict[str, Any], special: dict[str, int]) -> tuple[int, ...]:
-    """Eos, and the chat template's end of turn where the tokenizer has one."""
+    """Returns eos, and the chat template's end of turn where the tokenizer has one."""
     eos, end = hf["eos_token_id"], special.get(TURN_END)
     return (eos,) if end in (None, eos) else (eos, end)
 
 
 def pad_id(hf: dict[str, Any]) -> int:
-    """The padding's id, or eos."""
+    """Returns the padding's id, or eos."""
     pad = hf.get("pad_token_id")
     return hf["eos_token_id"] if pad is None else pad
 
 
 def facts(hf: dict[str, Any], special: dict[str, int]) -> ModelConfig:
-    """Reads LLaDA-MoE's config.json."""
+    """Returns the facts in LLaDA-MoE's config.json."""
     layers, heads = hf["num_hidden_layers"], hf["num_attention_heads"]
     head_dim = hf["hidden_size"] // heads
     kinds = hf.get("moe_layer_freq") or [1] * layers
@@ -77,7 +77,7 @@ def facts(hf: dict[str, Any], special: dict[str, int]) -> ModelConfig:
 
 
 def layer_rows(config: ModelConfig, number: int) -> list[Row]:
-    """The rows of one layer."""
+    """Returns the rows of one layer."""
     ours, theirs = f"layers.{number}", f"model.layers.{number}"
     q, k, v, out = (f"{theirs}.self_attn.{name}_proj.weight" for name in "qkvo")
     table = [Row(f"{ours}.attention_norm", (f"{theirs}.input_layernorm.weight",), "D->D")]
@@ -99,7 +99,7 @@ def layer_rows(config: ModelConfig, number: int) -> list[Row]:
 
 
 def rows(config: ModelConfig) -> list[Row]:
-    """The table, in the order of the model."""
+    """Returns the table, in the order of the model."""
     table = [Row("embedding", ("model.embed_tokens.weight",), "VD->VD")]
     for number in range(config.layers):
         table += layer_rows(config, number)
@@ -109,7 +109,7 @@ def rows(config: ModelConfig) -> list[Row]:
 
 
 def hf_config(config: ModelConfig) -> dict[str, Any]:
-    """A config.json that the published modelling code and `facts` both read."""
+    """Returns a config.json that the published modelling code and `facts` both read."""
     moe = config.moe
     if moe is None:
         raise ValueError("a model without experts is not of this family")

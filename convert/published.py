@@ -18,7 +18,7 @@ PLAIN = {"rope_type": "default", "type": "default"}  # names of the rotary embed
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; ConversionError where there is none."""
+    """Returns the object in a JSON file. Raises ConversionError where there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -29,12 +29,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def optional(path: Path) -> dict[str, Any]:
-    """As `read_json`, and empty where there is no such file."""
+    """Returns `read_json` of a file, and {} where there is no such file."""
     return read_json(path) if path.exists() else {}
 
 
 def special_tokens(folder: Path) -> dict[str, int]:
-    """Ids of the tokenizer's added tokens, by text; empty without a tokenizer."""
+    """Returns ids of the tokenizer's added tokens, by text; empty without a tokenizer."""
     try:
         return {token["content"]: token["id"] for token in added_tokens(folder)}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -42,7 +42,7 @@ def special_tokens(folder: Path) -> dict[str, int]:
 
 
 def named_token(folder: Path, name: str) -> int | None:
-    """The id of what the tokenizer's settings call `name`, such as eos_token; None without it."""
+    """Returns the id of the token that the tokenizer's settings call `name`, such as eos_token."""
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         token = optional(folder / file).get(name)
         text = token.get("content") if isinstance(token, dict) else token
@@ -52,7 +52,7 @@ def named_token(folder: Path, name: str) -> int | None:
 
 
 def ends(value: Any, where: Path) -> list[int]:
-    """An `eos_token_id`, which may be one id, a list of them or null, as a list."""
+    """Returns an `eos_token_id`, which may be one id, a list of them or null, as a list."""
     found = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(i) is int and i >= 0 for i in found):
         raise ConversionError(
@@ -63,7 +63,7 @@ def ends(value: Any, where: Path) -> list[int]:
 
 
 def flat_rope(hf: dict[str, Any], allowed: Collection[str] = ()) -> dict[str, Any]:
-    """`hf` with what ROPE holds of ROTARY beside the other keys, and without ROPE.
+    """Returns `hf` with the keys of ROTARY that ROPE nests moved out, and without ROPE.
 
     ConversionError for another kind of rotary embedding than the plain one, unless its key is among
     `allowed`, and for a value that contradicts the one beside.
@@ -98,7 +98,7 @@ def flat_rope(hf: dict[str, Any], allowed: Collection[str] = ()) -> dict[str, An
 
 
 def complete(hf: dict[str, Any], folder: Path) -> tuple[dict[str, Any], list[int]]:
-    """`hf` with ids filled in, and every id that config and generation config say may end a text.
+    """Returns `hf` with ids filled in, and every id that either config says may end a text.
 
     Eos is the first of config.json's, else the tokenizer's, else generation_config.json's, else the
     padding; the mask is config.json's, else the tokenizer's.

@@ -14,7 +14,7 @@ END_ID, END_VOCABS = 151645, (151936, 152064)  # the published tokenizer, where 
 
 
 def facts(hf: dict[str, Any], special: dict[str, int]) -> ModelConfig:
-    """Reads Qwen2's config.json. Text ends at eos, and at the chat template's end of turn."""
+    """Returns the facts in Qwen2's config.json; text ends at eos and at the end of a turn."""
     heads, vocab, eos = hf["num_attention_heads"], hf["vocab_size"], hf["eos_token_id"]
     kinds = set(hf.get("layer_types") or ())
     if kinds - {"full_attention"}:
@@ -44,7 +44,7 @@ def facts(hf: dict[str, Any], special: dict[str, int]) -> ModelConfig:
 
 
 def attention_rows(config: ModelConfig) -> list[tuple[str, tuple[str, ...], str]]:
-    """Projections and their biases, fused as `model.py` holds them."""
+    """Returns the rows of attention: projections and biases, fused as the model holds them."""
     q, k, v = (f"self_attn.{letter}_proj" for letter in "qkv")
     if config.heads == config.kv_heads:
         fused = [("attention.qkv", (q, k, v), "(HK)D->DCHK", "(HK)->CHK")]
@@ -61,7 +61,7 @@ def attention_rows(config: ModelConfig) -> list[tuple[str, tuple[str, ...], str]
 
 
 def rows(config: ModelConfig) -> list[Row]:
-    """The table, in the order of the model."""
+    """Returns the table, in the order of the model."""
     layer = [
         ("attention_norm", ("input_layernorm.weight",), "D->D"),
         *attention_rows(config),
@@ -82,7 +82,7 @@ def rows(config: ModelConfig) -> list[Row]:
 
 
 def hf_config(config: ModelConfig) -> dict[str, Any]:
-    """A config.json that the published modelling code and `facts` both read."""
+    """Returns a config.json that the published modelling code and `facts` both read."""
     return {
         "architectures": ["Qwen2ForCausalLM"],
         "attention_dropout": 0.0,

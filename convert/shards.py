@@ -74,7 +74,7 @@ class Shards:
             self._file[name] = path
 
     def map(self, name: str) -> np.ndarray:
-        """The tensor called `name`, as stored, mapped from its file (read-only).
+        """Returns the tensor called `name`, as stored, mapped from its file (read-only).
 
         Pages come into memory as they are touched, and leave it with the array.
         """
@@ -84,14 +84,14 @@ class Shards:
 
     @property
     def dtype(self) -> str:
-        """The dtype of most of the weights."""
+        """Returns the dtype of most of the weights."""
         counts = Counter[str]()
         for name, shape in self.shapes.items():
             counts[self.dtypes[name]] += math.prod(shape)
         return counts.most_common(1)[0][0]
 
     def resolve_dtype(self, wanted: str | None, kept: Collection[str] = ()) -> str:
-        """The dtype to convert to: `wanted`, else the one of most weights.
+        """Returns the dtype to convert to: `wanted`, else the one of most weights.
 
         ShardError where `wanted` is no dtype of weights, or where it is not given and some tensor
         that is not among `kept`, which keep theirs, would lose precision.
@@ -111,12 +111,12 @@ class Shards:
 
     @property
     def bytes(self) -> int:
-        """Size of all weights as stored."""
+        """Returns the size of all weights as stored, in bytes."""
         return sum(path.stat().st_size for path in set(self._file.values()))
 
     @property
     def count(self) -> int:
-        """Number of weights."""
+        """Returns the number of weights."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
 

@@ -1,7 +1,7 @@
-"""Conversion tables as data: which Hugging Face tensors make which of our parameters, and back.
+"""Conversion tables as data: they map Hugging Face tensors to our parameters, and back.
 
 A row names our parameter, its source tensors and a rule such as "(HK)D->DHK", whose letters are
-the sizes of the model. A letter on the right side alone is an axis along which several sources are
+the sizes of the model. A letter only on the right side is an axis along which several sources are
 stacked: "FD->DCF" for gate and up, "MD->EDCM" for those of every expert. Because a rule is data it
 is applied, checked and undone by the same few lines, whatever the family.
 """
@@ -64,7 +64,7 @@ class Row:
             raise ValueError(f"{self.name}: the rule {self.rule} says not where to stack sources")
 
     def held(self, names: Collection[str]) -> "Row":
-        """This row, or the one of `instead` of whose sources `names` has any."""
+        """Returns this row, or the one of `instead` that has a source in `names`."""
         forms = (self, *self.instead)
         return next((row for row in forms if any(s in names for s in row.sources)), self)
 
@@ -89,7 +89,7 @@ class Family:
 
 
 def sizes(config: ModelConfig) -> dict[str, int]:
-    """The size of every letter that rules may use, but C, which counts sources. P is a pair."""
+    """Returns the size of every letter in rules, except C, which counts sources; P is a pair."""
     size = {
         "D": config.embed,
         "H": config.heads,
@@ -105,27 +105,27 @@ def sizes(config: ModelConfig) -> dict[str, int]:
 
 
 def _letters(rule: str) -> tuple[str, str]:
-    """Letters of one source, theirs and ours: without the axes along which sources are stacked."""
+    """Returns the letters of one source, theirs and ours, without the stacking axes."""
     left, right = rule.split("->")
     left = left.replace("(", "").replace(")", "")
     return left, "".join(x for x in right if x in left)
 
 
 def _stacking(rule: str) -> list[int]:
-    """Our axes along which sources are stacked."""
+    """Returns our axes along which sources are stacked."""
     left, right = rule.split("->")
     return [axis for axis, letter in enumerate(right) if letter not in left]
 
 
 def shape_of(row: Row, size: dict[str, int]) -> tuple[int, ...]:
-    """The shape of our parameter; C is what the number of sources leaves for it."""
+    """Returns the shape of our parameter; C is what the number of sources leaves for it."""
     right = row.rule.split("->")[1]
     others = math.prod(size[right[axis]] for axis in _stacking(row.rule) if right[axis] != "C")
     return tuple(({"C": len(row.sources) // others} | size)[letter] for letter in right)
 
 
 def source_shape(rule: str, size: dict[str, int]) -> tuple[int, ...]:
-    """The shape that a source tensor must have: "(HK)D" is (H*K, D)."""
+    """Returns the shape that a source tensor must have: "(HK)D" is (H*K, D)."""
     shape, inside = [], False
     left = rule.split("->")[0]
     for letter in left:
@@ -141,7 +141,7 @@ def source_shape(rule: str, size: dict[str, int]) -> tuple[int, ...]:
 
 
 def source_shapes(rows: list[Row], size: dict[str, int]) -> dict[str, tuple[int, ...]]:
-    """The shape of every source tensor; one that is cut into spans reaches to its last one."""
+    """Returns the shape of every source tensor; one with spans reaches to its last span."""
     shapes: dict[str, tuple[int, ...]] = {}
     for row in rows:
         shape = source_shape(row.rule, size)
@@ -152,24 +152,24 @@ def source_shapes(rows: list[Row], size: dict[str, int]) -> dict[str, tuple[int,
 
 
 def apply(rule: str, array: np.ndarray, size: dict[str, int]) -> np.ndarray:
-    """A source tensor in our layout, stacking axes apart (a view)."""
+    """Returns a source tensor in our layout, stacking axes apart (a view)."""
     left, right = _letters(rule)
     return array.reshape([size[x] for x in left]).transpose([left.index(x) for x in right])
 
 
 def undo(rule: str, array: np.ndarray, size: dict[str, int]) -> np.ndarray:
-    """The inverse of `apply`, bit for bit."""
+    """Returns the inverse of `apply`, bit for bit."""
     left, right = _letters(rule)
     return array.transpose([right.index(x) for x in left]).reshape(source_shape(rule, size))
 
 
 def rows_held(family: Family, config: ModelConfig, shards: Shards) -> list[Row]:
-    """The family's table, each row in the form in which `shards` holds its sources."""
+    """Returns the family's table, each row in the form in which `shards` holds its sources."""
     return [row.held(shards.shapes) for row in family.rows(config)]
 
 
 def check(family: Family, config: ModelConfig, shards: Shards) -> None:
-    """Compares names and shapes with the table before any weight is read; ConversionError."""
+    """Raises ConversionError where names or shapes of tensors differ from the table."""
     rows, size = rows_held(family, config, shards), sizes(config)
     expected = source_shapes(rows, size)
     if missing := sorted(set(expected) - set(shards.shapes)):
@@ -191,7 +191,7 @@ def _some(names: list[str]) -> str:
 
 
 def kept(family: Family, config: ModelConfig, shards: Shards) -> set[str]:
-    """Source tensors whose parameters have a dtype of their own."""
+    """Returns source tensors whose parameters have a dtype of their own."""
     rows = rows_held(family, config, shards)
     return {source for row in rows if row.dtype for source in row.sources}
 
@@ -212,7 +212,7 @@ def stream(
 def _read(
     row: Row, shards: Shards, size: dict[str, int], dtype: np.dtype, index: Index
 ) -> np.ndarray:
-    """One piece of a parameter; one source is mapped at a time."""
+    """Returns one piece of a parameter; one source is mapped at a time."""
     shape, axes = shape_of(row, size), _stacking(row.rule)
     within = tuple(part for axis, part in enumerate(index) if axis not in axes)
     ranges = [range(n)[part] for n, part in zip(shape, index, strict=True)]
@@ -233,7 +233,7 @@ def _read(
 def restore_sources(
     family: Family, config: ModelConfig, arrays: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Hugging Face tensors, by name, of the parameters in `arrays`: the inverse of `stream`.
+    """Returns the Hugging Face tensors of the parameters in `arrays`: the inverse of `stream`.
 
     A tensor that is cut into spans must have all of them in `arrays`.
     """

@@ -225,7 +225,7 @@ def scaled(found: dict[str, Any]) -> str:
     gains = [[name, f"{gain:.2f}"] for name, gain in found["efficiency"].items()]
     return "\n\n".join(
         [
-            table("mesh|batch|ms a block step|forwards a second|tokens a second", rows),
+            table("mesh|batch|ms per block step|forwards per second|tokens per second", rows),
             table("two GPUs against one|times as fast", gains),
         ]
     )
@@ -239,11 +239,11 @@ def settings(found: dict[str, Any]) -> str:
         sums = [f"{t:.0f}" for t in row["all_reduce_microseconds"].values()]
         shown = f"`{' '.join(filter(None, words))}`" if any(words) else ""
         rows.append([name, shown, f"{row['ms_per_block_step']:.2f}", " / ".join(sums)])
-    return table("setting|flags|ms a block step|µs an all-reduce of 0.26 / 2.1 / 16.8 MB", rows)
+    return table("setting|flags|ms per block step|µs per all-reduce of 0.26 / 2.1 / 16.8 MB", rows)
 
 
 def where(found: dict[str, Any]) -> str:
-    """Milliseconds a forward that kernels run on the first GPU, by kind, at batch 1."""
+    """Milliseconds per forward that kernels run on the first GPU, by kind, at batch 1."""
     rows = []
     for row in (row for row in found["rows"] if "profile" in row):
         kinds = row["profile"]["milliseconds_by_kind"]
@@ -281,7 +281,7 @@ def predicted(machine: Machine) -> str:
             [f"{data}x{model}", count, f"{1e3 * seconds:.2f}", f"{count / seconds:.0f}",
              f"{gain:.2f} of {data * model}", f"{100 * share:.0f} %"]
         )  # fmt: skip
-    header = "mesh|batch|ms a block step|row steps a second|speed-up|in all-reduces"
+    header = "mesh|batch|ms per block step|row steps per second|speed-up|in all-reduces"
     return table(header, rows)
 
 

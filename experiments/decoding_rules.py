@@ -1,4 +1,4 @@
-"""Accuracy against model calls for every rule and cache: the bundled model on held-out puzzles.
+"""Accuracy and model calls of every rule and cache: the bundled model on held-out puzzles.
 
 python experiments/decoding_rules.py           (half an hour on two cores; continues where it was)
 python experiments/decoding_rules.py plot=true            (table and plot of what is measured)
@@ -25,7 +25,6 @@ DOCUMENTS = {"sudoku": 50, "countdown": 150}  # sudoku is easy for nearly every 
 BLOCK = 40  # the bundled model's own: one block over all of its canvas
 SHORT = 8  # blocks for the comparison of caches
 
-WIDEST = 45  # calls at the right edge of the plot
 BATCH = 25  # rows wait for the slowest of their batch, so small ones are quicker here
 
 Settings = Mapping[str, Any]
@@ -33,7 +32,7 @@ Settings = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """One rule, and the setting of it that is varied; a line of the plot."""
+    """One rule, and the setting of it that is varied: one group of the plot."""
 
     name: str
     fixed: Settings
@@ -92,12 +91,12 @@ SWEEPS = (
 
 @dataclasses.dataclass(frozen=True)
 class RulesConfig:
-    """Accuracy against model calls, by rule."""
+    """Measures accuracy and model calls of every rule."""
 
     output: Path = FOLDER
     """Folder for decoding_rules.json, .md and .png."""
     limit: int | None = None
-    """Documents of each task, at most."""
+    """The most documents per task."""
     rules: str = ""
     """Rules to measure, separated by semicolons (default: all)."""
     plot: bool = False
@@ -109,7 +108,7 @@ def documents(config: RulesConfig) -> dict[str, int]:
 
 
 def measure(llm: LLM, settings: Settings, counts: Mapping[str, int]) -> dict[str, Any]:
-    """Share solved, its standard error and mean NFE, by task."""
+    """Returns the share solved, its standard error and the mean NFE, per task."""
     decode = DecodeConfig.of({"block_length": BLOCK, "cache": "dual", **settings})
     row: dict[str, Any] = {}
     for name, n in counts.items():
@@ -167,99 +166,105 @@ def label(row: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in row["varied"].items())
 
 
-def front(rows: Sequence[Mapping[str, Any]], task: str) -> list[Mapping[str, Any]]:
-    """Rows that no other one beats: none has as few calls and solves more, by increasing NFE."""
-    best: list[Mapping[str, Any]] = []
-    for row in sorted(rows, key=lambda row: (row[task]["nfe"], -row[task]["solved"])):
-        if not best or row[task]["solved"] > best[-1][task]["solved"]:
-            best.append(row)
-    return best
+def interval(share: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share measured on n documents; it also serves 0 and 1."""
+    z = 1.96
+    centre, spread = (
+        share + z**2 / (2 * n),
+        z * (share * (1 - share) / n + (z / (2 * n)) ** 2) ** 0.5,
+    )
+    return (centre - spread) / (1 + z**2 / n), (centre + spread) / (1 + z**2 / n)
 
 
-def line(row: Mapping[str, Any], fronts: Mapping[str, Sequence[Any]] | None = None) -> str:
+def line(row: Mapping[str, Any]) -> str:
     cells = []
     for task in DOCUMENTS:
-        score = row[task]
-        star = " *" if fronts and row in fronts[task] else ""
+        solved, n = row[task]["solved"], row[task]["n"]
+        low, high = interval(solved, n)
         cells += [
-            f"{100 * score['solved']:.1f} ± {100 * score['stderr']:.1f} %{star}",
-            f"{score['nfe']:.2f}",
+            f"{round(solved * n)} of {n}",
+            f"{100 * low:.1f} to {100 * high:.1f} %",
+            f"{row[task]['nfe']:.2f}",
         ]
     return f"| {row['rule']} | {label(row)} | {' | '.join(cells)} |"
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The Markdown table; a star marks the Pareto front of a task."""
+    """Returns the Markdown table, a line per setting."""
     rows = results["rows"]
-    fronts = {task: front(rows, task) for task in DOCUMENTS}
     counts = ", ".join(f"{rows[0][task]['n']} {task}" for task in DOCUMENTS)
-    heads = [part for task in DOCUMENTS for part in (f"{task} solved", "NFE")]
+    heads = [part for task in DOCUMENTS for part in (f"{task} solved", "95 % interval", "NFE")]
     facts = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     return "\n".join(
         [
-            "# Decoding rules: accuracy against model calls",
+            "# Decoding rules: accuracy and model calls",
             "",
-            f"Bundled model, held-out documents: {counts}. One block of {BLOCK} columns with the "
-            "dual cache, unless it says otherwise; a star marks the Pareto front.",
+            f"The bundled model on held-out puzzles: {counts}. One block of {BLOCK} columns with "
+            "the dual cache, unless the rule says otherwise. NFE is the mean number of model calls "
+            "per puzzle. Intervals are Wilson's; they overlap too much to rank the rules.",
             "",
             f"`{results['command']}`, {results['date']}, {results['device']}, {facts}",
             "",
             f"| rule | setting | {' | '.join(heads)} |",
             "|---" * (2 + len(heads)) + "|",
-            *(line(row, fronts) for row in rows),
+            *(line(row) for row in rows),
             "",
         ]
     )
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
-    """One panel a task: a line for each rule, before the Pareto front and its standard error."""
+    """Draws a line per setting: its calls per puzzle, and what it solves with its interval."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import NullLocator
 
     rows = results["rows"]
     names = list(dict.fromkeys(row["rule"] for row in rows))
-    figure, panels = pyplot.subplots(1, len(DOCUMENTS), figsize=(13, 5.4), layout="constrained")
-    for panel, task in zip(panels, DOCUMENTS, strict=True):
-        best = [row[task] for row in front(rows, task)]
-        best.append(best[-1] | {"nfe": WIDEST})
-        calls = [score["nfe"] for score in best]
-        solved = [100 * score["solved"] for score in best]
-        error = [100 * score["stderr"] for score in best]
-        panel.step(calls, solved, where="post", color="0.75", linewidth=7, zorder=0,
-                   label="Pareto front")  # fmt: skip
-        panel.fill_between(
-            calls,
-            [y - e for y, e in zip(solved, error, strict=True)],
-            [min(y + e, 100) for y, e in zip(solved, error, strict=True)],
-            step="post", color="0.93", zorder=-1, label="± its standard error",
-        )  # fmt: skip
-        for i, name in enumerate(names):
-            mine = sorted((r[task] for r in rows if r["rule"] == name), key=lambda s: s["nfe"])
-            panel.plot(
-                [score["nfe"] for score in mine],
-                [100 * score["solved"] for score in mine],
-                label=name, color=f"C{i % 10}", marker="osD^vPX"[i % 7], markersize=6.5,
-                markeredgecolor="white", markeredgewidth=0.5, linewidth=1.4,
-                linestyle="--" if i >= 10 else "-", clip_on=False,
-            )  # fmt: skip
-        panel.set_xscale("log")
-        panel.set_xlim(0.95, WIDEST)
-        ticks = (1, 2, 5, 10, 20, 40)
-        panel.set_xticks(ticks, [str(tick) for tick in ticks])
-        panel.minorticks_off()
-        low = min(100 * row[task]["solved"] for row in rows)
-        panel.set_ylim(min(low, 95) - 3, 101)
-        panel.set_xlabel("model calls a puzzle (NFE, log scale)")
-        panel.set_ylabel("solved (%)")
-        panel.set_title(f"{task}, {rows[0][task]['n']} held-out puzzles")
-        panel.grid(alpha=0.25)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    rows = sorted(rows, key=lambda row: names.index(row["rule"]))
+    places = [i + names.index(row["rule"]) * 0.6 for i, row in enumerate(rows)]
+    figure, (calls, *panels) = pyplot.subplots(
+        1, 1 + len(DOCUMENTS), sharey=True, figsize=(12, 0.2 * places[-1] + 2),
+        width_ratios=(1.3, 0.9, 0.9), layout="constrained",
+    )  # fmt: skip
+    marks = dict(zip(DOCUMENTS, (("o", "tab:blue", -0.12), ("D", "tab:orange", 0.12)), strict=True))
+    for panel, (task, (marker, colour, shift)) in zip(panels, marks.items(), strict=True):
+        nfe = [row[task]["nfe"] for row in rows]
+        shifted = [place + shift for place in places]
+        calls.plot(nfe, shifted, marker, color=colour, label=task, markersize=4.5)
+        n = rows[0][task]["n"]
+        solved = [100 * row[task]["solved"] for row in rows]
+        ends = [[100 * end for end in interval(row[task]["solved"], n)] for row in rows]
+        panel.axvspan(*ends[slowest(rows, task)], color="0.92", zorder=0)
+        panel.hlines(places, *zip(*ends, strict=True), color=colour, alpha=0.45, linewidth=2)
+        panel.plot(solved, places, marker, color=colour, markersize=4.5)
+        panel.set_xlim(70, 101)
+        panel.set_xlabel(f"{task}: solved of {n} puzzles (%)")
+    calls.set_xscale("log")
+    ticks = (1, 2, 5, 10, 20, 40)
+    calls.set_xticks(ticks, [str(tick) for tick in ticks])
+    calls.xaxis.set_minor_locator(NullLocator())
+    calls.set_xlabel("model calls per puzzle (NFE, mean, log scale)")
+    calls.set_yticks(places, [f"{row['rule']}: {label(row)}" for row in rows], fontsize=8)
+    calls.set_ylim(places[-1] + 0.8, places[0] - 0.8)
+    calls.legend(loc="lower right", frameon=True)
+    for panel in (calls, *panels):
+        panel.grid(axis="x", alpha=0.3)
+        panel.tick_params(axis="y", length=0)
+    figure.suptitle(
+        "Bars: Wilson's 95 % intervals. Grey: the interval of the setting with the most calls.\n"
+        "Where bars overlap this much, the accuracies cannot be told apart; the calls can.",
+        fontsize=10,
+    )
     figure.savefig(path, dpi=100, metadata={"Software": None})
     pyplot.close(figure)
+
+
+def slowest(rows: Sequence[Mapping[str, Any]], task: str) -> int:
+    """Returns the place of the row with the most calls."""
+    return max(range(len(rows)), key=lambda i: rows[i][task]["nfe"])
 
 
 def main(config: RulesConfig) -> None:

@@ -4,8 +4,8 @@ python experiments/gpu_loop.py                  (about six minutes; appends rows
 
 Three kinds of rows. step: a block step with the dual cache, from two requests that differ in the
 number of steps alone. request: a whole completion, against the same model calls in a bare loop.
-schedule: tokens and forwards a second where every step takes 1, 2 or 4 tokens. Random weights never
-pass a threshold, hence the imposed numbers.
+schedule: tokens and forwards per second where every step takes 1, 2 or 4 tokens. Random weights
+never pass a threshold, hence the imposed numbers.
 """
 
 import dataclasses
@@ -113,7 +113,7 @@ def median_seconds(run: Callable[[], Any], repeats: int) -> float:
 
 @partial(jax.jit, static_argnames=("setup",))
 def bare_loop(model: Model, request: Request, setup: Setup):
-    """The model calls of a request with one token a step, and next to nothing besides.
+    """The model calls of a request with one token per step, and next to nothing besides.
 
     Every call writes one column, by a sign of its hidden states, so that none can be left out.
     """
@@ -140,7 +140,7 @@ def bare_loop(model: Model, request: Request, setup: Setup):
 
 
 def copy_rate(megabytes: int, repeats: int) -> float:
-    """Bytes a second that the memory moves, read and written, in copies of a large array."""
+    """Bytes per second that the memory moves, read and written, in copies of a large array."""
     x, copies = jnp.zeros(megabytes * 2**20 // 2, jnp.bfloat16), 20
     copy = jax.jit(jnp.copy)
     return copies * 2 * x.nbytes / median_seconds(lambda: [copy(x) for _ in range(copies)], repeats)
@@ -180,7 +180,7 @@ def measure(llm: LLM, case: Case, config: LoopConfig, rate: float) -> dict[str, 
 
 
 def step_row(llm: LLM, rows: int, config: LoopConfig, rate: float) -> dict[str, Any]:
-    """A block step inside the loop: what a request of half as many tokens a step takes longer."""
+    """A block step inside the loop: what a request of half as many tokens per step takes longer."""
     prompt = config.positions - 4 * config.block
     one, two = (
         measure(llm, Case(rows, prompt, 4 * config.block, config.block, "dual", n), config, rate)
@@ -218,7 +218,7 @@ def measured(llm: LLM, config: LoopConfig) -> Iterator[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table, that of docs/decoding.md."""
-    names = ["what", "rows", "columns", "cache", "tokens a step", "ms a step"]
+    names = ["what", "rows", "columns", "cache", "tokens per step", "ms per step"]
     names += ["forwards/s", "tokens/s", "peak GB"]
     lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
     for row in rows:

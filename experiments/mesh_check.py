@@ -79,7 +79,7 @@ class MeshConfig:
 
 
 def cheap_weights(config: ModelConfig, mesh: jax.sharding.Mesh) -> Model:
-    """A model whose weights are waves of the right size: one small program a shape."""
+    """A model whose weights are waves of the right size: one small program per shape."""
     leaves = named(abstract(config))
     places = checkpoint.placements(config, mesh)
 
@@ -121,7 +121,7 @@ def median_seconds(run: Any, repeats: int) -> float:
 
 
 def measure(options: MeshConfig, model: Model, rows: int, trace: Path | None) -> dict:
-    """One case: milliseconds a block step and an opening pass, rates, memory."""
+    """One case: milliseconds per block step and an opening pass, rates, memory."""
     config, mesh = model.config, model.mesh
     wanted = DecodeConfig(
         gen_length=options.gen_length,
@@ -236,7 +236,7 @@ def efficiencies(rows: list[dict]) -> dict[str, float]:
             found[f"tensor parallel, {count} rows, of the ideal 2"] = speedup
         if {("1x1", count), ("2x1", 2 * count)} <= rate.keys():
             gain = rate["2x1", 2 * count] / rate["1x1", count]
-            found[f"data parallel, {count} rows a device, of the ideal 2"] = gain
+            found[f"data parallel, {count} rows per device, of the ideal 2"] = gain
     return found
 
 

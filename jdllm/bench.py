@@ -1,4 +1,4 @@
-"""Measures decoding: blocked and cached against vanilla, and forwards a second over a grid.
+"""Measures decoding: blocked and cached against vanilla, and forwards per second over a grid.
 
 python -m jdllm.bench                                          # bundled model, generated countdown
 python -m jdllm.bench dataset=sample_200.jsonl source=gsm8k model=GSAI-ML/LLaDA-8B-Instruct
@@ -257,7 +257,7 @@ def main(config: BenchConfig) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class GridConfig:
-    """Forwards and tokens a second by block length, batch, cache and tokens a step.
+    """Forwards and tokens per second by block length, batch, cache and tokens per step.
 
     Prompts are synthetic ids and the schedule is imposed, so random weights serve.
     """

@@ -232,7 +232,7 @@ def score(result: TaskResult, metric: str) -> str:
 
 
 def summary(results: Sequence[TaskResult]) -> str:
-    """The table of scores and costs, a line a task."""
+    """The table of scores and costs, a line per task."""
     shown = SHOWN if all(SHOWN[0] in result.metrics for result in results) else ("score",)
     header = ["task", "n", *(name.replace("_", " ") for name in shown)]
     rows = [[*header, "NFE/sample", "tokens/forward", "tokens/s"]]
@@ -268,7 +268,7 @@ def example(result: TaskResult) -> str:
 
 
 def save(folder: Path, facts: dict[str, Any], results: Sequence[TaskResult]) -> None:
-    """Writes samples.jsonl, a line a sample, and results.json."""
+    """Writes samples.jsonl, a line per sample, and results.json."""
     with atomic_file(folder / "samples.jsonl") as file:
         for sample in (sample for result in results for sample in result.samples):
             line = json.dumps(dataclasses.asdict(sample), ensure_ascii=False)
@@ -381,7 +381,7 @@ def main(config: EvalConfig) -> None:
         facts, results = evaluate(config, journal)
         if row:
             facts["preset"] = dataclasses.asdict(row) | {"departures": config.departures}
-        if config.output and processes.leads():  # before it is shown to whoever has gone
+        if config.output and processes.is_main():  # before it is shown to whoever has gone
             save(config.output, facts, results)
         show(facts["speed"], results)
         if row:
@@ -400,9 +400,9 @@ def compared(row: presets.Preset, result: TaskResult, departures: Sequence[str])
 
 def open_journal(folder: Path, stack: contextlib.ExitStack) -> Journal:
     """The folder's finished samples; of several processes one locks it and writes."""
-    if processes.leads():
+    if processes.is_main():
         stack.enter_context(alone(folder))
-    return processes.first(lambda: Journal(folder / FINISHED, writes=processes.leads()))
+    return processes.main_first(lambda: Journal(folder / FINISHED, writes=processes.is_main()))
 
 
 def show(speed: dict[str, Any], results: Sequence[TaskResult]) -> None:

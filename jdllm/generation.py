@@ -95,7 +95,7 @@ def complete(config: GenerateConfig) -> None:
     from jdllm.llm import LLM
 
     enable_compilation_cache()
-    with Bar(total=1, unit="prompt", leave=False, disable=not processes.leads()) as bar:
+    with Bar(total=1, unit="prompt", leave=False, disable=not processes.is_main()) as bar:
         bar.set_postfix_str(f"loading {config.model}")
         llm = LLM.load(**loading(config))
         bar.set_postfix_str("")
@@ -146,7 +146,7 @@ def show_again(config: GenerateConfig, run: trace.Run) -> None:
 
 def save(config: GenerateConfig, run: trace.Run) -> None:
     """Writes the trace and the page, where they were asked for."""
-    if not processes.leads():
+    if not processes.is_main():
         return
     if config.trace:
         trace.write(config.trace, run)

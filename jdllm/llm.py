@@ -275,7 +275,7 @@ class LLM:
         if common is None:
             return Shared()
         whole = sharding.replicated(self.mesh)
-        tokens = [processes.place(np.array([ids], np.int32), whole) for ids in common.prefixes]
+        tokens = [processes.device_put(np.array([ids], np.int32), whole) for ids in common.prefixes]
         program, compile_seconds = self._programs.get(
             ("prefix", common.length, setup.block_length),
             lambda: read_prefix.lower(self.model, tokens[0], setup.block_length).compile(),
@@ -316,7 +316,7 @@ class LLM:
         base = jax.random.key(config.seed)
         keys = jax.vmap(lambda n: jax.random.fold_in(base, n))(numbers)
         arrays = (tokens, lengths, keys, idle, which)
-        *placed, which = processes.place(arrays, sharding.by_row(self.mesh))
+        *placed, which = processes.device_put(arrays, sharding.by_row(self.mesh))
         return Request(*placed, prefixes=Prefixes(begun[0], which) if begun else None)
 
     def _record(

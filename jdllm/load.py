@@ -68,7 +68,7 @@ def locate(model: str, allow_unknown: Sequence[str] = ()) -> Path | None:
         return folder
     with processes.shared_folder(converted) as partial:
         checkpoint.write_model(partial, source.config, source.units())
-        if processes.leads():
+        if processes.is_main():
             copy_tokenizer(folder, partial)
     return converted
 

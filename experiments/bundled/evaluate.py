@@ -18,9 +18,9 @@ README = ROOT / "README.md"
 START, END = "<!-- table: bundled -->", "<!-- end of table -->"
 
 TASKS = {"sudoku_d1": "sudoku, d1's 500", "countdown_d1": "countdown, d1's 256"}
-# One token a step, exact; then the default.
+# One token per step, exact; then the default.
 SETTINGS = {
-    "one token a step": ("decode.rule=quota", "decode.cache=none"),
+    "one token per step": ("decode.rule=quota", "decode.cache=none"),
     "threshold 0.9, dual cache": ("decode.threshold=0.9", "decode.cache=dual"),
 }
 
@@ -54,9 +54,9 @@ def evaluate(task: str, words: tuple[str, ...], config: TableConfig) -> dict:
 
 
 def table(results: dict) -> str:
-    """The Markdown table: accuracy and NFE of both settings side by side."""
+    """Returns the Markdown table: accuracy and NFE of both settings side by side."""
     lines = [
-        "| task | decoding | solved | string match | NFE a puzzle | tokens a forward |",
+        "| task | decoding | solved | string match | NFE per puzzle | tokens per forward |",
         "|---|---|---|---|---|---|",
     ]
     for task, label in TASKS.items():
@@ -72,7 +72,7 @@ def table(results: dict) -> str:
 
 
 def with_table(readme: str, results: dict) -> str:
-    """README text with the table between its two markers renewed."""
+    """Returns the README with the table between its two markers renewed."""
     before, _, rest = readme.partition(START)
     _, _, after = rest.partition(END)
     return f"{before}{START}\n{table(results)}\n{END}{after}"

@@ -13,7 +13,7 @@ from jdllm.decode.rows import Rows
 from jdllm.decode.setup import Setup
 from jdllm.model.cache import Cache
 from jdllm.model.model import Model
-from jdllm.stop import Look
+from jdllm.stop import StopView
 
 Judge = Callable[[jax.Array, jax.Array], unmask.Verify]
 """Canvases [B, T] and columns in view [B, N] -> the verifier, as a rule sees it."""
@@ -107,9 +107,9 @@ def draws(rows: Rows, columns_BN: jax.Array, call: Call) -> unmask.Draw:
     return fresh
 
 
-def stop_look(rows: Rows, opening: bool = False, closing: bool = False) -> Look:
+def stop_view(rows: Rows, opening: bool = False, closing: bool = False) -> StopView:
     """What stop rules see of the rows as they are: after a call, or when a block is `closing`."""
-    return Look(
+    return StopView(
         tokens_BT=rows.tokens,
         open_BT=rows.open & rows.generated_BT,
         generated_BT=rows.generated_BT,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jdllm.decode import verify
 from jdllm.decode.keys import commit
-from jdllm.decode.look import Call, stop_look
+from jdllm.decode.look import Call, stop_view
 from jdllm.decode.rows import Request, Rows, keep
 from jdllm.decode.setup import Setup
 from jdllm.decode.start import start
@@ -129,7 +129,7 @@ def leave_block(work: Work, state: State, leaving_B: jax.Array) -> State:
 
 def judge_block(setup: Setup, rows: Rows, leaving_B: jax.Array) -> Rows:
     """The rows after the stop rules have seen the finished blocks of some of them."""
-    return rows.judged(setup.stop(stop_look(rows, closing=True), rows.stop), leaving_B)
+    return rows.judged(setup.stop(stop_view(rows, closing=True), rows.stop), leaving_B)
 
 
 def close_trace(state: State) -> State:

@@ -27,7 +27,7 @@ _BLOCKINFER = {
 }  # fmt: skip
 
 PRESETS: dict[str, Settings] = {
-    # LLaDA: generate.py's defaults: one block over all, one token a step
+    # LLaDA: generate.py's defaults: one block over all, one token per step
     "llada": {**_LLADA, "block_length": 0},
     # LLaDA: EVAL.md, Instruct model, one block over all
     "llada-official-gsm8k": {
@@ -82,7 +82,7 @@ PRESETS: dict[str, Settings] = {
         **_DINFER, "threshold": 0.9, "edge": "slack", "smooth.weight": 0.3,
         "smooth.init": 0.15, "smooth.growth": 0.02, "smooth.decay": 0.02,
     },
-    # LLaDA2.0: generate's defaults; 32 steps over 32 columns are at least one token a step
+    # LLaDA2.0: generate's defaults; 32 steps over 32 columns are at least one token per step
     "llada2": {**_LLADA2, "threshold": 0.95, "schedule": "columns", "steps": 32},
     # LLaDA2.1: generate's defaults
     "llada2.1": {**_LLADA2, "threshold": 0.95, "edit.threshold": 0.9, "edit.passes": 16},
@@ -132,7 +132,7 @@ PRESETS: dict[str, Settings] = {
         "rule": "verify", "block_length": 0, "sampling": "categorical", "temperature": 0.2,
         "top_p": 0.95,
     },
-    # apd: what it is compared with, one token a step from left to right
+    # apd: what it is compared with, one token per step from left to right
     "leftright": {**_LLADA, "block_length": 0, "remasking": "leftright"},
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jdllm.decode.feed import smoothed
 from jdllm.decode.layout import put
-from jdllm.decode.look import Call, Seen, look_at, stop_look
+from jdllm.decode.look import Call, Seen, look_at, stop_view
 from jdllm.decode.rows import Rows, keep
 from jdllm.decode.setup import Setup
 from jdllm.model.cache import Cache
@@ -27,14 +27,14 @@ def block_step(
     seen, cache = look_at(model, setup, rows, cache, call)
     decision, memory = setup.unmask(seen.view, rows.unmask)
     after = rows.written(seen.columns_BN, decision, memory, call.active_B)
-    look = stop_look(after, opening=call.full and setup.plan.refreshes)
+    view = stop_view(after, opening=call.full and setup.plan.refreshes)
     nothing_BT = jnp.full_like(rows.tokens, -1)
-    look = dataclasses.replace(
-        look,
+    view = dataclasses.replace(
+        view,
         candidates_BT=put(nothing_BT, decision.candidate_BN, seen.columns_BN),
         written_BT=after.tokens != rows.tokens,
     )
-    after = after.judged(setup.stop(look, rows.stop), call.active_B)
+    after = after.judged(setup.stop(view, rows.stop), call.active_B)
     if setup.smooth:
         inputs = smoothed(model, setup, rows, after, seen.window_BW, seen.hidden_BWD)
         after = dataclasses.replace(after, inputs=keep(call.active_B, inputs, rows.inputs))

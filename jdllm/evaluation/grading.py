@@ -20,7 +20,7 @@ from jdllm.tokenizer import unmarked
 def as_lm_eval(task: Task, docs: Sequence[Doc], samples: int = 1) -> Any:
     """An lm-eval task over `docs`: the prompts, targets and grades of `task`, means of metrics.
 
-    With several samples a document, its metrics are the means of theirs.
+    With several samples per document, its metrics are the means of theirs.
     """
     return resolve.build(ours.of_task(task, docs), samples)
 

@@ -317,7 +317,7 @@ class JdllmLM(LM):
     def _bar(self, requests: Sequence[Instance], hidden: bool) -> Bar:
         """A progress bar over requests, shown by one of several processes."""
         name = requests[0].task_name if requests else None
-        hidden = hidden or not self.progress or not processes.leads()
+        hidden = hidden or not self.progress or not processes.is_main()
         return Bar(total=len(requests), desc=name, unit="prompt", disable=hidden, leave=self.leave)
 
     @property

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 Point = tuple[float, float]
-"""Tokens a forward, accuracy in percent."""
+"""Tokens per forward, accuracy in percent."""
 
 
 def front(points: Sequence[Point]) -> list[int]:
@@ -20,10 +20,10 @@ def front(points: Sequence[Point]) -> list[int]:
 
 
 def aup(points: Sequence[Point], best: float, alpha: float = 3.0, tolerance: float = 5.0) -> float:
-    """Accuracy under parallelism, d3LLM's measure: an area under accuracy over tokens a forward.
+    """Accuracy under parallelism, d3LLM's measure: an area under accuracy over tokens per forward.
 
-    Points are sorted by tokens a forward r; those more than `tolerance` points below the accuracy y
-    of the slowest one are left out. AUP = r1 y1 + sum of trapezoids (r_i - r_{i-1}) (y_i W(y_i) +
+    Points are sorted by tokens per forward r; those more than `tolerance` points below the accuracy
+    y of the slowest one are left out. AUP = r1 y1 + sum of trapezoids (r_i - r_{i-1}) (y_i W(y_i) +
     y_{i-1} W(y_{i-1})) / 2, where W(y) = min(exp(-alpha (1 - y/best)), 1) makes little of speed
     that costs accuracy; `best` is the best accuracy of any model on the task. Without any speed-up
     it is the accuracy itself. 0 where nothing was right.

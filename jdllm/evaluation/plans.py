@@ -22,7 +22,7 @@ class Plan:
 
 
 def _quota(gen_length: int, block_length: int, tokens: int, **more: Any) -> dict[str, Any]:
-    """A fixed number of tokens a step; the last step of a block takes what is left."""
+    """A fixed number of tokens per step; the last step of a block takes what is left."""
     steps = gen_length // block_length * -(-block_length // tokens)
     lengths = {"gen_length": gen_length, "block_length": block_length}
     return lengths | {"rule": "quota", "steps": steps} | more
@@ -31,7 +31,7 @@ def _quota(gen_length: int, block_length: int, tokens: int, **more: Any) -> dict
 # The same keys as a plan file: models, tasks, settings (a list) and grid (lists by setting, all
 # combinations of which are settings too).
 BUILT_IN: dict[str, dict[str, Any]] = {
-    # twelve settings of the bundled model: tokens a step, threshold, block, cache
+    # twelve settings of the bundled model: tokens per step, threshold, block, cache
     "bundled": {
         "models": ["bundled"],
         "tasks": ["sudoku", "countdown"],
@@ -48,7 +48,7 @@ BUILT_IN: dict[str, dict[str, Any]] = {
             ),
         ],
     },
-    # dllmexp: four models, four tasks, one to three tokens a step (48 runs)
+    # dllmexp: four models, four tasks, one to three tokens per step (48 runs)
     "dllmexp": {
         "models": [
             "Dream-org/Dream-v0-Instruct-7B",

@@ -49,7 +49,7 @@ def groups(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
 
 
 def points(rows: Sequence[Row]) -> list[tuple[float, float]]:
-    """Tokens a forward and accuracy of each row."""
+    """Tokens per forward and accuracy of each row."""
     return [(row["tokens_per_forward"], row["accuracy"]) for row in rows]
 
 
@@ -101,7 +101,7 @@ def can_plot() -> bool:
 
 
 def figure(rows: Sequence[Row], task: str) -> bytes:
-    """PNG of one task: accuracy against model calls, and tokens a forward with the fronts."""
+    """PNG of one task: accuracy against model calls, and tokens per forward with the fronts."""
     from matplotlib.figure import Figure
 
     canvas = Figure(figsize=(13, 4.8), dpi=100, layout="constrained")
@@ -115,8 +115,8 @@ def figure(rows: Sequence[Row], task: str) -> bytes:
             _scatter(left, own, "nfe", color)
             _scatter(right, own, "tokens_per_forward", color)
             _front(right, own, color, note)
-    left.set(xlabel="model calls a sample (NFE)", ylabel="accuracy, %", xscale="log")
-    right.set(xlabel="completion tokens a forward")
+    left.set(xlabel="model calls per sample (NFE)", ylabel="accuracy, %", xscale="log")
+    right.set(xlabel="completion tokens per forward")
     for axes in (left, right):
         axes.margins(x=0.08, y=0.15)
         axes.grid(alpha=0.25)
@@ -170,7 +170,7 @@ def page(rows: Sequence[Row], plots: dict[str, bytes], facts: dict[str, Any]) ->
         for values, row in zip(body, rows, strict=True)
     ]
     images = "".join(
-        f'<h2>{html.escape(task)}</h2><img alt="accuracy against tokens a forward on '
+        f'<h2>{html.escape(task)}</h2><img alt="accuracy against tokens per forward on '
         f'{html.escape(task)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
         for task, data in plots.items()
     )
@@ -180,9 +180,10 @@ def page(rows: Sequence[Row], plots: dict[str, bytes], facts: dict[str, Any]) ->
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>jdllm sweep</title>'
         '<meta name="viewport" content="width=device-width"><style>' + STYLE + "</style>"
         f"<h1>Sweep: {len(rows)} runs</h1>{images}"
-        "<h2>AUP</h2><p>Accuracy under parallelism: the area under accuracy over tokens a forward, "
-        "speed that costs accuracy weighted down. Higher is better; without any speed-up it is the "
-        f"accuracy itself.</p><table>{line(['task', 'model', 'AUP'], 'th')}{''.join(under)}</table>"
+        "<h2>AUP</h2><p>Accuracy under parallelism: the area under accuracy over tokens per "
+        "forward, speed that costs accuracy weighted down. Higher is better; without any "
+        "speed-up it is the accuracy itself.</p>"
+        f"<table>{line(['task', 'model', 'AUP'], 'th')}{''.join(under)}</table>"
         "<h2>Runs</h2><p>Shaded: no other setting is both faster and better. Accuracy and its "
         f'standard error in percent.</p><div class="wide"><table>{line(heads, "th")}'
         f"{''.join(lines)}</table></div><h2>Measured on</h2><table>{where}</table></html>\n"

@@ -68,7 +68,7 @@ class Speed:
 
     @property
     def tokens_per_second(self) -> float:
-        """Completion tokens a second."""
+        """Completion tokens per second."""
         return self.completion_tokens / self.seconds if self.seconds else 0.0
 
     @property
@@ -78,7 +78,7 @@ class Speed:
 
     @property
     def forwards_per_second(self) -> float:
-        """Model calls of the batches a second."""
+        """Model calls of the batches per second."""
         return self.forwards / self.seconds if self.seconds else 0.0
 
     def latency(self, percent: float) -> float:

@@ -1,7 +1,7 @@
 """What greedy rules read of logits [B, N, V], without making them: best token, its logit, the rest.
 
 Best tokens of parts of the vocabulary combine into the best of all of it; so chunks and shards of
-the vocabulary go one way, and only a few numbers a position ever leave a chunk or a device.
+the vocabulary go one way, and only a few numbers per position ever leave a chunk or a device.
 """
 
 import dataclasses
@@ -101,7 +101,7 @@ def best(
 
     `head` is [D, V], or the embedding [V, D] where `tied`. The logits exist for `chunk` tokens of
     the vocabulary at a time (default: by LOGIT_BYTES and CHUNK). Where the vocabulary lies in
-    slices on a mesh, every device searches its own, and one all-reduce of 16 bytes a position and
+    slices on a mesh, every device searches its own, and one all-reduce of 16 bytes per position and
     slice settles it.
     """
     axes = ("vocab", None) if tied else (None, "vocab")

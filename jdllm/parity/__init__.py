@@ -1,6 +1,7 @@
-"""Parity: decoding that copies one reference's loop, its idle calls and couplings included.
+"""Parity: decoding that copies a reference's loop call by call.
 
-Each reference is a file that changes parts of a Setup; `decode` itself knows none of them.
+That includes calls which change nothing and rows which depend on their batch. Each reference has a
+file that exchanges parts of a Setup; `decode` itself knows none of them.
 """
 
 from collections.abc import Callable
@@ -25,7 +26,7 @@ COPIES: dict[str, Copy] = {
 
 
 def make_setup(config: DecodeConfig, model: ModelConfig) -> Setup:
-    """The setup for a resolved `config` and `model`, as `decode.make_setup`, with its `parity`."""
+    """Returns the Setup of a resolved `config` for `model`, changed as its `parity` asks."""
     setup = decode.make_setup(config, model)
     copy = COPIES.get(config.parity)
     return copy(setup, config, model) if copy else setup

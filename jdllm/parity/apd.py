@@ -1,4 +1,4 @@
-"""Adaptive parallel decoding (apd): its temperature counts twice; the verifier forgets it."""
+"""apd (adaptive parallel decoding): its temperature counts twice, and not for the verifier."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from jdllm.unmask.speculate import Speculate
 
 
 def copy(setup: Setup, config: DecodeConfig, model: ModelConfig) -> Setup:
-    """The setup as apd's loop has it: the temperature divides the logits, and scales the noise."""
+    """Returns the setup of apd's loop: the temperature divides logits and scales the noise."""
     rule = setup.unmask
     if isinstance(rule, Speculate):
         rule = dataclasses.replace(rule, noise=config.temperature, greedy_target=True)

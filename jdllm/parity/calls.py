@@ -1,4 +1,4 @@
-"""A block that gets calls which nobody needs."""
+"""AtLeast makes a block's calls even when they change nothing, as several references do."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from jdllm.unmask import Carry, Decision, Rule, View
 
 @dataclasses.dataclass(frozen=True)
 class AtLeast:
-    """`inner`, but a block gets at least so many calls, whether or not something is open."""
+    """The rule `inner`, but every block gets at least `calls` calls, open or not."""
 
     inner: Rule
     calls: int
@@ -32,5 +32,5 @@ class AtLeast:
 
 
 def every_step(rule: Rule, steps: int | None) -> Rule:
-    """The rule with every step of its schedule made, even when nothing is left to do."""
+    """Returns the rule that makes all `steps` of a block, even when nothing is left to do."""
     return AtLeast(rule, steps) if steps else rule

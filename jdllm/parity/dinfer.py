@@ -1,4 +1,4 @@
-"""dInfer's block runners: rows wait for each other, and calls are made without looking."""
+"""dInfer's block runners: rows wait for each other, and checks for the end are rare."""
 
 import dataclasses
 from functools import partial
@@ -12,52 +12,52 @@ from jdllm.decode.keys import commit, prefill
 from jdllm.decode.loop import enter_block, judge_block, step
 from jdllm.decode.work import State, Work
 from jdllm.model.config import ModelConfig
-from jdllm.stop import EosBlock, Look, Stop, Verdict
+from jdllm.stop import EosBlock, Stop, StopView, Verdict
 from jdllm.stop.rule import with_rule
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Clock:
-    """What the runner counts."""
+    """The counters of the runner."""
 
     step: jax.Array
-    """int32: calls of the block."""
-    unlooked: jax.Array
-    """int32: iterations still to be made before the next look at what is left to do."""
+    """int32: calls made for the block."""
+    unchecked: jax.Array
+    """int32: iterations to make before the next check of what is left to do."""
     iteration: jax.Array
     """int32: iterations of the request."""
     filled: jax.Array
-    """bool: the cache holds something."""
+    """bool: whether the cache holds anything."""
     seen_block: jax.Array
-    """int32: the block at the last look at the cache's age."""
+    """int32: the block at the last check of the cache's age."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Together:
-    """`inner`, but rows end when all of them have come to their end in the same judgement."""
+    """The rule `inner`, but rows end only when all of them end in the same judgement."""
 
     inner: Stop
 
     def start(self, tokens_BT: jax.Array) -> Any:
         return self.inner.start(tokens_BT)
 
-    def __call__(self, look: Look, carry: Any) -> Verdict:
-        verdict = self.inner(look, carry)
-        all_ = jnp.all(verdict.end_row_B | look.done_B)
-        return verdict._replace(end_row_B=jnp.broadcast_to(all_, look.done_B.shape))
+    def __call__(self, view: StopView, carry: Any) -> Verdict:
+        verdict = self.inner(view, carry)
+        all_ = jnp.all(verdict.end_row_B | view.done_B)
+        return verdict._replace(end_row_B=jnp.broadcast_to(all_, view.done_B.shape))
 
 
 @dataclasses.dataclass(frozen=True)
 class Runner:
-    """Blocks as dInfer runs them, every unfinished row in every call."""
+    """A driver that runs blocks as dInfer does, with every unfinished row in every call."""
 
     expected_tpf: int
-    """Masks / this = iterations made without looking."""
+    """Tokens per call that it expects: open columns / this = iterations between checks."""
     maximum_unroll: int
-    """And at most so many."""
+    """The most iterations between checks."""
     vicinity: bool
-    """Its vicinity runner counts every call, and fills the cache behind its warm-up."""
+    """Whether it is the vicinity runner, which counts every call and caches after its warm-up."""
 
     def start(self, work: Work, state: State) -> State:
         zero = jnp.zeros((), jnp.int32)
@@ -69,12 +69,12 @@ class Runner:
         rows = enter_block(setup, state.rows, ~state.rows.done)
         state = dataclasses.replace(state, rows=rows)
         clock = dataclasses.replace(state.clock, step=jnp.zeros((), jnp.int32))
-        state = self.looked(work, dataclasses.replace(state, clock=clock))
+        state = self.checked(work, dataclasses.replace(state, clock=clock))
         if setup.plan.refreshes and not self.vicinity:
             state = self.call(work, state, True)
 
         def unfinished(state: State) -> jax.Array:
-            left = (state.clock.unlooked > 0) | (jnp.sum(state.rows.open_B) > 0)
+            left = (state.clock.unchecked > 0) | (jnp.sum(state.rows.open_B) > 0)
             return left & (state.clock.step < 2 * setup.step_limit)
 
         state = jax.lax.while_loop(unfinished, partial(self.iterate, work), state)
@@ -86,32 +86,32 @@ class Runner:
         return dataclasses.replace(state, rows=rows)
 
     def call(self, work: Work, state: State, full: bool) -> State:
-        """A call of all rows."""
+        """Returns the state after one call of all rows."""
         state = step(work, state, full, ~state.rows.done)
         clock = dataclasses.replace(state.clock, step=state.clock.step + 1)
         return dataclasses.replace(state, clock=clock)
 
-    def looked(self, work: Work, state: State) -> State:
-        """The clock set to as many iterations as are made before the next look."""
+    def checked(self, work: Work, state: State) -> State:
+        """Returns the state with the number of iterations before the next check."""
         least = 2 if work.setup.whole_blocks else 1  # the runner of block-causal models
         open_ = jnp.sum(jnp.where(work.request.idle, 0, state.rows.open_B))
         ahead = jnp.minimum(open_ // self.expected_tpf, self.maximum_unroll)
-        clock = dataclasses.replace(state.clock, unlooked=jnp.maximum(ahead, least))
+        clock = dataclasses.replace(state.clock, unchecked=jnp.maximum(ahead, least))
         return dataclasses.replace(state, clock=clock)
 
     def iterate(self, work: Work, state: State) -> State:
-        """A full pass where one is due, and at once a step.
+        """Returns the state after a full pass where one is due, and a step right after it.
 
-        The cache's age is not looked at while it is empty, which costs a second full pass where
-        warm-up ends behind block 0, and block 0 is never renewed.
+        The cache's age is not checked while it is empty. That costs a second full pass where
+        warm-up ends after block 0. Block 0 is never renewed.
         """
         plan, clock = work.setup.plan, state.clock
-        waiting = clock.unlooked > 0
-        again = self.looked(work, state).clock
+        waiting = clock.unchecked > 0
+        again = self.checked(work, state).clock
         clock = jax.tree.map(lambda a, b: jnp.where(waiting, a, b), clock, again)
         warm, due, clock = self.due(work, state, clock)
         clock = dataclasses.replace(
-            clock, unlooked=clock.unlooked - 1, iteration=clock.iteration + 1
+            clock, unchecked=clock.unchecked - 1, iteration=clock.iteration + 1
         )
         state = dataclasses.replace(state, clock=clock)
         if not (self.vicinity or plan.refresh_every):
@@ -120,7 +120,7 @@ class Runner:
         return jax.lax.cond(~warm, lambda s: self.call(work, s, False), lambda s: s, state)
 
     def due(self, work: Work, state: State, clock: Clock) -> tuple[jax.Array, jax.Array, Clock]:
-        """Whether the iteration is a warm-up pass, whether a full pass is due, and the clock."""
+        """Returns whether this is a warm-up pass, whether a full pass is due, and the clock."""
         plan, every, no = work.setup.plan, work.setup.plan.refresh_every, jnp.zeros((), bool)
         if not self.vicinity:
             if not (every and plan.refreshes):
@@ -144,7 +144,7 @@ class Runner:
 
 
 def copy(setup: Setup, config: DecodeConfig, model: ModelConfig) -> Setup:
-    """The setup as dInfer's loop has it; a shifted window ends one column before its block does."""
+    """Returns the setup of dInfer's loop; a shifted window ends a column before its block does."""
     stop = with_rule(setup.stop, EosBlock, lambda s: dataclasses.replace(s, block_only=True))
     after = config.vicinity.after - model.shift_logits
     vicinity = any(vars(config.vicinity).values())

@@ -1,4 +1,4 @@
-"""Dream's sampler: every step is made, and every row's quota comes from the batch's average."""
+"""Dream's sampler: every step is made, and the batch's average gives every row's quota."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from jdllm.unmask import CarryOver, Schedule, Timesteps
 
 
 def copy(setup: Setup, config: DecodeConfig, model: ModelConfig) -> Setup:
-    """The setup as Dream's loop has it."""
+    """Returns the setup of Dream's loop."""
     schedule = setup.schedule
     steps = schedule.per_block if isinstance(schedule, CarryOver) else schedule.steps
     return dataclasses.replace(
@@ -18,5 +18,5 @@ def copy(setup: Setup, config: DecodeConfig, model: ModelConfig) -> Setup:
 
 
 def averaged(schedule: Schedule) -> Schedule:
-    """The schedule whose quota follows the batch's average number of masks, where it can."""
+    """Returns the schedule with quotas from the batch's average number of masks, if it has them."""
     return dataclasses.replace(schedule, mean=True) if isinstance(schedule, Timesteps) else schedule

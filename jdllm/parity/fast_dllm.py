@@ -1,4 +1,4 @@
-"""Fast-dLLM's loops, for LLaDA and for Dream."""
+"""Fast-dLLM's loops for LLaDA and for Dream."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from jdllm.unmask import Carry, Decision, Rule, View
 
 
 def copy(setup: Setup, config: DecodeConfig, model: ModelConfig) -> Setup:
-    """The setup in which a cached pass follows the full pass that opens a block, needed or not."""
+    """Returns the setup in which a cached pass always follows the full pass that opens a block."""
     if not setup.plan.refreshes:
         return setup
     return dataclasses.replace(
@@ -24,7 +24,7 @@ def copy(setup: Setup, config: DecodeConfig, model: ModelConfig) -> Setup:
 
 @dataclasses.dataclass(frozen=True)
 class FirstColumn:
-    """`inner`, but the full pass that opens a block takes its first column only."""
+    """The rule `inner`, but the full pass that opens a block fills only its first column."""
 
     inner: Rule
 
@@ -50,7 +50,7 @@ class FirstColumn:
 
 
 def copy_for_dream(setup: Setup, config: DecodeConfig, model: ModelConfig) -> Setup:
-    """The setup as the block sampler for Dream has it: a window begins at its block."""
+    """Returns the setup of the block sampler for Dream, whose window begins at its block."""
     plan = dataclasses.replace(setup.plan, before=config.vicinity.before)
     rule = FirstColumn(setup.unmask) if plan.refreshes else setup.unmask
     return dataclasses.replace(setup, unmask=rule, schedule=averaged(setup.schedule), plan=plan)

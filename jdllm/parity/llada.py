@@ -1,4 +1,4 @@
-"""LLaDA's generate.py: every step is made, and masks left of the block compete, too."""
+"""LLaDA's generate.py: every step is made, and masks before the block compete, too."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ from jdllm.parity.calls import every_step
 
 @dataclasses.dataclass(frozen=True)
 class CanvasView:
-    """Every column."""
+    """A view of every column, not only of the block."""
 
     def length(self, canvas: int) -> int:
         return canvas
@@ -26,7 +26,7 @@ class CanvasView:
 
 @dataclasses.dataclass(frozen=True)
 class FillsPrompts:
-    """Lockstep, in which a [MASK] of the prompt is no text but open, and may be filled."""
+    """The lockstep driver, but a [MASK] in the prompt is an open column, which may be filled."""
 
     def start(self, work: Work, state: State) -> State:
         rows = state.rows
@@ -41,7 +41,7 @@ class FillsPrompts:
 
 
 def copy(setup: Setup, config: DecodeConfig, model: ModelConfig) -> Setup:
-    """The setup as LLaDA's loop has it."""
+    """Returns the setup of LLaDA's loop."""
     return dataclasses.replace(
         setup,
         unmask=every_step(setup.unmask, setup.schedule.steps),

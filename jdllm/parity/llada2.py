@@ -1,4 +1,4 @@
-"""LLaDA2's generate: a predicted [MASK] counts as a token of its step, and stays a mask."""
+"""LLaDA2's generate: a predicted [MASK] counts as one of the step's tokens, and stays a mask."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from jdllm.unmask import Carry, Decision, Rule, Unmasker, View
 
 @dataclasses.dataclass(frozen=True)
 class PredictsMask:
-    """`inner`, where a column that takes [MASK] is open again."""
+    """The rule `inner`, but a column that takes [MASK] is open again."""
 
     inner: Rule
     mask_id: int
@@ -34,7 +34,7 @@ class PredictsMask:
 
 
 def copy(setup: Setup, config: DecodeConfig, model: ModelConfig) -> Setup:
-    """The setup as LLaDA2's loop has it."""
+    """Returns the setup of LLaDA2's loop."""
     rule = setup.unmask
     if isinstance(rule, Unmasker):
         warp = rule.warp and dataclasses.replace(rule.warp, excluded=())

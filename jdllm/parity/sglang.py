@@ -1,4 +1,4 @@
-"""SGLang's block runners: one more call sees the final tokens of every block."""
+"""SGLang's block runners make one more call per block, which sees its final tokens."""
 
 import dataclasses
 
@@ -12,14 +12,14 @@ from jdllm.unmask.edit import Edits
 
 @dataclasses.dataclass(frozen=True)
 class LateEdit(Edit):
-    """Editing that also makes the call whose result it drops, so that the cache sees the tokens."""
+    """Editing that also makes the call whose result is dropped, so that the cache is up to date."""
 
     def wants(self, open_B: jax.Array, state: Edits) -> jax.Array:
         return ~state.finished_B
 
 
 def copy(setup: Setup, config: DecodeConfig, model: ModelConfig) -> Setup:
-    """The setup as SGLang's loop has it; LowConfidence edits nothing, but ends the same way."""
+    """Returns the setup of SGLang's loop; LowConfidence edits nothing but ends the same way."""
     rule = setup.unmask
     if isinstance(rule, Unmasker):
         edit = rule.edit or Edit(1.0, config.edit.passes, config.edit.penalty)

@@ -1,4 +1,4 @@
-"""Files and folders that are complete or not there, and never written by two at once."""
+"""Writes files and folders that are complete or absent, and never written by two processes."""
 
 import contextlib
 import fcntl
@@ -14,7 +14,7 @@ PARTIAL = ".partial-"
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Yields a file that takes the name `path` when the block ends without error, whole or not."""
+    """Yields a temporary file that is renamed to `path` when the block ends without error."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
         yield file
@@ -24,13 +24,13 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def refuse_existing(folder: Path) -> None:
-    """FileExistsError where `folder` is already there: results are never overwritten."""
+    """Raises FileExistsError where `folder` exists: results are never overwritten."""
     if folder.exists():
         raise FileExistsError(f"{folder} exists already: remove it or name another output")
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder and those above it; OSError, in one sentence, where that cannot be."""
+    """Makes a folder and its parents. Raises OSError, in one sentence, where that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -41,7 +41,7 @@ def make_folder(folder: Path) -> None:
 
 
 def require_writable(path: Path) -> None:
-    """OSError, in one sentence, where a file cannot take the name `path`; its folder is made."""
+    """Makes the folder of `path`. Raises OSError where a file cannot be written there."""
     make_folder(path.parent)
     partial = path.with_name(path.name + PARTIAL + uuid.uuid4().hex[:8])
     try:
@@ -55,7 +55,7 @@ def require_writable(path: Path) -> None:
 
 
 def require_space(folder: Path, size: int) -> None:
-    """OSError where the disk of an existing folder has less than `size` bytes free."""
+    """Raises OSError where the disk of an existing folder has less than `size` bytes free."""
     free = shutil.disk_usage(folder).free
     if free < size:
         raise OSError(
@@ -66,10 +66,10 @@ def require_space(folder: Path, size: int) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yields a fresh folder beside `folder` that takes its name when the block ends without error.
+    """Yields a temporary folder that is renamed to `folder` when the block ends without error.
 
-    What an interrupted earlier attempt left behind is removed first. FileExistsError where
-    `folder` is already there, or where another process is writing it now.
+    What an interrupted earlier attempt left behind is removed first. Raises FileExistsError where
+    `folder` exists, or where another process is writing it now.
     """
     folder = folder.absolute()
     refuse_existing(folder)
@@ -90,7 +90,10 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def _lock(folder: Path) -> int:
-    """Locks a folder until the descriptor is closed or the process dies; BlockingIOError."""
+    """Locks a folder until the returned descriptor is closed or the process dies.
+
+    Raises BlockingIOError where another process holds the lock.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -112,9 +115,9 @@ def _remove_stale(partial: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Makes `folder` and holds its lock, which ends with the process at the latest.
+    """Makes `folder` and holds its lock for the block; the lock dies with the process.
 
-    BlockingIOError, in one sentence, where another run holds it.
+    Raises BlockingIOError, in one sentence, where another run holds it.
     """
     make_folder(folder)
     require_writable(folder / "lock")
@@ -131,5 +134,8 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def home() -> Path:
-    """The folder for converted models and compilation caches: JDLLM_HOME or ~/.cache/jdllm."""
+    """Returns the folder for converted models and compiled programs.
+
+    It is JDLLM_HOME, or ~/.cache/jdllm.
+    """
     return Path(os.environ.get("JDLLM_HOME", "~/.cache/jdllm")).expanduser()

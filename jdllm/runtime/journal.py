@@ -1,7 +1,7 @@
-"""Journal: finished work, one JSON object a line, appended as it comes and found again by its key.
+"""Journal: finished work in a file, one JSON object per line, found again by its key.
 
-A line counts once its end is written. What a killed process left of a line is cut off when the file
-is opened; damage anywhere else is an error, because it cannot come from a kill.
+A line counts once its line break is written. A half-written last line, left by a killed process, is
+cut off when the file is opened. Damage anywhere else is an error, because no kill can cause it.
 """
 
 import hashlib
@@ -12,32 +12,32 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-Record = dict[str, Any]
+Entry = dict[str, Any]
 
 
 def digest(facts: Any) -> str:
-    """A key for JSON-like facts: equal facts, equal key, whatever the order of their names."""
+    """Returns a key for JSON-like facts: equal facts give equal keys, in any order of names."""
     text = json.dumps(facts, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def going_on(folder: Path | None) -> str:
-    """How a run with a journal in `folder` goes on after an interrupt."""
+    """Returns a sentence that says how an interrupted run with a journal in `folder` goes on."""
     if folder is None:
         return "nothing was kept; with output=FOLDER the same command would go on"
     return f"the same command goes on; what is finished is in {folder}"
 
 
 class Journal:
-    """Records by key, in the order of the file. The caller sees to it that it writes alone."""
+    """Entries by key, in the order of the file; the caller makes sure that nobody else writes."""
 
     def __init__(self, path: Path, writes: bool = True):
-        """Opens or makes the file; ValueError, naming the line, where it is damaged.
+        """Opens the file, or makes it. Raises ValueError, naming the line, where it is damaged.
 
-        Where several processes keep the same journal, one `writes` it; the others follow in memory.
+        Of several processes with the same journal one `writes`; the others keep it in memory.
         """
         self.path, self.writes = path, writes
-        self.records: dict[str, Record] = {}
+        self.records: dict[str, Entry] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         data = path.read_bytes() if path.exists() else b""
         self._size = data.rfind(b"\n") + 1
@@ -47,7 +47,7 @@ class Journal:
         if self._size < len(data) and writes:
             os.truncate(path, self._size)
 
-    def _read(self, line: bytes, number: int) -> Record:
+    def _read(self, line: bytes, number: int) -> Entry:
         try:
             record = json.loads(line)
             body = {name: value for name, value in record.items() if name != "sum"}
@@ -64,13 +64,13 @@ class Journal:
     def __contains__(self, key: str) -> bool:
         return key in self.records
 
-    def __getitem__(self, key: str) -> Record:
+    def __getitem__(self, key: str) -> Entry:
         return self.records[key]
 
-    def append(self, records: Iterable[Record]) -> None:
-        """Writes records, each with a `key` that is not there yet, and waits for the disk.
+    def append(self, records: Iterable[Entry]) -> None:
+        """Appends entries, each with a `key` that is not there yet, and waits for the disk.
 
-        OSError, with the file as it was before, where they do not fit.
+        Raises OSError where they do not fit; the file is then as it was before.
         """
         records = list(records)
         keys = [record["key"] for record in records]
@@ -99,7 +99,7 @@ class Journal:
 
 
 def number_repeats(keys: Sequence[str]) -> tuple[list[str], list[int]]:
-    """Keys that tell repeats of a key apart, and how often each key came before."""
+    """Returns keys that are unique even where `keys` repeat, and how often each came before."""
     seen: Counter[str] = Counter()
     numbers = []
     for key in keys:

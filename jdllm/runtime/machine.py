@@ -1,4 +1,4 @@
-"""Facts about the machine, read without importing JAX: packages, driver, memory, folders."""
+"""Reads facts about the machine without importing JAX: packages, driver, memory, folders."""
 
 import contextlib
 import dataclasses
@@ -22,17 +22,17 @@ CUDA = re.compile(r"jax-cuda(\d+)-(plugin|pjrt)")
 
 @dataclasses.dataclass(frozen=True)
 class Packages:
-    """What is installed."""
+    """The Python packages that are installed."""
 
     python: tuple[int, int]
     versions: Mapping[str, str]
-    """By canonical name."""
+    """Version by canonical package name."""
     requirements: Mapping[str, tuple[str, ...]]
-    """What the packages in OWNERS ask for, as they declare it."""
+    """The requirements that the packages in OWNERS declare."""
 
     @property
     def cuda(self) -> dict[str, str]:
-        """Versions of JAX's CUDA packages."""
+        """Returns the versions of JAX's CUDA packages."""
         return {name: v for name, v in self.versions.items() if CUDA.fullmatch(name)}
 
 
@@ -42,34 +42,35 @@ class Folder:
 
     path: Path
     error: str
-    """Why nothing can be written there; empty where something can."""
+    """Why nothing can be written there; empty where writing works."""
     free: int
+    """Free bytes on its disk."""
 
 
 @dataclasses.dataclass(frozen=True)
 class HuggingFace:
-    """What downloads depend on."""
+    """The settings of huggingface_hub that downloads depend on."""
 
     cache: Folder
     offline: bool
     token: bool
-    """Whether there is one; its value is not read here."""
+    """Whether a token is set; its value is not kept."""
 
 
 def release(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version, for comparing."""
+    """Returns the leading numbers of a version, for comparing."""
     match = re.match(r"\d+(\.\d+)*", version)
     return tuple(map(int, match[0].split("."))) if match else ()
 
 
 def cuda_series(name: str) -> str:
-    """The CUDA version in the name of one of JAX's CUDA packages."""
+    """Returns the CUDA version in the name of one of JAX's CUDA packages, "" for other names."""
     match = CUDA.fullmatch(name)
     return match[1] if match else ""
 
 
 def read_packages() -> Packages:
-    """From the metadata of what is installed; nothing is imported."""
+    """Returns what is installed, from package metadata; nothing is imported."""
     versions: dict[str, str] = {
         canonicalize_name(d.metadata["Name"]): d.version for d in importlib.metadata.distributions()
     }
@@ -79,14 +80,14 @@ def read_packages() -> Packages:
 
 
 def read_driver() -> str | None:
-    """Version of the loaded NVIDIA driver, as the kernel tells it."""
+    """Returns the version of the loaded NVIDIA driver, or None without one."""
     with contextlib.suppress(OSError):
         return Path("/sys/module/nvidia/version").read_text().strip()
     return None
 
 
 def read_memory() -> int:
-    """Bytes of host memory that can still be had; where Linux does not say, all there is."""
+    """Returns the bytes of free host memory; where Linux does not say, of all host memory."""
     available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -100,7 +101,10 @@ def read_memory() -> int:
 
 
 def read_folder(path: Path, create: bool = True) -> Folder:
-    """Tries to write a file; without `create`, into the nearest folder that is there."""
+    """Returns facts about a folder after a trial write.
+
+    Without `create` the trial is made in the nearest parent that exists.
+    """
     error, place = "", path
     try:
         if create:
@@ -117,14 +121,14 @@ def read_folder(path: Path, create: bool = True) -> Folder:
 
 
 def read_home() -> Folder:
-    """The folder of compiled programs in JDLLM_HOME."""
+    """Returns facts about the folder of compiled programs in JDLLM_HOME."""
     from jdllm.runtime.files import home
 
     return read_folder(home() / "xla")
 
 
 def read_hugging_face() -> HuggingFace:
-    """As huggingface_hub is set up."""
+    """Returns how huggingface_hub is set up."""
     from huggingface_hub import constants, get_token
 
     cache = read_folder(Path(constants.HF_HUB_CACHE), create=False)

@@ -1,7 +1,7 @@
-"""Many processes as one program: JAX's own distributed runtime, and who tells a process its place.
+"""Many processes that run as one program, through JAX's own distributed runtime.
 
-Explicit arguments win over JDLLM_* variables, which `jdllm.launch` sets, and these over a cluster:
-SLURM, Open MPI and Kubernetes are recognised as JAX recognises them.
+A process learns its number from explicit arguments, else from JDLLM_* variables, which
+`jdllm.launch` sets, else from a cluster: SLURM, Open MPI and Kubernetes are recognised as JAX does.
 """
 
 import contextlib
@@ -34,26 +34,26 @@ CLUSTERS: dict[str, tuple[str | None, tuple[str, ...]]] = {
     ),
     "k8s": (None, ("KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX")),
 }
-# How many processes a node has; of each, for SLURM: 1(x2) is one on either of two.
-A_NODE = {"slurm": "SLURM_STEP_TASKS_PER_NODE", "ompi": "OMPI_COMM_WORLD_LOCAL_SIZE"}
+# The variable with the processes per node. SLURM lists every node: 1(x2) is one on each of two.
+PER_NODE = {"slurm": "SLURM_STEP_TASKS_PER_NODE", "ompi": "OMPI_COMM_WORLD_LOCAL_SIZE"}
 PREFIX = "JDLLM_"
-HEARTBEAT_SECONDS = 30  # a process that is silent for so long is lost, and all others end
-WAIT_SECONDS = 24 * 3600  # for a process that is alive, but has much to do
-TEXT_BYTES = 1024  # the longest text that `tell` carries
-_meetings = itertools.count()
+HEARTBEAT_SECONDS = 30  # a process that is silent for this long counts as lost: all others end
+WAIT_SECONDS = 24 * 3600  # how long a barrier waits for a process that is alive but busy
+TEXT_BYTES = 1024  # the longest text that `broadcast_text` carries
+_barriers = itertools.count()
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A process among several. All of the first three are given, or none of them."""
+    """The place of one process among several: the first three fields are all given, or none is."""
 
     coordinator: str | None = None
     """host:port that process 0 listens on."""
     num_processes: int | None = None
     process_id: int | None = None
-    """From 0."""
+    """The number of this process, from 0."""
     local_device_ids: tuple[int, ...] | None = None
-    """The devices of this host that are this process's (None: all that it sees)."""
+    """The devices of this host that belong to this process (None: all that it sees)."""
 
     def __post_init__(self):
         given = (self.coordinator, self.num_processes, self.process_id)
@@ -70,7 +70,11 @@ class Place:
 
 
 def read_place(environment: Mapping[str, str]) -> Place:
-    """What JDLLM_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID and _LOCAL_DEVICE_IDS say; ValueError."""
+    """Returns the place that the JDLLM_* variables describe.
+
+    They are COORDINATOR, NUM_PROCESSES, PROCESS_ID and LOCAL_DEVICE_IDS. Raises ValueError where
+    one of them is malformed or missing beside the others.
+    """
 
     def whole(name: str) -> int | None:
         text = environment.get(PREFIX + name)
@@ -90,9 +94,9 @@ def read_place(environment: Mapping[str, str]) -> Place:
 
 
 def find_cluster(environment: Mapping[str, str]) -> str | None:
-    """The cluster that started this process as one of several; None where it stands alone.
+    """Returns the cluster that started this process as one of several, or None.
 
-    Some of the variables are not enough: a shell inside a job has a few of them.
+    All of a cluster's variables must be set: a shell inside a job has only a few of them.
     """
     for name, (count, needed) in CLUSTERS.items():
         if all(variable in environment for variable in needed):
@@ -102,8 +106,8 @@ def find_cluster(environment: Mapping[str, str]) -> str | None:
 
 
 def alone_on_node(environment: Mapping[str, str], cluster: str) -> bool:
-    """Whether the cluster says that no node has a second process of this program."""
-    text = environment.get(A_NODE.get(cluster, ""), "")
+    """Returns whether the cluster says that no node runs two processes of this program."""
+    text = environment.get(PER_NODE.get(cluster, ""), "")
     return re.fullmatch(r"1(\(x\d+\))?", text) is not None
 
 
@@ -116,8 +120,8 @@ def initialize(
     """Joins the other processes of this program, before anything touches a device.
 
     Does nothing where neither arguments nor the environment say that there are others, or where it
-    was called already. A process that is lost ends the others within a minute. ValueError for a
-    place that is incomplete; RuntimeError where the others do not come.
+    was called already. When a process is lost, the others end within a minute. Raises ValueError
+    for a place that is incomplete, RuntimeError where the other processes do not join.
     """
     if jax.distributed.is_initialized():
         return
@@ -148,9 +152,9 @@ def initialize(
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """Joins the other processes, if there are any; of them, process 0 alone prints in its block."""
+    """Joins the other processes, if any; inside the block only process 0 prints to stdout."""
     initialize()
-    if not jax.distributed.is_initialized() or leads():
+    if not jax.distributed.is_initialized() or is_main():
         yield
     else:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
@@ -158,14 +162,14 @@ def joined() -> Iterator[None]:
 
 
 def describe() -> str:
-    """One line about the processes: "P processes x D devices"."""
+    """Returns one line about the processes: "P processes x D devices"."""
     counts = {"process": jax.process_count(), "device": jax.local_device_count()}
     ends = {"process": "es", "device": "s"}
     return " x ".join(f"{n} {name}{ends[name] if n > 1 else ''}" for name, n in counts.items())
 
 
-def place(tree: Any, sharding: jax.sharding.Sharding) -> Any:
-    """Arrays that every process has whole, on the devices of all of them."""
+def device_put(tree: Any, sharding: jax.sharding.Sharding) -> Any:
+    """Returns arrays that every process holds whole, put onto the devices of all processes."""
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
 
@@ -179,7 +183,7 @@ def place(tree: Any, sharding: jax.sharding.Sharding) -> Any:
 
 
 def gather(tree: Any) -> Any:
-    """Arrays on any devices as numpy arrays, whole, in every process."""
+    """Returns arrays on any devices as whole numpy arrays, in every process."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     from jax.experimental import multihost_utils
@@ -187,64 +191,64 @@ def gather(tree: Any) -> Any:
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
-def leads() -> bool:
-    """Whether this process is the one that writes and prints for all."""
+def is_main() -> bool:
+    """Returns whether this is process 0, which writes and prints for all."""
     return jax.process_index() == 0
 
 
 def say(text: str) -> None:
-    """Prints what accompanies the work to standard error, once for all processes."""
-    if leads():
+    """Prints a message to standard error, once for all processes."""
+    if is_main():
         print(text, file=sys.stderr, flush=True)
 
 
-def meet(name: str) -> None:
-    """Waits until every process has come here, however long another works; `name` is for errors.
+def barrier(name: str) -> None:
+    """Waits until every process has arrived here; `name` appears in errors.
 
-    Devices take no part: a collective among CPUs gives up after 30 s.
+    It may take hours. Devices take no part: a collective between CPUs gives up after 30 s.
     """
     if jax.process_count() > 1:
         from orbax.checkpoint import multihost
 
         wait = multihost.get_barrier_sync_fn()
-        wait(key=f"jdllm {next(_meetings)} {name}", timeout_ms=WAIT_SECONDS * 1000)
+        wait(key=f"jdllm {next(_barriers)} {name}", timeout_ms=WAIT_SECONDS * 1000)
 
 
-def tell(text: str) -> str:
-    """What process 0 passes, in every process: at most 1024 bytes, without zeros at the end."""
+def broadcast_text(text: str) -> str:
+    """Returns, in every process, the text that process 0 passes: at most 1024 bytes of UTF-8."""
     if jax.process_count() == 1:
         return text
     from jax.experimental import multihost_utils
 
-    meet("tell")
+    barrier("broadcast_text")
     sent = np.frombuffer(text.encode().ljust(TEXT_BYTES, b"\0"), np.uint8)
     return bytes(multihost_utils.broadcast_one_to_all(sent)).rstrip(b"\0").decode()
 
 
-def first[T](work: Callable[[], T]) -> T:
-    """Process 0 does `work`, then all others, which find what it left on the disk."""
-    if not leads():
-        meet("first")
+def main_first[T](work: Callable[[], T]) -> T:
+    """Runs `work` in process 0, then in the others, which find its files on the disk."""
+    if not is_main():
+        barrier("main_first")
         return work()
     done = work()
-    meet("first")
+    barrier("main_first")
     return done
 
 
 @contextlib.contextmanager
 def shared_folder(folder: Path) -> Iterator[Path]:
-    """`files.atomic_folder` that all processes write into; all go on when it has its name."""
-    own = files.atomic_folder(folder) if leads() else contextlib.nullcontext(folder)
+    """Yields one `files.atomic_folder` to all processes; all leave it once it has its name."""
+    own = files.atomic_folder(folder) if is_main() else contextlib.nullcontext(folder)
     with own as partial:
-        yield folder.absolute().with_name(tell(partial.name))
-        meet("written")
-    meet("named")
+        yield folder.absolute().with_name(broadcast_text(partial.name))
+        barrier("written")
+    barrier("named")
 
 
 def fail(error: BaseException) -> None:
-    """Says why this process ends and ends it at once, where there are others.
+    """Prints why this process ends and ends it at once, where there are others.
 
-    At Python's own end JAX waits for the others, and they wait for this one.
+    A normal exit would hang: JAX waits for the others there, and they wait for this process.
     """
     code = error.code if isinstance(error, SystemExit) else 1
     if not jax.distributed.is_initialized() or not code:

@@ -1,8 +1,8 @@
-"""Meshes: `mesh=AxB` is data x model, and RULES says which logical axis lies along which.
+"""Meshes: `mesh=AxB` is data x model, and RULES maps logical axes to these two mesh axes.
 
-Weights name their logical axes in model.py; this file alone knows the mesh. XLA splits most of the
-model by itself. What it cannot look into (kernels), or would split badly (lookups in a table that
-is in pieces, top-k), runs once a shard under `per_shard`.
+Weights name their logical axes where they are made, in jdllm/model; only this file knows the mesh.
+XLA splits most of the model by itself. What it cannot split (kernels), or would split badly
+(look-ups in a sharded table, top-k), runs once per shard under `per_shard`.
 """
 
 import re
@@ -30,8 +30,8 @@ RULES: dict[str, str | None] = {
     "head_dim": None,
     "stack": None,
 }
-# Key/value heads are few; where they do not divide, every shard keeps them all. So it does with
-# the rows of a batch that somebody else than LLM built.
+# Key/value heads are few: where they do not divide evenly, every shard keeps all of them. So do
+# the rows of a batch that was not padded to the mesh.
 REPLICATE_IF_INDIVISIBLE = {"kv_heads", "batch"}
 Axes = Sequence[str | None]
 
@@ -44,8 +44,9 @@ def parse_mesh(
     """Builds the mesh that `text` describes: "auto", "AxB" (data x model) or "data:A,model:B".
 
     "auto" takes every device and puts as many as it can on the data axis: all, or with `serves`
-    the first mesh of which that is true. Raises ValueError where the text has another form, asks
-    for more devices than there are (fewer are taken from the front of the list), or nothing serves.
+    the first mesh for which it returns True. Fewer devices than there are come from the front of
+    the list. Raises ValueError where the text has another form, asks for more devices than there
+    are, or where `serves` accepts no mesh.
     """
     devices = jax.devices() if devices is None else devices
     if text == "auto":
@@ -60,11 +61,11 @@ def parse_mesh(
         )
     data, model = _sizes(text)
     if data * model > len(devices):
-        kind = devices[0].platform
+        platform = devices[0].platform
         virtual = f", or start with JAX_NUM_CPU_DEVICES={data * model} for virtual ones"
         raise ValueError(
-            f"mesh={text} needs {data * model} devices, but only {len(devices)} {kind} device(s) "
-            f"are here; ask for fewer{virtual if kind == 'cpu' else ''}"
+            f"mesh={text} needs {data * model} devices, but only {len(devices)} {platform} "
+            f"device(s) are here; ask for fewer{virtual if platform == 'cpu' else ''}"
         )
     return _mesh(devices, data, model)
 
@@ -95,15 +96,15 @@ def _sizes(text: str) -> tuple[int, int]:
 
 
 def describe(mesh: Mesh) -> str:
-    """One line that says how a mesh was read."""
-    kind = mesh.devices.flat[0].device_kind
-    return f"mesh data={mesh.shape['data']} x model={mesh.shape['model']} on {kind}"
+    """Returns one line that says how a mesh was understood."""
+    device = mesh.devices.flat[0].device_kind
+    return f"mesh data={mesh.shape['data']} x model={mesh.shape['model']} on {device}"
 
 
 def spec(name: str, shape: Sequence[int], axes: Axes, mesh: Mesh | AbstractMesh) -> P:
-    """The PartitionSpec of an array called `name` with logical `axes` (None: whole), under RULES.
+    """Returns the PartitionSpec of the array `name` by the logical `axes` (None: not split).
 
-    Raises ValueError, naming the weight, where an axis does not divide or two axes collide.
+    Raises ValueError, naming the weight, where an axis does not divide evenly or two axes collide.
     """
     placed: list[str | None] = []
     for size, axis in zip(shape, axes, strict=True):
@@ -124,12 +125,12 @@ def spec(name: str, shape: Sequence[int], axes: Axes, mesh: Mesh | AbstractMesh)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Sharding of an array that every device holds whole."""
+    """Returns the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, P())
 
 
 def by_row(mesh: Mesh) -> NamedSharding:
-    """Sharding of an array whose leading axis is the batch."""
+    """Returns the sharding of an array whose leading axis is the batch."""
     return NamedSharding(mesh, P(RULES["batch"]))
 
 
@@ -139,12 +140,12 @@ def per_shard(
     inputs: Sequence[Axes],
     output: Axes,
 ) -> Callable[..., jax.Array]:
-    """`function` of arrays, run by every device on its own slices of them.
+    """Returns `function` as every device runs it on its own slices of the arrays.
 
-    The mesh is the one that `weight` lies on, so nobody needs to hand it down; where there is none
-    (one device, or inside another `per_shard`) the function runs as it is. `inputs` and `output`
-    name logical axes, each output axis that of an input. What must be summed over shards the
-    function sums itself (`sum_shards`). Nothing looks into it, so it may call a kernel.
+    The mesh is the one that `weight` lies on, so callers need not pass it. Without a mesh (one
+    device, or inside another `per_shard`) the function is returned unchanged. `inputs` and `output`
+    name logical axes; each output axis is one of the inputs'. The function itself sums what must
+    be summed over shards (`sum_shards`). XLA does not split its inside, so it may call a kernel.
     """
     mesh = jax.typeof(weight).sharding.mesh
     if mesh.size <= 1 or mesh.manual_axes:
@@ -166,22 +167,22 @@ def per_shard(
 
 
 def shard_count(axis: str) -> int:
-    """Inside `per_shard`: how many slices the logical `axis` has; else 1."""
+    """Returns how many slices the logical `axis` has inside `per_shard`, and 1 elsewhere."""
     mesh, target = jax.sharding.get_abstract_mesh(), RULES[axis]
     return mesh.shape[target] if target in mesh.manual_axes else 1
 
 
 def shard_index(axis: str) -> jax.Array | int:
-    """Inside `per_shard`: which slice of the logical `axis` this device holds; else 0."""
+    """Returns which slice of the logical `axis` this device holds inside `per_shard`, else 0."""
     return jax.lax.axis_index(RULES[axis]) if shard_count(axis) > 1 else 0
 
 
 def sum_shards(x: jax.Array, axis: str) -> jax.Array:
-    """Inside `per_shard`: the sum over the slices of the logical `axis`; else `x` itself."""
+    """Returns the sum over the slices of the logical `axis` inside `per_shard`, else `x`."""
     return jax.lax.psum(x, RULES[axis]) if shard_count(axis) > 1 else x
 
 
 def abstract_mesh(text: str) -> AbstractMesh:
-    """The mesh that `text` describes as a shape alone, whether or not there are the devices."""
+    """Returns the shape of the mesh that `text` describes, even without the devices for it."""
     sizes = (jax.device_count(), 1) if text == "auto" else _sizes(text)
     return AbstractMesh(sizes, AXES)

@@ -1,7 +1,7 @@
-"""Log-likelihood under masked diffusion: mask some columns, score what was there, weigh, average.
+"""Log-likelihoods under masked diffusion: mask columns, score what was there, weight, average.
 
-Everything is by row: a row is one canvas with one set of masks, and its loss is one sample of a
-bound (or one term of an exact chain). Which rows make up one text, and their mean, is the caller's.
+A row is one canvas with one set of masks. Its loss is one sample of a bound, or one term of an
+exact chain. The caller knows which rows belong to one text, and takes their mean.
 """
 
 import dataclasses
@@ -20,18 +20,18 @@ CHUNK = 32  # columns whose logits are held at a time
 
 @dataclasses.dataclass(frozen=True)
 class LikelihoodConfig:
-    """How to estimate log p(target | prefix)."""
+    """The settings of an estimate of log p(target | prefix)."""
 
     estimator: Literal["auto", "counts", "bernoulli", "chain", "chain_backward"] = "auto"
-    """counts: LLaDA's, exact mask counts. bernoulli: Dream's. chain: exact, a row a token."""
+    """counts: LLaDA's, exact mask counts. bernoulli: Dream's. chain: exact, one row per token."""
     region: Literal["target", "prefix", "union"] = "target"
     """What is masked and scored (Dream's ftb, btf, union; the last is a mean over the columns)."""
     mc_num: int = 128
-    """counts, bernoulli: samples of a text, a multiple of `mc_batch`."""
+    """counts, bernoulli: samples per text, a multiple of `mc_batch`."""
     mc_batch: int = 32
     """Samples whose mask ratios are spread evenly from one random start."""
     cfg_scale: float = 0.0
-    """Classifier-free guidance against the part that is given masked out; 0 is off."""
+    """Weight of classifier-free guidance, whose second half masks the given part; 0 means off."""
     is_check_greedy: bool = False
     """Decode the target one token at a time as well, to say whether it is the greedy one."""
     eps: float = 1e-3
@@ -51,26 +51,26 @@ class LikelihoodConfig:
 
     @property
     def strata(self) -> int:
-        """Samples of one round."""
+        """Returns the number of samples per round."""
         return min(self.mc_batch, self.mc_num)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Canvas:
-    """Clean rows: prefix, target, whatever stands behind it, padding."""
+    """Rows without masks: prefix, target, what follows it, padding."""
 
     tokens: jax.Array
     """int32 [B, T]."""
     length: jax.Array
     """int32 [B]: columns before the padding."""
     start: jax.Array
-    """int32 [B]: first column that may be masked and is scored."""
+    """int32 [B]: the first column that may be masked and scored."""
     end: jax.Array
-    """int32 [B]: the column behind the last such one."""
+    """int32 [B]: the column after the last one that may."""
 
     def inside(self) -> jax.Array:
-        """Columns that may be masked [B, T]."""
+        """Returns the columns that may be masked, bool [B, T]."""
         columns_T = jnp.arange(self.tokens.shape[1])
         return (columns_T >= self.start[:, None]) & (columns_T < self.end[:, None])
 
@@ -78,27 +78,27 @@ class Canvas:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Masks:
-    """What a row hides, and the weight of its loss."""
+    """The columns that each row hides, and the weight of its loss."""
 
     hidden: jax.Array
     """bool [B, T]: columns shown as masks."""
     scored: jax.Array
-    """bool [B, T]: those of them whose token counts."""
+    """bool [B, T]: those of them that are scored."""
     ratio: jax.Array
     """float32 [B]: probability that a column is hidden; the loss is divided by it."""
 
 
 def _uniform(keys_B: jax.Array, start_B: jax.Array, width: int) -> jax.Array:
-    """A draw a column [B, T] that depends on the column's distance from `start` alone."""
+    """Returns a draw per column [B, T], which depends only on its distance from `start`."""
     draws_BT = jax.vmap(lambda key: jax.random.uniform(key, (width,)))(keys_B)
     columns_BT = (jnp.arange(width) - start_B[:, None]) % width
     return jnp.take_along_axis(draws_BT, columns_BT, axis=1)
 
 
 def spread(first_B: jax.Array, sample_B: jax.Array, strata: int, length_B: jax.Array) -> jax.Array:
-    """LLaDA's mask counts [B]: round(first + sample * length / strata), wrapped into 1..length.
+    """Returns LLaDA's mask counts [B]: round(first + sample * length / strata), in 1..length.
 
-    Rounded half to even, in integers: the products have no rounding error of their own.
+    Larger counts wrap around. Halves round to even. Integers avoid rounding errors in products.
     """
     whole_B, rest_B = jnp.divmod(sample_B * length_B, strata)
     low_B = first_B + whole_B
@@ -110,13 +110,13 @@ def spread(first_B: jax.Array, sample_B: jax.Array, strata: int, length_B: jax.A
 def draw(
     canvas: Canvas, rounds_B: jax.Array, sample_B: jax.Array, config: LikelihoodConfig
 ) -> Masks:
-    """Masks of each row: of sample number `sample_B` of the round whose key is `rounds_B`.
+    """Returns the masks of each row, for sample `sample_B` of the round with key `rounds_B`.
 
-    counts (LLaDA's eval): a start k in 1..l a round, sample j hides exactly the count that
-    `spread` gives, at random columns. bernoulli (Dream's): sample j hides each column with
-    probability (1 - eps) t + eps, t = (u + j/strata) mod 1, the canvas's first and last column
-    never. chain: sample j hides its j-th column and all behind it (chain_backward: before it) and
-    scores that column alone.
+    counts (LLaDA's eval): every round draws a start in 1..length; sample j hides exactly as many
+    columns as `spread` says, at random. bernoulli (Dream's): sample j hides each column with
+    probability (1 - eps) t + eps, t = (u + j/strata) mod 1, but never the canvas's first or last
+    column. chain: sample j hides column j and all after it (chain_backward: before it) and scores
+    only column j.
     """
     B, T = canvas.tokens.shape
     inside_BT, length_B = canvas.inside(), canvas.end - canvas.start
@@ -179,10 +179,10 @@ def losses(
 
 @partial(jax.jit, static_argnames=("width", "scale"))
 def is_greedy(model: Model, canvas: Canvas, width: int, scale: float = 0.0) -> jax.Array:
-    """Whether the target is what the model decodes, most confident token first [B].
+    """Returns whether the target is what the model decodes, most confident token first [B].
 
-    LLaDA's check: everything from start to end masked, then one token a call, the one of highest
-    probability (the leftmost of equals). A row is given up at its first wrong token.
+    LLaDA's check: everything from start to end is masked; then every call fills the position of
+    highest probability (the leftmost of equals). A row fails at its first wrong token.
     """
     mask_id = model.config.mask_id
     columns_BW = canvas.start[:, None] + jnp.arange(width)
@@ -231,7 +231,7 @@ def _hidden(
 
 
 def _logits(model: Model, hidden_BCRD: jax.Array, scale: float) -> jax.Array:
-    """Logits [B, C, V], guided where there are two states a column."""
+    """Returns logits [B, C, V], guided where there are two states per column."""
     B, C, R, D = hidden_BCRD.shape
     logits = model.logits(hidden_BCRD.reshape(B, C * R, D)).reshape(B, C, R, -1)
     if R == 1:
@@ -241,7 +241,7 @@ def _logits(model: Model, hidden_BCRD: jax.Array, scale: float) -> jax.Array:
 
 
 def _in_chunks(function, arrays: tuple[jax.Array, ...], width: int) -> jax.Array:
-    """Applies `function` to CHUNK columns (axis 1) at a time: logits are large."""
+    """Applies `function` to CHUNK columns (axis 1) at a time, because logits are large."""
     size = min(CHUNK, width)
     count = -(-width // size)
 

@@ -1,4 +1,4 @@
-"""Scores of texts: pairs of ids become rows, rows become batches, and losses become means.
+"""Scores texts: pairs of ids become rows, rows become batches, and losses become means.
 
 score([(prefix, target), ...], LikelihoodConfig(mc_num=128), model)
 """
@@ -28,25 +28,25 @@ class Likelihood:
     """The score of one target."""
 
     value: float
-    """Log-probability in nats: a lower bound's estimate, or with a chain exact."""
+    """Log-probability in nats: an estimate of a lower bound, or exact with a chain."""
     stderr: float | None
     """Its standard error over the random masks; 0 where it is exact, None after one sample.
 
-    From the spread of the rounds; where there is one round, from that of its samples, which are
-    drawn evenly: then it is an upper bound.
+    It comes from the spread of the rounds. With one round it comes from the spread of the samples,
+    whose mask ratios are evenly spread: then it is an upper bound.
     """
     is_greedy: bool
-    """Whether decoding gives this target; False where that was not asked for."""
+    """Whether greedy decoding gives this target; False where that was not checked."""
 
     def __add__(self, other: "Likelihood") -> "Likelihood":
-        """The score of both, drawn independently."""
+        """Returns the score of both texts, which were drawn independently."""
         known = self.stderr is not None and other.stderr is not None
         stderr = math.hypot(self.stderr or 0.0, other.stderr or 0.0) if known else None
         return Likelihood(self.value + other.value, stderr, self.is_greedy and other.is_greedy)
 
 
 def certainty(scores: Sequence[Likelihood]) -> dict[str, float | None]:
-    """How many scores there are, and the mean and largest standard error; {} of none."""
+    """Returns the number of scores and their mean and largest standard error; {} without any."""
     if not scores:
         return {}
     known = [score.stderr for score in scores if score.stderr is not None]
@@ -56,7 +56,7 @@ def certainty(scores: Sequence[Likelihood]) -> dict[str, float | None]:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One term of a pair's score: what is scored of which canvas."""
+    """One term of a pair's score: a canvas and which of its columns are scored."""
 
     tokens: list[int]
     start: int
@@ -65,7 +65,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One sample of a part."""
+    """One row of a batch: one sample of a part."""
 
     pair: int
     part: int
@@ -75,17 +75,17 @@ class Row:
 
 
 def resolve(config: LikelihoodConfig, model: ModelConfig) -> LikelihoodConfig:
-    """`config` with the estimator that the model's own harness uses; ValueError if there is none.
+    """Returns `config` with the estimator that the model's own evaluation uses.
 
-    counts for LLaDA's kind, bernoulli for models with shifted logits (Dream). A model that attends
-    block by block is scored block by block, each after its clean past: that needs counts or chain,
-    and region=target.
+    It is counts for models like LLaDA, bernoulli for models with shifted logits (Dream). A model
+    that attends block by block is scored block by block, each after its unmasked past: that needs
+    counts or chain, and region=target. Raises ValueError where the model has no estimator.
     """
     if model.causal or model.mask_id == NO_ID:
         raise ValueError("a causal model has no masks to score; its likelihood is a plain forward")
     if config.estimator == "auto":
-        kind = "bernoulli" if model.shift_logits else "counts"
-        config = dataclasses.replace(config, estimator=kind)
+        estimator = "bernoulli" if model.shift_logits else "counts"
+        config = dataclasses.replace(config, estimator=estimator)
     whole = config.estimator in ("counts", "chain") and config.region == "target"
     if model.block_causal is not None and not (whole and not config.cfg_scale):
         raise ValueError(
@@ -96,12 +96,12 @@ def resolve(config: LikelihoodConfig, model: ModelConfig) -> LikelihoodConfig:
 
 
 def parts(prefix: Ids, target: Ids, config: LikelihoodConfig, model: ModelConfig) -> list[Part]:
-    """The canvases whose scores add up to the pair's.
+    """Returns the canvases whose scores add up to the pair's.
 
-    One, except that a block-causal model gets one for each block that the target touches, cut
-    behind that block's part of it. As in Dream's harness an eos ends the target of its estimator,
-    and of a chain over shifted logits, which scores it too. A prefix that does not fit loses its
-    left end; ValueError where there is no target or it does not fit.
+    It is one canvas, but a block-causal model gets one per block that the target touches, cut
+    after that block's part of it. As in Dream's harness, the bernoulli estimator, and a chain over
+    shifted logits, score an eos after the target. A prefix that does not fit loses its left end.
+    Raises ValueError where the target is empty or does not fit.
     """
     target = list(target)
     if not target:
@@ -129,7 +129,10 @@ def parts(prefix: Ids, target: Ids, config: LikelihoodConfig, model: ModelConfig
 
 
 def samples(part: Part, config: LikelihoodConfig) -> list[tuple[int, int]]:
-    """Rounds and samples of a part: a chain has one a token; one masked token is exact at once."""
+    """Returns the (round, sample) pairs of a part.
+
+    A chain has one per token. A single masked token needs one, whose score is exact.
+    """
     length = part.end - part.start
     if config.estimator in CHAINS:
         return [(0, i) for i in range(length)]
@@ -139,14 +142,14 @@ def samples(part: Part, config: LikelihoodConfig) -> list[tuple[int, int]]:
 
 
 def seed_of(prefix: Ids, target: Ids) -> int:
-    """A number from a pair's ids, so that it draws the same alone and in company."""
+    """Returns a seed from a pair's ids, so that its draws do not depend on other pairs."""
     return zlib.crc32(np.array([*prefix, -1, *target], np.int32).tobytes())
 
 
 def combine(found: dict[tuple[int, int], float], config: LikelihoodConfig) -> tuple[float, float]:
-    """Minus the mean loss of a part, and the variance of that mean (NaN where it is unknown).
+    """Returns minus the mean loss of a part, and the variance of that mean (NaN: unknown).
 
-    `found` is the loss by round and sample.
+    `found` holds the loss per round and sample.
     """
     values = list(found.values())
     if config.estimator in CHAINS:
@@ -168,10 +171,10 @@ def score(
     batch_size: int = 32,
     finished: Callable[[int, Likelihood], None] = lambda index, found: None,
 ) -> list[Likelihood]:
-    """log p(target | prefix) of every pair, in order.
+    """Returns log p(target | prefix) of every pair, in order.
 
-    A pair's value is the same in any company. `finished` hears of each pair once it is complete.
-    ValueError where the model or a pair cannot be scored.
+    A pair's value does not depend on the other pairs. `finished` is called with each pair's index
+    and score once it is complete. Raises ValueError where the model or a pair cannot be scored.
     """
     config = resolve(config, model.config)
     split = [parts(prefix, target, config, model.config) for prefix, target in pairs]
@@ -200,7 +203,7 @@ def score(
 def _likelihood(
     found: list[dict], pieces: list[Part], config: LikelihoodConfig, greedy: bool
 ) -> Likelihood:
-    """The sum of a pair's parts; region=union is a mean over the canvas, as in Dream's harness."""
+    """Returns the sum of a pair's parts; for region=union the mean over the canvas, as in Dream."""
     terms = [combine(losses, config) for losses in found]
     if config.estimator == "counts":  # one masked token has nothing random about it
         exact = [part.end - part.start == 1 for part in pieces]
@@ -218,7 +221,7 @@ def _run(
     model: Model,
     batch_size: int,
 ) -> Iterator[tuple[list[Row], list[float]]]:
-    """Losses of the rows, batch by batch: rows of like canvas and width share a program."""
+    """Yields rows and their losses, batch by batch; rows of equal padded sizes share a program."""
     rooms: dict[tuple[int, int], list[Row]] = defaultdict(list)
     for row in rows:
         part = split[row.pair][row.part]
@@ -227,7 +230,7 @@ def _run(
     height = max(batch_size // replicas, 1) * replicas
     base = jax.random.key(config.seed)
     for (room, width), members in sorted(rooms.items()):
-        full = min(height, -(-len(members) // replicas) * replicas)  # one program a room
+        full = min(height, -(-len(members) // replicas) * replicas)  # one program per group
         for first in range(0, len(members), full):
             chosen = members[first : first + full]
             filled = [*chosen, *[chosen[-1]] * (full - len(chosen))]
@@ -241,21 +244,21 @@ def _run(
 
 
 def _room(part: Part, model: ModelConfig) -> tuple[int, int]:
-    """Canvas and width that a part's rows are filled up to."""
+    """Returns the canvas length and the width that a part's rows are padded to."""
     room = min(bucket(len(part.tokens)), model.max_length)
     return room, min(bucket(part.end - part.start), room)
 
 
 @jax.jit
 def _fold(base: jax.Array, numbers_B3: jax.Array) -> jax.Array:
-    """Keys [B] from a base key and some numbers each."""
+    """Returns keys [B], each made of a base key and some numbers."""
     return jax.vmap(lambda n: jax.lax.fori_loop(
         0, n.shape[0], lambda i, key: jax.random.fold_in(key, n[i]), base
     ))(numbers_B3)  # fmt: skip
 
 
 def _canvas(pieces: Sequence[Part], room: int, model: Model) -> Canvas:
-    """Canvases of `room` columns on the mesh."""
+    """Returns canvases of `room` columns, on the mesh."""
     tokens = np.full((len(pieces), room), model.config.pad_id, np.int32)
     for i, part in enumerate(pieces):
         tokens[i, : len(part.tokens)] = part.tokens

@@ -1,7 +1,7 @@
-"""A row ends where its text holds a stop string, as far as token ids alone can tell.
+"""StopStrings ends a row whose text holds a stop string, as far as token ids can tell.
 
-Ids can only prove that a string is there, never that it is not: whoever cuts the text on the host
-has the last word, and this rule only saves the forwards that the cut would throw away.
+Ids can prove that a string is there, never that it is not. The host decides when it cuts the text
+(completion.py); this rule only saves model calls whose tokens the cut would throw away.
 """
 
 import dataclasses
@@ -10,15 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jdllm.stop.rule import Look, Stop, Verdict, after, first
+from jdllm.stop.rule import Stop, StopView, Verdict, after, first
 
 
 @dataclasses.dataclass(frozen=True)
 class StopStrings:
-    """`inner`, and a row also ends once a marked sequence of ids has no open column before its end.
+    """Ends rows as `inner` does, and once one of `sequences` has no open column before its end.
 
-    Every sequence must decode to text that holds a stop string. The text up to there can change no
-    more, so a completion is the same with this rule and without it; eos fills the rest.
+    Every sequence must decode to text that holds a stop string. The text up to there cannot change
+    any more, so a completion is the same with this rule and without it; eos fills the rest.
     """
 
     inner: Stop
@@ -28,13 +28,13 @@ class StopStrings:
     def start(self, tokens_BT: jax.Array) -> Any:
         return self.inner.start(tokens_BT)
 
-    def __call__(self, look: Look, carry: Any) -> Verdict:
-        verdict = self.inner(look, carry)
+    def __call__(self, view: StopView, carry: Any) -> Verdict:
+        verdict = self.inner(view, carry)
         tokens_BT = verdict.tokens_BT
-        open_BT = look.open_BT & (tokens_BT == look.tokens_BT)
+        open_BT = view.open_BT & (tokens_BT == view.tokens_BT)
         B, T = tokens_BT.shape
         hit_BT = jnp.zeros((B, T), bool)  # at the last id of a sequence
-        written_BT = jnp.where(look.generated_BT & ~open_BT, tokens_BT, -1)
+        written_BT = jnp.where(view.generated_BT & ~open_BT, tokens_BT, -1)
         for length in sorted({len(sequence) for sequence in self.sequences}):
             wanted_NL = jnp.array([s for s in self.sequences if len(s) == length])
             if length > T:
@@ -45,6 +45,6 @@ class StopStrings:
                 match_BTN &= own_BT[..., None] == wanted_NL[:, i]
             hit_BT = hit_BT.at[:, length - 1 :].max(jnp.any(match_BTN, -1))
         ended_B = first(hit_BT) < first(open_BT)
-        behind_BT = look.generated_BT & after(hit_BT) & ended_B[:, None]
+        behind_BT = view.generated_BT & after(hit_BT) & ended_B[:, None]
         tokens_BT = jnp.where(behind_BT, self.eos_id, tokens_BT)
         return verdict._replace(tokens_BT=tokens_BT, end_row_B=verdict.end_row_B | ended_B)

@@ -1,7 +1,7 @@
-"""Weights on disk: a folder with config.json and one Orbax checkpoint a layer.
+"""Weights on disk: a folder with config.json and one Orbax checkpoint per layer.
 
-Weights that come from elsewhere are written piece by piece, so a conversion never holds one whole
-weight. A restore reads each device's slices alone, into memory that a CPU device keeps as it is.
+Weights from elsewhere are written piece by piece, so a conversion never holds a whole weight. A
+restore reads only each device's slices, into memory that a CPU device uses without a copy.
 """
 
 import dataclasses
@@ -26,9 +26,7 @@ from jdllm.model.weights import initial
 from jdllm.runtime import processes, sharding
 
 PIECE_BYTES = 4 << 20  # how much of a weight is read, encoded and written at a time
-ALIGNMENT = (
-    64  # bytes: JAX takes over host memory that starts at a multiple of this, and copies other
-)
+ALIGNMENT = 64  # bytes: JAX uses host memory that starts at a multiple of this, and copies other
 READERS = 4  # weights of a unit that are read at the same time
 
 Index = tuple[slice, ...]
@@ -41,11 +39,11 @@ class LazyArray:
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[Index], np.ndarray]
-    """One slice an axis -> that piece, as a fresh contiguous array of `dtype`."""
+    """Takes one slice per axis and returns that piece, a new contiguous array of `dtype`."""
 
     @property
     def size(self) -> int:
-        """Number of elements."""
+        """Returns the number of elements."""
         return math.prod(self.shape)
 
     def __deepcopy__(self, memo: Any) -> "LazyArray":
@@ -56,10 +54,10 @@ class LazyArray:
 
 
 class LazyHandler(ocp.type_handlers.NumpyHandler):
-    """Writes LazyArrays as Orbax writes numpy arrays, but one piece after the other.
+    """Writes LazyArrays as Orbax writes numpy arrays, but piece by piece.
 
-    Handed whole arrays, Orbax copies them and encodes all their chunks at once: several times
-    their size. Should a later Orbax not call the methods below, they are written that way.
+    Orbax copies whole arrays and encodes all their chunks at once, which takes several times their
+    size in memory. If a later Orbax does not call the methods below, it will do that again.
     """
 
     async def _background_serialize(
@@ -79,7 +77,7 @@ class LazyHandler(ocp.type_handlers.NumpyHandler):
 
 
 def pieces(shape: Sequence[int], chunk: Sequence[int], limit: int) -> Iterator[Index]:
-    """Indices that tile `shape` in whole chunks, of `limit` elements at most or one chunk each."""
+    """Yields indices that tile `shape` in whole chunks: at most `limit` elements, or one chunk."""
     steps = list(chunk)
     for axis, size in reversed(list(enumerate(shape))):
         rest = math.prod(steps) // steps[axis]
@@ -90,13 +88,13 @@ def pieces(shape: Sequence[int], chunk: Sequence[int], limit: int) -> Iterator[I
 
 
 def unit_of(name: str) -> str:
-    """The checkpoint that holds a parameter: its layer ("layers.3"), else the parameter itself."""
+    """Returns the unit that holds a parameter: its layer ("layers.3"), else its own name."""
     parts = name.split(".")
     return ".".join(parts[:2]) if parts[0] == "layers" else parts[0]
 
 
 def units(config: ModelConfig) -> dict[str, dict[str, nnx.Param]]:
-    """Abstract parameters by dotted name, grouped by unit, in the order of the model."""
+    """Returns abstract parameters by dotted name, grouped by unit, in the order of the model."""
     grouped: dict[str, dict[str, nnx.Param]] = {}
     for name, leaf in named(abstract(config)).items():
         grouped.setdefault(unit_of(name), {})[name] = leaf
@@ -110,7 +108,7 @@ def write_model(
 ) -> None:
     """Writes config.json and the units of `stream`, one at a time, into an existing folder.
 
-    Of several processes all call this; each writes what its devices hold.
+    Every process calls this and writes what its devices hold.
     """
     handlers = ocp.type_handlers.create_type_handler_registry(
         (LazyArray, LazyHandler()),
@@ -130,7 +128,7 @@ def write_model(
                     f"the disk of {folder.parent} filled up while {unit} was written: make room "
                     "and start again"
                 ) from error
-    if processes.leads():
+    if processes.is_main():
         (folder / "config.json").write_text(config.to_json())
 
 
@@ -143,13 +141,13 @@ def save_model(folder: Path, model: Model) -> None:
 
 
 def refuse_run(folder: Path) -> None:
-    """ValueError for the folder of a training run, whose model lies one folder deeper."""
+    """Raises ValueError for the folder of a training run, whose model is one folder deeper."""
     if is_converted(folder / "model"):
         raise ValueError(f"{folder} is a training run; its model is {folder / 'model'}")
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The ModelConfig of a folder written by this module; ValueError where it is not one."""
+    """Returns the ModelConfig of a converted folder. Raises ValueError for any other folder."""
     if not is_converted(folder):
         refuse_run(folder)
         raise ValueError(f"{folder} is not a converted model: it has no config.json of ours")
@@ -161,7 +159,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def placements(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
-    """The sharding of every parameter, by dotted name, on `mesh`."""
+    """Returns the sharding of every parameter, by dotted name, on `mesh`."""
     leaves = named(abstract(config))
     return {
         name: NamedSharding(mesh, sharding.spec(name, leaf.shape, leaf.get_metadata("axes"), mesh))
@@ -172,7 +170,7 @@ def placements(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
 def _check_shapes(
     checkpointer: ocp.StandardCheckpointer, path: Path, wanted: dict[str, jax.ShapeDtypeStruct]
 ) -> None:
-    """ValueError, naming a weight, where a unit is missing or is not what config.json says."""
+    """Raises ValueError, naming a weight, where a unit is missing or differs from config.json."""
     if not path.is_dir():
         raise ValueError(f"{path} is missing, which config.json asks for; convert the model again")
     stored = checkpointer.metadata(path).item_metadata or {}
@@ -186,7 +184,7 @@ def _check_shapes(
 
 
 def _open(path: Path, name: str) -> Any:
-    """The stored array `name` of the unit at `path`, not read yet."""
+    """Opens the stored array `name` of the unit at `path` without reading it."""
     kvstore = {
         "driver": "ocdbt",
         "base": {"driver": "file", "path": f"{path}/"},
@@ -196,7 +194,7 @@ def _open(path: Path, name: str) -> Any:
 
 
 def _read(store: Any, dtype: np.dtype, index: Index) -> np.ndarray:
-    """One slice of a stored array as `dtype`, without a second copy of it on the way."""
+    """Reads one slice of a stored array as `dtype`, without a second copy."""
     view = tensorstore.cast(store[index], dtype) if store.dtype != dtype else store[index]
     memory = np.empty(view.size * dtype.itemsize + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
@@ -213,7 +211,7 @@ def _restore(path: Path, name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
 def restore_model(folder: Path, mesh: Mesh, dtype: str | None = None) -> Model:
     """Reads a converted model straight into its sharding on `mesh`, as `dtype` (default: stored).
 
-    Every device reads only its own slices. ValueError, naming the folder, where it is not a
+    Every device reads only its own slices. Raises ValueError, naming the folder, where it is not a
     converted model or its weights do not fit.
     """
     config = read_config(folder)
@@ -246,7 +244,7 @@ def place_stream(
         for name, lazy in unit.items():
             if name not in targets:
                 raise ValueError(f"{name} is no parameter of the model")
-            read: Any = lazy.read  # called with one slice an axis, for each device
+            read: Any = lazy.read  # called with one slice per axis, for each device
             arrays[name] = jax.make_array_from_callback(lazy.shape, targets[name], read)
     return assemble(config, arrays, mesh)
 
@@ -254,7 +252,7 @@ def place_stream(
 def random_maker(config: ModelConfig, mesh: Mesh) -> Callable[[jax.Array], Model]:
     """The function that makes a model of a key, its weights directly in their sharding.
 
-    It compiles one small program a shape, not one of the whole model: seconds instead of a minute.
+    It compiles one small program per shape instead of one for the model: seconds, not a minute.
     """
     targets = placements(config, mesh)
     leaves = named(abstract(config))

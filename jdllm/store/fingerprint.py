@@ -1,6 +1,6 @@
-"""What a model is, in 32 letters: of its facts and the content of its weights, never of a path.
+"""The fingerprint of a model: 32 characters from its facts and its weights, never from a path.
 
-Computed where the weights are, without moving them; the same on any mesh.
+It is computed where the weights are, without moving them, and is the same on any mesh.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ def fingerprint(model: Model) -> str:
     """Hexadecimal digest of a model's facts and of every weight's bits and places.
 
     Weights of another dtype are another model: they decode differently. Two salted sums of 32 bits
-    a weight, so accidents do not collide; it is no defence against an adversary.
+    per weight make accidental collisions unlikely; they are no defence against an adversary.
     """
     facts = [json.dumps(dataclasses.asdict(model.config), sort_keys=True)]
     for name, leaf in sorted(named(model).items()):
@@ -31,9 +31,9 @@ def fingerprint(model: Model) -> str:
 
 @jax.jit
 def _sums(array: jax.Array) -> jax.Array:
-    """Sums modulo 2^32, order-free, of mixed words: each of an element's bits and its place [2]."""
-    kind = jnp.dtype(f"uint{8 * array.dtype.itemsize}")
-    bits = jax.lax.bitcast_convert_type(array, kind).astype(jnp.uint32)
+    """Returns two sums modulo 2^32, uint32 [2], of hashes of every element's bits and place."""
+    dtype = jnp.dtype(f"uint{8 * array.dtype.itemsize}")
+    bits = jax.lax.bitcast_convert_type(array, dtype).astype(jnp.uint32)
     place = jnp.zeros(array.shape, jnp.uint32)
     for axis, size in enumerate(array.shape):
         step = jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
@@ -44,7 +44,7 @@ def _sums(array: jax.Array) -> jax.Array:
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    """A 32-bit finaliser: every input bit moves about half of the output bits."""
+    """Mixes 32-bit words: every input bit changes about half of the output bits."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

@@ -1,6 +1,6 @@
-"""The tasks jdllm trains and is graded on: a prompt, a training answer, a grader and documents.
+"""The tasks that jdllm trains and is graded on: prompts, training answers, graders and documents.
 
-TASKS maps a name to its Task; a document is a plain dict. One file per task.
+TASKS maps a name to its Task. A document is a plain dict. Each task has a file.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ class Task:
     """Everything an entry point needs to know about a task.
 
     prompt, response and target turn a document into the user's message, the training answer and
-    the gold text; grade scores a completion with metrics in [0, 1], metric being the one to quote.
+    the gold text. grade scores a completion with metrics in [0, 1]; metric names the one to quote.
     gen_length is the default number of tokens to generate. generate draws documents; a task with a
     read is graded on the file that read finds in a folder, and generate is for training alone.
     """

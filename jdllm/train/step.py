@@ -111,7 +111,7 @@ def response_columns(batch: Batch) -> jax.Array:
 def corrupt(
     key: jax.Array, batch: Batch, mask_id: int, uniform_B: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Masks each response token with probability t, one t a row.
+    """Masks each response token with probability t, one t per row.
 
     t = (1 - T_MIN) u + T_MIN with u uniform in [0, 1), or `uniform_B` where the caller fixes it.
     Returns the noisy tokens [B, T], the mask of corrupted columns [B, T] and t [B].
@@ -187,7 +187,7 @@ def create_state(
     master = jax.tree.map(lambda x: x.astype(jnp.float32), params)
     state = TrainState(master, optimizer.init(master), jnp.zeros((), jnp.int32))
     return jax.tree.map(
-        lambda x: x if x.ndim else processes.place(x, sharding.replicated(mesh)), state
+        lambda x: x if x.ndim else processes.device_put(x, sharding.replicated(mesh)), state
     )
 
 

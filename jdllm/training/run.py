@@ -197,16 +197,16 @@ def fit(
     after how many updates it was taken. Orbax writes it beside and renames it when it is complete.
     """
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
-    key = processes.place(jax.random.key(config.seed), sharding.replicated(mesh))
+    key = processes.device_put(jax.random.key(config.seed), sharding.replicated(mesh))
     folder = config.output.absolute() / "checkpoints"
     steps = config.recipe.steps
     with ocp.CheckpointManager(folder, options=options) as manager:
-        start = int(processes.tell(str(manager.latest_step() or 0)))
+        start = int(processes.broadcast_text(str(manager.latest_step() or 0)))
         if start:
             like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
             state = manager.restore(start, args=ocp.args.StandardRestore(like))
             processes.say(f"resumed at step {start}")
-        leads = processes.leads()
+        leads = processes.is_main()
         metrics = Metrics(config.output / "metrics.jsonl", config.log_every, start, writes=leads)
         bar = Bar(total=steps, initial=start, unit="step", mininterval=1.0, disable=not leads)
         with metrics.file, bar, interruptible() as asked:
@@ -237,7 +237,7 @@ def write_model(
         params = jax.tree.map(lambda x: x.astype(dtype), state.params)
         config = dataclasses.replace(model.config, dtype=dtype)
         checkpoint.save_model(partial, dataclasses.replace(model, config=config, params=params))
-        if processes.leads():
+        if processes.is_main():
             copy_tokenizer(source, partial)
     processes.say(f"wrote {folder}")
 
@@ -257,10 +257,10 @@ def prepare(config: SFTConfig) -> Job | None:
     ValueError or OSError, in one sentence, for whatever is wrong with the input.
     """
     finished = False
-    if processes.leads():
+    if processes.is_main():
         settle(config)
         finished = (config.output / "model").exists()
-    if processes.tell("finished" * finished):
+    if processes.broadcast_text("finished" * finished):
         return None
     if not config.output.is_dir():  # process 0 has made it
         raise ValueError(
@@ -278,8 +278,8 @@ def prepare(config: SFTConfig) -> Job | None:
     model = load_model(config.model, mesh, "float32", config.seed, config.allow_unknown)
     model = dataclasses.replace(model, dtype=compute_dtype(config.dtype, "bfloat16"))
     require_trainable(model.config)
-    rows = processes.first(lambda: load_rows(config, model.config, source))
-    if processes.leads():
+    rows = processes.main_first(lambda: load_rows(config, model.config, source))
+    if processes.is_main():
         settle(config, rows)
     processes.say(f"{len(rows.tokens)} examples, {count_parameters(model.config):,} parameters")
     return Job(model, rows, source)
@@ -292,7 +292,7 @@ def fine_tune(config: SFTConfig) -> None:
     ValueError or OSError, in one sentence, where the input or the disk is at fault.
     """
     final = config.output / "model"
-    with files.alone(config.output) if processes.leads() else contextlib.nullcontext():
+    with files.alone(config.output) if processes.is_main() else contextlib.nullcontext():
         job = prepare(config)
         if job is None:
             processes.say(f"{final} is there already: this run is finished, nothing to do")

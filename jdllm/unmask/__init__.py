@@ -1,7 +1,8 @@
-"""Unmasking rules: which masked positions take which tokens, given the block's logits.
+"""Unmasking rules decide which masked positions take which tokens, given the block's logits.
 
-A rule is a composition of a candidate (which token), a confidence (how sure), a selection (which
-positions) and a schedule (how many). They know arrays only; rows never depend on each other.
+A rule is composed of a candidate (which token), a confidence (how sure the model is of it), a
+selection (which positions) and a schedule (how many). Rules know only arrays, and rows never depend
+on each other.
 """
 
 from jdllm.unmask.candidate import Argmax, Gumbel, Warp

@@ -1,4 +1,4 @@
-"""Candidates: which token a position would take; and what happens to its logits before that."""
+"""Candidates choose the token that a position would take; a Warp changes the logits before."""
 
 import dataclasses
 from typing import Protocol
@@ -10,17 +10,17 @@ from jdllm.unmask.view import LOWEST, Draw, gumbel, without
 
 
 class Candidate(Protocol):
-    """Chooses a token for every position: logits [B, N, V] -> ids [B, N]."""
+    """Chooses a token for every position: logits [B, N, V] -> int32 ids [B, N]."""
 
     def __call__(self, logits_BNV: jax.Array, draw: Draw) -> jax.Array: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Argmax:
-    """The most likely token that is not in `excluded`.
+    """Chooses the most likely token that is not in `excluded`.
 
-    Excluding [MASK] is ours: the references would leave such a position masked, and their
-    while-loops would spin on it for ever.
+    The references do not exclude [MASK]: they leave a position that predicts it masked, and their
+    while-loops never end.
     """
 
     excluded: tuple[int, ...]
@@ -31,11 +31,11 @@ class Argmax:
 
 @dataclasses.dataclass(frozen=True)
 class Gumbel:
-    """LLaDA's sampling: argmax of logits - T log(-log u), [MASK] excluded.
+    """Samples as LLaDA does: argmax of logits - T log(-log u), [MASK] excluded.
 
-    The references compute exp(logits) / (-log u)^T in float64; the logarithm of that is the same
-    rule without overflow, so float32 does. Note that T scales the noise, not the logits. With
-    T = 1 on logits that a Warp has divided, it draws from their softmax (Dream, LLaDA2).
+    The references compute exp(logits) / (-log u)^T in float64. Its logarithm is the same rule and
+    cannot overflow, so float32 suffices. T scales the noise, not the logits. With T = 1 on logits
+    that a Warp has divided, this draws from their softmax (Dream, LLaDA2).
     """
 
     excluded: tuple[int, ...]
@@ -48,12 +48,12 @@ class Gumbel:
 
 @dataclasses.dataclass(frozen=True)
 class Warp:
-    """Divides by the temperature, then keeps the likeliest tokens: top_p, then top_k, as Dream.
+    """Divides logits by the temperature, then filters by top_p and then by top_k, as Dream does.
 
-    With `top_k_first` in the order of LLaDA2 and BlockInfer: top_p is then a share of what top_k
-    left, so that fewer tokens stay. Both filters also apply at temperature 0, where they change
-    confidences. What they drop gets the lowest finite logit. The likeliest token that is not in
-    `excluded` always stays, so that there is one to take.
+    `top_k_first` is the order of LLaDA2 and BlockInfer: top_p then counts within what top_k kept,
+    so fewer tokens stay. Both filters also apply at temperature 0, where they change confidences.
+    A dropped token gets the lowest finite logit. The likeliest token that is not in `excluded`
+    always stays, so that there is one to choose.
     """
 
     temperature: float = 0.0
@@ -74,7 +74,10 @@ class Warp:
 
 
 def _keep_mass(logits_BNV: jax.Array, top_p: float | None) -> jax.Array:
-    """The likeliest up to and with the one that crosses the line; ties with it stay."""
+    """Returns the logits with all but the top_p mass dropped.
+
+    The token that crosses the limit stays, and so do tokens tied with it.
+    """
     if top_p is None or top_p >= 1:
         return logits_BNV
     ordered = jnp.sort(logits_BNV, axis=-1, descending=True)
@@ -85,7 +88,7 @@ def _keep_mass(logits_BNV: jax.Array, top_p: float | None) -> jax.Array:
 
 
 def _keep_best(logits_BNV: jax.Array, top_k: int | None) -> jax.Array:
-    """So many of the likeliest; ties with the last one stay."""
+    """Returns the logits with all but the `top_k` largest dropped; ties with the last one stay."""
     if top_k is None or top_k >= logits_BNV.shape[-1]:
         return logits_BNV
     bar = jax.lax.top_k(logits_BNV, top_k)[0][..., -1:]

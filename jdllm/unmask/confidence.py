@@ -1,4 +1,4 @@
-"""Confidences: how sure a position is of its candidate, as a score to rank by and a plain value.
+"""Confidences rate how sure the model is of each candidate: a score to rank by, and a plain value.
 
 The probability is ranked by its log-odds, log(p / (1 - p)), in float32: they rank like p but do
 not saturate where float32 p rounds to 1, so float64 is not needed.
@@ -18,22 +18,22 @@ class Confidence(Protocol):
     """Rates the chosen tokens: logits [B, N, V], ids [B, N] -> score [B, N], higher is surer."""
 
     reads_logits: ClassVar[bool]
-    """Whether it needs more than each position's best token."""
+    """Whether it needs all logits, not only each position's best token."""
 
     def of_best(self, best: Best, draw: Draw) -> jax.Array:
-        """The score from best tokens alone, where that is enough."""
+        """Returns the score [B, N] from best tokens alone, where these suffice."""
         ...
 
     def __call__(self, logits_BNV: jax.Array, ids_BN: jax.Array, draw: Draw) -> jax.Array: ...
 
     def value(self, score_BN: jax.Array) -> jax.Array:
-        """What thresholds are compared with."""
+        """Returns the values [B, N] that thresholds are compared with."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Probability:
-    """The chosen token's probability under the softmax of the noise-free logits.
+    """Rates by the chosen token's probability under the softmax of the logits without noise.
 
     Ids in `suppressed` leave the softmax; a position that chose one of them gets the lowest
     confidence but stays a candidate (LLaDA's confidence_eos_eot_inf).
@@ -58,7 +58,7 @@ class Probability:
 
 @dataclasses.dataclass(frozen=True)
 class Plain:
-    """A confidence whose score is its value."""
+    """The part that confidences share whose score is also their value."""
 
     reads_logits: ClassVar[bool] = True
 
@@ -71,7 +71,7 @@ class Plain:
 
 @dataclasses.dataclass(frozen=True)
 class Random(Plain):
-    """Uniform random confidence (LLaDA's remasking='random', Dream's origin)."""
+    """Rates at random, uniformly in [0, 1) (LLaDA's remasking='random', Dream's origin)."""
 
     reads_logits: ClassVar[bool] = False
 
@@ -84,7 +84,7 @@ class Random(Plain):
 
 @dataclasses.dataclass(frozen=True)
 class Leftmost(Plain):
-    """From left to right, whatever the logits say (apd's leftright, BlockInfer's sequential)."""
+    """Ranks from left to right, without the logits (apd's leftright, BlockInfer's sequential)."""
 
     reads_logits: ClassVar[bool] = False
 
@@ -97,7 +97,7 @@ class Leftmost(Plain):
 
 @dataclasses.dataclass(frozen=True)
 class Margin(Plain):
-    """The distance between the two largest probabilities (Dream's topk_margin)."""
+    """Rates by the difference of the two largest probabilities (Dream's topk_margin)."""
 
     def __call__(self, logits_BNV: jax.Array, ids_BN: jax.Array, draw: Draw) -> jax.Array:
         top_BN2 = jax.lax.top_k(jax.nn.softmax(logits_BNV, axis=-1), 2)[0]
@@ -106,7 +106,7 @@ class Margin(Plain):
 
 @dataclasses.dataclass(frozen=True)
 class NegativeEntropy(Plain):
-    """Minus the entropy in nats (Dream's entropy, d3LLM, BlockInfer): sum p log(p + 1e-10)."""
+    """Rates by minus the entropy in nats, sum p log(p + 1e-10) (Dream, d3LLM, BlockInfer)."""
 
     def __call__(self, logits_BNV: jax.Array, ids_BN: jax.Array, draw: Draw) -> jax.Array:
         p_BNV = jax.nn.softmax(logits_BNV, axis=-1)
@@ -115,7 +115,7 @@ class NegativeEntropy(Plain):
 
 @dataclasses.dataclass(frozen=True)
 class Tempered(Plain):
-    """Dream's alg_temp: positions drawn without replacement from softmax(confidence / T).
+    """Draws positions without replacement from softmax(confidence / T): Dream's alg_temp.
 
     Adding Gumbel noise to confidence / T and taking the best k is the same draw.
     """

@@ -1,4 +1,4 @@
-"""dInfer's credit decoding: tokens that stayed on top of a position gain logits over the steps."""
+"""dInfer's credit decoding: a token that was a position's best in earlier steps gains logits."""
 
 import dataclasses
 from typing import NamedTuple
@@ -8,21 +8,23 @@ import jax.numpy as jnp
 
 
 class Credits(NamedTuple):
-    """What every position remembers: at most one token a call, so not a whole vocabulary."""
+    """The memory of every position: at most one token per call, not a whole vocabulary."""
 
     tokens_BNS: jax.Array
-    """Tokens that were on top, -1 where the slot is free."""
+    """Tokens that were the best, -1 where the slot is free."""
     credit_BNS: jax.Array
+    """The credit of each of these tokens."""
     calls_B: jax.Array
+    """Calls made for the block."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Credit:
-    """Adds alpha * log(1 + credit) to the logits of tokens that were on top before.
+    """Adds alpha * log(1 + credit) to the logits of tokens that were the best before.
 
-    In each call all credit decays by beta (not in the first), then the top token of each masked
-    position gains p ** gamma. Credit starts at zero in every block of every request; in the
-    reference it leaks into the next request of the same shape when a run stops early.
+    In each call all credit is multiplied by beta, then the best token of each masked position gains
+    p ** gamma. Credit starts at zero in every block of every request; in the reference it leaks
+    into the next request of the same shape when a run stops early.
     """
 
     alpha: float = 0.7
@@ -30,14 +32,14 @@ class Credit:
     gamma: float = 0.2
 
     def start(self, rows: int, columns: int, calls: int) -> Credits:
-        """No credit; `calls` bounds the calls of a block."""
+        """Returns zero credit with room for `calls` calls per block."""
         tokens = jnp.full((rows, columns, calls), -1, jnp.int32)
         return Credits(tokens, jnp.zeros(tokens.shape), jnp.zeros(rows, jnp.int32))
 
     def __call__(
         self, logits_BNV: jax.Array, masked_BN: jax.Array, old: Credits
     ) -> tuple[jax.Array, Credits]:
-        """Logits with credit, and the credit after this call."""
+        """Returns logits with credit added, and the credit after this call."""
         V = logits_BNV.shape[-1]
         top_BN = jnp.argmax(logits_BNV, axis=-1)
         gain_BN = jnp.max(jax.nn.softmax(logits_BNV, axis=-1), axis=-1) ** self.gamma

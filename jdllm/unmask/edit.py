@@ -1,4 +1,4 @@
-"""Token editing (LLaDA2.1, SGLang's JointThreshold): tokens already there may be replaced."""
+"""Token editing (LLaDA2.1, SGLang's JointThreshold): a token that was written may be replaced."""
 
 import dataclasses
 from typing import NamedTuple
@@ -10,37 +10,37 @@ from jdllm.unmask.view import View
 
 
 class Edits(NamedTuple):
-    """What a block remembers of its editing."""
+    """The state of a block's editing."""
 
     passes_B: jax.Array
-    """Calls that began without a mask."""
+    """Calls that began without an open position."""
     finished_B: jax.Array
-    """Nothing was left to unmask or to edit."""
+    """Rows whose block has nothing left to unmask or to edit."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Edit:
-    """Replaces a generated token of the block once another one's probability is above `threshold`.
+    """Replaces a generated token of the block where another has a probability above `threshold`.
 
     A block is finished when a call that began with nothing open edits nothing, or after `passes`
-    such calls. LLaDA2.1 does not make the call that would exceed them; where it is made all the
-    same, as in SGLang, its result is dropped.
+    such calls. LLaDA2.1 does not make the call that would exceed them; SGLang makes it and drops
+    its result.
     """
 
     threshold: float
     passes: int = 16
     penalty: float = 0.0
-    """Taken off the logit of the left neighbour's token, against repetition (SGLang)."""
+    """Subtracted from the logit of the left neighbour's token, against repetition (SGLang)."""
 
     def start(self, rows: int) -> Edits:
         return Edits(jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool))
 
     def wants(self, open_B: jax.Array, state: Edits) -> jax.Array:
-        """Rows that want another call [B]."""
+        """Returns the rows whose block needs another call, bool [B]."""
         return (open_B > 0) | (~state.finished_B & (state.passes_B < self.passes))
 
     def discourage(self, logits_BNV: jax.Array, ids_BN: jax.Array) -> jax.Array:
-        """Logits with the penalty on every position's left neighbour."""
+        """Returns logits in which every position penalises its left neighbour's token."""
         if not self.penalty:
             return logits_BNV
         repeated = ids_BN[:, :-1, None] == jnp.arange(logits_BNV.shape[-1])
@@ -49,7 +49,7 @@ class Edit:
     def __call__(
         self, new_BN: jax.Array, ids_BN: jax.Array, p_BN: jax.Array, view: View, old: Edits
     ) -> tuple[jax.Array, Edits]:
-        """The block after unmasking [B, N] with edits applied, and the new state."""
+        """Returns the block after unmasking [B, N] with edits applied, and the new state."""
         began_clean_B = ~jnp.any(view.open_BN, axis=-1)
         passes_B = old.passes_B + began_clean_B
         spent_B = began_clean_B & (passes_B > self.passes)

@@ -1,4 +1,4 @@
-"""SGLang's JointThresholdInDel: tokens of a block are unmasked, replaced, deleted and inserted."""
+"""SGLang's JointThresholdInDel unmasks, replaces, deletes and inserts tokens of a block."""
 
 import dataclasses
 from typing import NamedTuple
@@ -11,17 +11,17 @@ from jdllm.unmask.view import View, rank, without
 
 
 class Memory(NamedTuple):
-    """What a block remembers; S bounds its calls."""
+    """The memory of a block, with room for S calls."""
 
     original_BN: jax.Array
-    """Masks the block began with, wherever edits have moved them; the others were inserted."""
+    """Masks that the block began with, wherever edits have moved them; others were inserted."""
     passes_B: jax.Array
     """Calls that began without an original mask."""
     calls_B: jax.Array
     finished_B: jax.Array
-    """Nothing more will change."""
+    """Rows whose block will not change any more."""
     closed_B: jax.Array
-    """And the last call has seen the final tokens."""
+    """Those of them whose last call has also seen the final tokens."""
     blocks_BSN: jax.Array
     """The block before every call, -1 where there was none."""
     written_BSN: jax.Array
@@ -30,13 +30,13 @@ class Memory(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class InDel:
-    """One rule of its own: too entangled to be a composition.
+    """A rule of its own, whose parts depend on each other too much for a composition.
 
-    Two ids act on the block instead of standing in it: `delete_id` drops its position, `split_id`
-    puts a mask before what stood there; the block keeps its length. As long as original masks are
-    left, one token more than inserted masks goes in every call (or all above `threshold`); after
-    that, `passes` more calls. The last call takes whatever is masked, and no special id. A block
-    that comes back to an earlier state changes its least certain token to one not tried there.
+    Two ids are commands, not text: `delete_id` removes its position, `split_id` inserts a mask
+    before the token that stood there; the block keeps its length. While original masks are left,
+    every call fills one more position than there are inserted masks (or all above `threshold`).
+    Then follow `passes` more calls. The last call fills every mask, and writes no special id. A
+    block that returns to an earlier state changes its least certain token to one not tried there.
     """
 
     threshold: float
@@ -48,7 +48,7 @@ class InDel:
 
     @property
     def special(self) -> None:
-        """It reads logits."""
+        """Returns None: this rule reads logits."""
         return None
 
     def start(self, rows: int, columns: int, calls: int) -> Carry:
@@ -104,7 +104,7 @@ class InDel:
     def _unmasked(
         self, view: View, original_BN: jax.Array, p_BN: jax.Array, final_B: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Masks that are filled in this call, and whether it is the last that changes anything."""
+        """Returns the masks that this call fills, and whether it is the last to change anything."""
         masked_BN = view.open_BN
         wanted_B = jnp.sum(masked_BN & ~original_BN, axis=1) + 1
         sure_BN = masked_BN & (p_BN > self.threshold)
@@ -126,7 +126,7 @@ class InDel:
         original_BN: jax.Array,
         old: Memory,
     ) -> jax.Array:
-        """Tokens, with one changed where the block has been seen before."""
+        """Returns the tokens to write, one of them replaced where the block was seen before."""
         seen_B = jnp.any(jnp.all(old.blocks_BSN == view.ids_BN[:, None], axis=2), axis=1)
         moves_BN = chosen_BN & (ids_BN != view.ids_BN)
         weakest_BN = moves_BN & (rank(-p_BN, moves_BN) == 0) & seen_B[:, None]
@@ -141,7 +141,7 @@ class InDel:
     def _rebuilt(
         self, new_BN: jax.Array, old_BN: jax.Array, original_BN: jax.Array, given_BN: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """The block after deletions and insertions, and which of its masks are original."""
+        """Returns the block after deletions and insertions, and which masks are original."""
         N = new_BN.shape[1]
         deleted_BN = (new_BN == self.delete_id) & ~given_BN
         split_BN = (new_BN == self.split_id) & ~given_BN
@@ -159,7 +159,7 @@ class InDel:
 
 
 def _best(logits: jax.Array, banned: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """The most likely id that is not banned, and its probability among all."""
+    """Returns the most likely ids that are not banned, and their probabilities among all ids."""
     ids_BN = jnp.argmax(without(logits, banned), axis=-1).astype(jnp.int32)
     log_p = jax.nn.log_softmax(logits, axis=-1)
     return ids_BN, jnp.exp(jnp.take_along_axis(log_p, ids_BN[..., None], axis=-1))[..., 0]

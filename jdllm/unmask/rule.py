@@ -1,4 +1,4 @@
-"""Unmasker: one complete rule, composed of a candidate, a confidence and a selection."""
+"""The protocol of an unmasking rule, and Unmasker, the rule that is composed of parts."""
 
 import dataclasses
 from typing import Any, NamedTuple, Protocol
@@ -15,44 +15,49 @@ from jdllm.unmask.selection import Selection
 from jdllm.unmask.view import View, without
 
 Carry = dict[str, Any]
-"""What the parts of a rule remember between the calls of a block, by part."""
+"""The memory of a rule between the calls of a block, by the name of the part."""
 
 
 class Decision(NamedTuple):
-    """What a rule made of a view."""
+    """The result of a rule for one view."""
 
     ids_BN: jax.Array
-    """The columns' new contents."""
+    """The new tokens of the columns."""
     open_BN: jax.Array
-    """Which of them are still to be filled."""
+    """Columns that are still to be filled."""
     candidate_BN: jax.Array
-    """The token that each position would take."""
+    """The token that each column would take."""
     value_BN: jax.Array
-    """The confidence in it, as thresholds see it."""
+    """The confidence in that token, as thresholds are compared with it."""
 
 
 class Rule(Protocol):
-    """What the loop asks of a rule. Rows never depend on each other."""
+    """What the decode loop needs of a rule. Rows never depend on each other."""
 
     @property
     def special(self) -> Special | None:
-        """The ids to treat apart, for a rule that reads best tokens only; None: it reads logits."""
+        """Returns the ids to treat apart, for a rule that needs only the best tokens.
+
+        None means that the rule reads logits.
+        """
         ...
 
     def start(self, rows: int, columns: int, calls: int) -> Carry:
-        """The carry of a fresh block of at most `calls` calls."""
+        """Returns the memory of a new block of at most `calls` calls."""
         ...
 
     def wants(self, open_B: jax.Array, carry: Carry) -> jax.Array:
-        """Rows whose block needs another call, given how many of its columns are open [B]."""
+        """Returns the rows whose block needs another call, given its number of open columns [B]."""
         ...
 
-    def __call__(self, view: View, carry: Carry) -> tuple[Decision, Carry]: ...
+    def __call__(self, view: View, carry: Carry) -> tuple[Decision, Carry]:
+        """Returns the decision for the columns in view, and the memory after this call."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Unmasker:
-    """The rule that its parts say; every part but three is optional."""
+    """A rule composed of parts: a candidate, a confidence, a selection, and optional ones."""
 
     candidate: Candidate
     confidence: Confidence

@@ -1,6 +1,6 @@
-"""Schedules: how many tokens a step should reveal, from the masks a block began with and has left.
+"""Schedules say how many tokens a step should unmask, by the masks at the block's start and now.
 
-A schedule that has `steps` bounds the steps of a block; the others are bounded by its length.
+A schedule with `steps` bounds the steps of a block; otherwise the block's length bounds them.
 """
 
 import dataclasses
@@ -12,38 +12,38 @@ import numpy as np
 
 
 class Pace(NamedTuple):
-    """How far each row's block has come."""
+    """The progress of each row's block."""
 
     opened_B: jax.Array
-    """Columns that were open at its start."""
+    """Columns that were open when the block began."""
     open_B: jax.Array
     """Columns in view that are open now."""
     step_B: jax.Array
-    """Calls made for it."""
+    """Calls made for the block."""
     block_B: jax.Array
-    """Its number."""
+    """The block's number."""
 
 
 class Schedule(Protocol):
-    """Says how many tokens the coming step should reveal [B], and which share of the open [B]."""
+    """Says how many tokens the next step should unmask [B], and what share of the open ones [B]."""
 
     @property
     def steps(self) -> int | None:
-        """The steps of a block, where the schedule bounds them."""
+        """Returns the steps of a block, or None where the schedule does not bound them."""
         ...
 
     def __call__(self, pace: Pace) -> tuple[jax.Array, jax.Array]: ...
 
 
 def split_quota(masks_B: jax.Array, steps: int, step_B: jax.Array) -> jax.Array:
-    """How many of a block's `masks_B` masks go in a step of `steps`: the remainder goes first."""
+    """Returns how many of a block's masks one of `steps` steps fills; early steps take one more."""
     base_B, rest_B = masks_B // steps, masks_B % steps
     return jnp.where(step_B < steps, base_B + (step_B < rest_B), 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Each:
-    """The same number every step."""
+    """A schedule of the same number of tokens per step."""
 
     tokens: int = 1
     steps: int | None = None
@@ -54,7 +54,7 @@ class Each:
 
 @dataclasses.dataclass(frozen=True)
 class Masks:
-    """The masks that a block began with, spread over its steps (LLaDA, Fast-dLLM)."""
+    """Spreads the masks that a block began with over its steps (LLaDA, Fast-dLLM)."""
 
     steps: int
 
@@ -65,7 +65,7 @@ class Masks:
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """The block's length, prompt or not, spread over its steps (LLaDA2, BlockInfer)."""
+    """Spreads the block's length, prompt included, over its steps (LLaDA2, BlockInfer)."""
 
     length: int
     steps: int
@@ -77,11 +77,11 @@ class Columns:
 
 @dataclasses.dataclass(frozen=True)
 class CarryOver:
-    """Masks spread over the steps; what earlier steps left over is added (Fast-dLLM's Dream).
+    """Spreads masks over the steps and adds what earlier steps left over (Fast-dLLM's Dream).
 
-    At least one is due, so that no step is idle. Behind the last step everything is due. The
+    At least one token is due, so that no step is idle; from the last step on, all are. The
     reference then also runs as many steps as that step dropped tokens, some of them idle; here the
-    block ends when it is clean.
+    block ends when nothing in it is open.
     """
 
     per_block: int
@@ -99,11 +99,11 @@ class CarryOver:
 
 @dataclasses.dataclass(frozen=True)
 class Timesteps:
-    """Dream's: from time t to s, int(masks * (1 - s/t)) go; the last step takes the rest.
+    """Dream's schedule: the step from time t to s fills int(masks * (1 - s/t)), the last one all.
 
-    Times run from 1 to `eps`, to the last bit those of torch.linspace, because the truncation is
-    sensitive to it. With `mean` every row uses the batch's average count, as the reference does;
-    rows that began with no mask only fill the batch up and are not in it.
+    Times run from 1 to `eps` and equal torch.linspace's to the last bit, because the truncation is
+    sensitive to it. With `mean` every row uses the batch's average count of masks, as the reference
+    does; rows that began without masks are padding and do not count.
     """
 
     steps: int
@@ -119,7 +119,7 @@ class Timesteps:
         return (masks_B * share_B).astype(jnp.int32), share_B
 
     def shares(self) -> np.ndarray:
-        """1 - s/t of every step [steps], float32, the last one 1."""
+        """Returns 1 - s/t of every step, float32 [steps]; the last one is 1."""
         times = linspace(self.eps, self.steps)
         shares = np.float32(1) - times[1:] / times[:-1]
         shares[-1] = 1
@@ -127,10 +127,10 @@ class Timesteps:
 
 
 def linspace(end: float, steps: int) -> np.ndarray:
-    """Times from 1 to `end` in so many steps, float32 [steps + 1], as torch.linspace has them.
+    """Returns times from 1 to `end`, float32 [steps + 1], equal to torch.linspace's.
 
-    It counts a float32 step from whichever end is nearer, in fused multiply-adds: products and sums
-    are exact in float64, and rounded once.
+    torch counts float32 steps from the nearer end, in fused multiply-adds. Float64 computes these
+    products and sums exactly, and rounding happens once.
     """
     last = np.float32(end)
     step = np.float64((last - np.float32(1)) / np.float32(steps))

@@ -1,4 +1,4 @@
-"""Selections: which positions are unmasked in a step, by their confidence and place."""
+"""Selections choose the positions that a step unmasks, by their confidence and place."""
 
 import dataclasses
 from typing import Literal, Protocol
@@ -12,14 +12,14 @@ Edge = Literal["at_least", "above", "slack"]
 
 
 class Selection(Protocol):
-    """Picks positions: score and value [B, N] -> bool [B, N], within view.open_BN."""
+    """Chooses positions: score and value [B, N] -> bool [B, N], all within view.open_BN."""
 
     def __call__(self, score_BN: jax.Array, value_BN: jax.Array, view: View) -> jax.Array: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Quota:
-    """As many of the best as the schedule wants."""
+    """Chooses as many of the best positions as the schedule asks for."""
 
     def __call__(self, score_BN: jax.Array, value_BN: jax.Array, view: View) -> jax.Array:
         return view.open_BN & (rank(score_BN, view.open_BN) < view.quota_B[:, None])
@@ -27,11 +27,11 @@ class Quota:
 
 @dataclasses.dataclass(frozen=True)
 class Threshold:
-    """Every position that passes the threshold; where these are too few, the quota's best.
+    """Chooses every position that passes the threshold, and at least the quota's best.
 
     Edges: `at_least` is Fast-dLLM's and d3LLM's >=; `above` is LLaDA2's and SGLang's >; `slack` is
-    dInfer's >= min(best - 1e-5, threshold), which also takes near-ties of the best. A quota of 1
-    means that the best one always goes.
+    dInfer's >= min(best - 1e-5, threshold), which also takes near-ties of the best. With a quota of
+    1 the best position is always chosen.
     """
 
     threshold: float
@@ -50,9 +50,9 @@ class Threshold:
 
 @dataclasses.dataclass(frozen=True)
 class Allowance:
-    """Fast-dLLM's confidence_threshold for Dream: the quota's best, of these the confident ones.
+    """Chooses the confident ones of the quota's best: Fast-dLLM's confidence_threshold for Dream.
 
-    The best one always goes; what a step leaves of its quota, the schedule carries over.
+    The best position is always chosen. The schedule carries over what a step leaves of its quota.
     """
 
     threshold: float
@@ -65,9 +65,10 @@ class Allowance:
 
 @dataclasses.dataclass(frozen=True)
 class Factor:
-    """Fast-dLLM's dynamic count: rank r needs p >= 1 - factor/(r + 1), up to the first failure.
+    """Chooses the best r positions while p of rank r >= 1 - factor/(r + 1): Fast-dLLM's factor.
 
-    As in the reference, rank 1 always passes, and a failure at the very last rank is overlooked.
+    Ranks count from 1. As in the reference, rank 1 always passes, and a failure at the very last
+    rank is ignored.
     """
 
     factor: float
@@ -84,10 +85,10 @@ class Factor:
 
 @dataclasses.dataclass(frozen=True)
 class Hierarchy:
-    """dInfer's divide and conquer: the best of every run of masks if above `low`.
+    """Chooses the best position of every run of masks if it is above `low`: dInfer's hierarchy.
 
-    So does every position above `threshold`, and always the best of all. Both comparisons are
-    strict. (The reference takes all positions of a run that tie; here the lowest index wins.)
+    Every position above `threshold` is chosen, too, and always the best of all. Both comparisons
+    are strict. (The reference takes all positions of a run that tie; here the lowest index wins.)
     """
 
     threshold: float
@@ -108,9 +109,9 @@ class Hierarchy:
 
 @dataclasses.dataclass(frozen=True)
 class EntropyBound:
-    """BlockInfer's entropy_bounded: the surest positions whose entropies sum to under `bound`.
+    """Chooses the surest positions whose entropies sum to less than `bound`, and at least one.
 
-    Values are negative entropies; at least one position goes.
+    This is BlockInfer's entropy_bounded. Values are negative entropies.
     """
 
     bound: float
@@ -125,7 +126,7 @@ class EntropyBound:
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """Dream's origin: every mask by itself, with the probability that the schedule says."""
+    """Chooses every mask on its own, with the schedule's probability: Dream's origin."""
 
     def __call__(self, score_BN: jax.Array, value_BN: jax.Array, view: View) -> jax.Array:
         return view.open_BN & (value_BN < view.share_B[:, None])

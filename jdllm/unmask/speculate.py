@@ -13,24 +13,24 @@ from jdllm.unmask.view import View, gumbel, without
 
 @dataclasses.dataclass(frozen=True)
 class Speculate:
-    """Keeps the draft's longest prefix that the mixture of both models would have drawn too.
+    """Keeps the longest prefix of the draft that a mixture of both models would have drawn, too.
 
-    The draft is the diffusion model's; the target is drawn from weight * diffusion + (1 - weight) *
-    verifier logits, as they are before the draft's warp, over the ids that both know. It is drawn
-    like the draft: the same warp, the same noise. The first masked position is always kept, and
-    counts as agreed. The reference forgets the warp and the noise of the target (`greedy_target`).
+    The diffusion model drafts. The target is drawn from weight * diffusion + (1 - weight) *
+    verifier logits, both before the draft's warp, over the ids that both models know, with the
+    draft's warp and noise. The first masked position is always kept and counts as agreed. The
+    reference applies neither warp nor noise to the target (`greedy_target`).
     """
 
     excluded: tuple[int, ...]
     weight: float
     noise: float = 0.0
-    """Scale of the Gumbel noise; 0 is greedy."""
+    """Scale of the Gumbel noise; 0 means greedy."""
     greedy_target: bool = False
     warp: Warp | None = None
 
     @property
     def special(self) -> None:
-        """It reads logits."""
+        """Returns None: this rule reads logits."""
         return None
 
     def start(self, rows: int, columns: int, calls: int) -> Carry:

@@ -1,4 +1,4 @@
-"""What a rule is given, and small array helpers that several rules share."""
+"""The input of a rule, and small array functions that several rules share."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,48 +17,48 @@ LOWEST = float(jnp.finfo(jnp.float32).min)
 
 @dataclasses.dataclass(frozen=True)
 class Verify:
-    """A second model, as a rule sees it."""
+    """A second model that verifies drafts, as a rule uses it."""
 
     vocab: int
     logits: Callable[[jax.Array, Any], tuple[jax.Array, Any]]
-    """Drafts [B, N] and its cache -> its logits [B, N, V] of these columns, and the cache."""
+    """Takes drafts [B, N] and a cache; returns logits [B, N, V] of these columns and the cache."""
 
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """The columns in view, by row: N of them, usually a block."""
+    """The N columns per row that a rule may change, usually a block."""
 
     ids_BN: jax.Array
-    """The canvas there."""
+    """The tokens of these columns."""
     open_BN: jax.Array
     """Positions that may be unmasked."""
     settled_BN: jax.Array
     """Generated positions that hold a token; rules that edit may replace it."""
     quota_B: jax.Array
-    """How many tokens the schedule wants in this step."""
+    """How many tokens the schedule asks for in this step."""
     share_B: jax.Array
-    """The part of the remaining masks that the schedule reveals in this step."""
+    """The share of the remaining masks that the schedule asks for in this step."""
     floor_B: jax.Array
-    """A bar that confidence must pass whatever the rule's own threshold is."""
+    """The least threshold, whatever the rule's own is."""
     draw: Draw
     full: bool = False
-    """Whether this call renews the cache, where there is one: of those that open a block."""
+    """Whether this call is a full pass that opens a block and renews its cache."""
     verify: Verify | None = None
     """The verifier model, where the request has one."""
     best: Best | None = None
-    """All that the rule reads of the logits, where it says so (`Rule.special`)."""
+    """Best tokens, for a rule that needs no more of the logits (`Rule.special`)."""
     logits: jax.Array | None = None
-    """Else these: float32 [B, N, V], those of the columns themselves (shifted models included)."""
+    """Logits [B, N, V] that predict these columns (shifted models included), for other rules."""
 
     @property
     def logits_BNV(self) -> jax.Array:
-        """The logits, for a rule that did not say it can do without."""
+        """Returns the logits, for a rule that reads them."""
         assert self.logits is not None
         return self.logits
 
 
 def without(logits_BNV: jax.Array, ids: tuple[int, ...]) -> jax.Array:
-    """The logits with those of `ids` at -inf."""
+    """Returns the logits with those of `ids` set to -inf."""
     if not ids:
         return logits_BNV
     banned_V = jnp.isin(jnp.arange(logits_BNV.shape[-1]), jnp.array(ids))
@@ -66,10 +66,10 @@ def without(logits_BNV: jax.Array, ids: tuple[int, ...]) -> jax.Array:
 
 
 def rank(score_BN: jax.Array, masked_BN: jax.Array) -> jax.Array:
-    """0 for the best candidate of a row, and so on; non-candidates come last.
+    """Returns each position's rank in its row, int [B, N]: 0 is the best, non-candidates are last.
 
-    Lowest index wins ties. A candidate of confidence -inf or NaN still ranks before every
-    non-candidate, so that any weights make progress.
+    The lowest index wins ties. A candidate with confidence -inf or NaN still ranks before every
+    non-candidate, so that decoding makes progress with any weights.
     """
     known = jnp.clip(jnp.nan_to_num(score_BN, nan=LOWEST), LOWEST, -LOWEST)
     order_BN = jnp.argsort(jnp.where(masked_BN, known, -jnp.inf), descending=True, stable=True)
@@ -77,5 +77,5 @@ def rank(score_BN: jax.Array, masked_BN: jax.Array) -> jax.Array:
 
 
 def gumbel(u: jax.Array) -> jax.Array:
-    """Gumbel noise from uniform draws, in log space."""
+    """Returns Gumbel noise from uniform draws in (0, 1)."""
     return -jnp.log(-jnp.log(u))

@@ -1,1 +1,1 @@
-"""Runs to look at: records, the terminal, and a page that replays them."""
+"""Shows runs: their records, a view in the terminal, and a page that replays them."""

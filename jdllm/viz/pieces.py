@@ -1,4 +1,4 @@
-"""How token ids read: text, parts of characters, marks for what is no text at all."""
+"""The text of token ids: words, parts of characters, and names for ids that are no text."""
 
 import dataclasses
 import re
@@ -19,15 +19,15 @@ SPELLING = {chr(byte): byte for byte in PRINTABLE} | {
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """How an id reads."""
+    """The text of one id."""
 
     text: str
-    """For bytes: those of a character's part, in hexadecimal."""
+    """For the kind "bytes", which is part of a character: the bytes in hexadecimal."""
     kind: Kind
 
 
 class Lexicon(dict[int, Piece]):
-    """The piece of every id that is asked for, read off a tokenizer; without one, its number."""
+    """The piece of every id that is looked up, from a tokenizer; without one, the id's number."""
 
     def __init__(self, tokenizer: Any | None, mask_id: int, end_ids: Iterable[int]):
         super().__init__()
@@ -55,7 +55,7 @@ class Lexicon(dict[int, Piece]):
         return self.tokenizer.decode([token], clean_up_tokenization_spaces=False, **how)
 
     def _bytes(self, token: int) -> bytes:
-        """The bytes of a token that is no whole text; empty where its spelling is unknown."""
+        """Returns the bytes of a token that is part of a character; empty where unknown."""
         name = self.tokenizer.convert_ids_to_tokens(token) if self.tokenizer else ""
         if match := BYTE_TOKEN.fullmatch(name):
             return bytes([int(match[1], 16)])
@@ -63,7 +63,7 @@ class Lexicon(dict[int, Piece]):
 
 
 def spell(pieces: Sequence[Piece]) -> list[str]:
-    """The text of every piece in a row of them; a character in parts goes to its first part.
+    """Returns the texts of consecutive pieces; the first part of a character gets all of it.
 
     Parts that form no character, because their neighbours are still masked, become U+FFFD.
     """
@@ -96,9 +96,9 @@ def _decode(parts: Sequence[bytes]) -> list[str]:
 
 
 def visible(text: str) -> str:
-    """The text with everything that would act on a terminal or a page replaced by its name.
+    """Returns the text with every control character replaced by its name.
 
-    Line ends and tabs stay, and so do the joiners that emoji and some scripts are spelled with.
+    Line ends and tabs stay, and so do the joiners of emoji and of some scripts.
     """
     return "".join(_name(c) if _acts(c) else c for c in text)
 

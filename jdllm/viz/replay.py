@@ -1,7 +1,7 @@
-"""A run as one HTML page: a slider over the model calls, and no resource but the page itself.
+"""Writes a run as one HTML page with a slider over the model calls; it loads nothing else.
 
-The page, `replay.html`, gets the lines of the trace as JSON and does the rest; text from the run
-reaches it as data only, never as markup.
+The page, `replay.html`, gets the lines of the trace as JSON. Text from the run reaches it only as
+data, never as markup.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ DIGITS = 4
 
 
 def page(run: Run) -> str:
-    """The replay of a run."""
+    """Returns the HTML page that replays a run."""
     record = dataclasses.replace(
         run.record,
         confidence=np.round(run.record.confidence, DIGITS),

@@ -1,6 +1,6 @@
-"""The canvas in the terminal while it denoises: coloured by confidence, redrawn a call at a time.
+"""Shows the canvas in the terminal while it denoises, coloured by confidence, call by call.
 
-Where the output is no terminal, every call becomes a line of plain text.
+Where the output is not a terminal, every call becomes a line of plain text.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from jdllm.viz.pieces import Kind, Piece, spell, visible
 from jdllm.viz.trace import Record, join
 
 SIGNS = {"mask": "·", "end": "∎"}
-GLANCE = 0.1  # seconds between looks whether Ctrl-C came
+POLL = 0.1  # seconds between checks for Ctrl-C
 LINE_END, BREAK = "\n", "⏎"
 # Unsure to sure: vermilion, dark gold, bluish green. They keep apart for colour-blind eyes and are
 # readable on black and on white.
@@ -32,12 +32,12 @@ RAMP = np.array([(213, 94, 0), (184, 134, 11), (0, 158, 115)], float)
 
 
 def make_console() -> Console:
-    """A console on standard output, a terminal only where that is one."""
+    """Returns a console on standard output, which acts as a terminal only where it is one."""
     return Console(force_terminal=sys.stdout.isatty(), highlight=False)
 
 
 def colour(confidence: float) -> Style:
-    """The style of a confidence in [0, 1]; the terminal's own for NaN."""
+    """Returns the style of a confidence in [0, 1]; NaN gets the terminal's own."""
     return Style() if np.isnan(confidence) else _shade(round(100 * float(confidence)))
 
 
@@ -53,23 +53,23 @@ def _weight(bold: bool, dim: bool) -> Style:
 
 
 def first_column(record: Record) -> int:
-    """Where the view begins: behind the prompt, or at the first mask within it."""
+    """Returns the first column to show: after the prompt, or the first mask inside it."""
     masks = np.flatnonzero(record.tokens[0] == record.mask_id)
     return min(record.prompt_length, *masks[:1].tolist())
 
 
 class Cell(NamedTuple):
-    """A column as it is drawn."""
+    """One column as it is drawn."""
 
     text: str
     style: Style
     kind: Kind
     fresh: bool
-    """Whether the call just made wrote it."""
+    """Whether the latest call wrote it."""
 
 
 def cells(record: Record, call: int, pieces: Mapping[int, Piece]) -> list[Cell]:
-    """The generated columns after `call` calls: masks and ends are one sign each."""
+    """Returns the generated columns after `call` calls; masks and ends are one sign each."""
     start = first_column(record)
     row = [pieces[i] for i in record.tokens[call][start:].tolist()]
     fresh = record.writers[call][start:] == max(call, 1)
@@ -84,20 +84,20 @@ def cells(record: Record, call: int, pieces: Mapping[int, Piece]) -> list[Cell]:
 
 
 def completed(record: Record, pieces: Mapping[int, Piece]) -> list[Cell]:
-    """The final cells up to the first end, and none of them fresh."""
+    """Returns the final cells up to the first end, none of them fresh."""
     row = cells(record, record.calls, pieces)
     text = itertools.takewhile(lambda cell: cell.kind != "end", row)
     return [cell._replace(style=cell.style + _weight(False, dim=False)) for cell in text]
 
 
 def plain(record: Record, call: int, pieces: Mapping[int, Piece]) -> str:
-    """A call in one line."""
+    """Returns the canvas after a call in one line of text."""
     text = "".join(cell.text for cell in cells(record, call, pieces))
     return f"call {call:3}  {text.replace(LINE_END, BREAK)}"
 
 
 def status(record: Record, call: int) -> Text:
-    """The line above the canvas: how far it is, and what the colours mean."""
+    """Returns the line above the canvas: the progress, and what the colours mean."""
     masked = record.tokens[call][first_column(record) :] == record.mask_id
     done = f"{np.sum(~masked)} of {len(masked)} columns"
     text = Text(f"call {call}, {done}, Ctrl-C skips, confidence", "dim")
@@ -109,10 +109,10 @@ def status(record: Record, call: int) -> Text:
 
 
 def layout(row: Iterable[Cell], width: int) -> tuple[list[Text], int]:
-    """Lines of at most `width` terminal columns, and the line of the last fresh cell.
+    """Returns lines of at most `width` terminal columns, and the line of the last fresh cell.
 
-    A token goes to the next line whole, so that masks and words break alike and the text around a
-    mask stays where it is when the mask becomes a word.
+    A token is never split between lines, so that masks and words break alike, and the text around
+    a mask keeps its place when the mask becomes a word.
     """
     lines, used, focus = [Text()], 0, 0
     for cell in row:
@@ -133,18 +133,18 @@ def layout(row: Iterable[Cell], width: int) -> tuple[list[Text], int]:
 
 
 def crop(lines: Sequence[Text], focus: int, height: int) -> Text:
-    """At most `height` of the lines, `focus` among them."""
+    """Returns at most `height` of the lines, with the line `focus` among them."""
     first = max(min(focus - height // 2, len(lines) - height), 0)
     return Text(LINE_END).join(lines[first : first + height])
 
 
 @dataclasses.dataclass
 class Player:
-    """Keeps a request's record and shows its calls, `fps` a second, as stretches of them come in.
+    """Keeps a request's record and shows its calls, `fps` per second, as parts of it arrive.
 
-    Use it as a context, and call it with every stretch. Drawing takes no time of its own: a call
-    that is overdue is left out. The first Ctrl-C behind the first stretch ends the animation, not
-    the run; the next one is an ordinary KeyboardInterrupt.
+    Use it as a context manager, and call it with every part. A call that is overdue is not drawn.
+    The first Ctrl-C after the first part ends the animation but not the run; the next one is an
+    ordinary KeyboardInterrupt.
     """
 
     pieces: Mapping[int, Piece]
@@ -165,7 +165,7 @@ class Player:
 
     @property
     def record(self) -> Record:
-        """All that came in so far."""
+        """Returns the record of all calls so far."""
         return join(self._stretches)
 
     def __enter__(self) -> Self:
@@ -182,7 +182,7 @@ class Player:
         self._live.stop()
 
     def __call__(self, stretch: Record) -> None:
-        """Shows the calls of a stretch, one after the other."""
+        """Shows the calls of the next part of the record, one after the other."""
         self._stretches.append(stretch)
         if not self.shown or self._skipped:
             return
@@ -196,7 +196,7 @@ class Player:
         self._play(record, calls)
 
     def finish(self, completion: str) -> None:
-        """Prints the completion; where it was animated, coloured."""
+        """Prints the completion, in colour where it was animated."""
         if self.animated:
             lines, _ = layout(completed(self.record, self.pieces), self.console.width)
             self.console.print(Text(LINE_END).join(lines))
@@ -204,13 +204,13 @@ class Player:
             print(LINE_END * self.shown + completion, file=self.console.file)
 
     def frame(self, record: Record, call: int) -> RenderableType:
-        """What the terminal shows after `call` calls."""
+        """Returns what the terminal shows after `call` calls."""
         lines, focus = layout(cells(record, call, self.pieces), self.console.width)
         view = crop(lines, focus, max(self.console.height - 2, 1))
         return Group(status(record, call), view)
 
     def _interrupted(self, *_) -> None:
-        """What Ctrl-C does, whether a call is shown or the next block is computed."""
+        """Ends the animation at the first Ctrl-C, and the run at the second."""
         if self._skipped or not self._stretches:
             raise KeyboardInterrupt
         self._skipped = True
@@ -224,7 +224,7 @@ class Player:
             if self.clock() > due + 1 / self.fps and not last:
                 continue
             while (left := due - self.clock()) > 0 and not self._skipped:
-                self.sleep(min(left, GLANCE))
+                self.sleep(min(left, POLL))
             if self._skipped:
                 return
             self._live.update(self.frame(record, call), refresh=True)

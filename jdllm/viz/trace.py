@@ -1,7 +1,7 @@
-"""One request as it was denoised: what every model call looked at, how sure it was, what it wrote.
+"""The record of a request: what every model call saw, how sure it was, and what it wrote.
 
-A Record is arrays alone; a Run adds the text of its ids and where it came from, and is what a file
-of JSON lines holds. docs/generate.md describes the format.
+A Record holds only arrays. A Run adds the text of the ids and where the request came from. A file
+of JSON lines holds one Run; docs/generate.md describes the format.
 """
 
 import dataclasses
@@ -23,27 +23,27 @@ LOOKS = {
     "confidence": np.float32(np.nan),
     "entropy": np.float32(np.nan),
 }
-"""What a call keeps of every column it looked at, and what stands where it looked at fewer."""
+"""What a call records per column in view, and the fill value where fewer columns are in view."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
     """The record of one request, without the padding that its canvas had in a batch.
 
-    Call k, from 1, turns `tokens[k - 1]` into `tokens[k]`; the other arrays describe it in row
-    k - 1. A column that was not looked at has no confidence.
+    Call k, from 1, turns `tokens[k - 1]` into `tokens[k]`; index k - 1 of the other arrays
+    describes it. A column that was not in view has no confidence.
     """
 
     tokens: np.ndarray
     """int32 [calls + 1, T]: the canvas before every model call, and the final one."""
     columns: np.ndarray
-    """int32 [calls, N]: columns whose logits were looked at; -1 where there were fewer."""
+    """int32 [calls, N]: the columns in view; -1 where there were fewer."""
     candidates: np.ndarray
     """int32 [calls, N]: the token that each of them would take."""
     confidence: np.ndarray
-    """float32 [calls, N]: its probability."""
+    """float32 [calls, N]: the probability of that token."""
     entropy: np.ndarray
-    """float32 [calls, N]: of the column's distribution, in nats."""
+    """float32 [calls, N]: the entropy of the column's distribution, in nats."""
     prompt_length: int
     mask_id: int
 
@@ -59,12 +59,12 @@ class Record:
 
     @property
     def calls(self) -> int:
-        """Model calls."""
+        """Returns the number of model calls."""
         return len(self.columns)
 
     @functools.cached_property
     def writers(self) -> np.ndarray:
-        """int32 [calls + 1, T]: the call that wrote what stands there; 0 if given, -1 for masks."""
+        """Returns int32 [calls + 1, T]: the call that wrote each token; 0: given, -1: a mask."""
         found = np.zeros_like(self.tokens)
         for call in range(1, self.calls + 1):
             changed = self.tokens[call] != self.tokens[call - 1]
@@ -73,25 +73,25 @@ class Record:
 
     @functools.cached_property
     def commits(self) -> np.ndarray:
-        """int32 [T]: the first call after which a column is no mask; 0 if given, -1 if never.
+        """Returns int32 [T]: the first call that filled each column; 0 if given, -1 if none did.
 
-        A token may be edited later, or masked again: `writers` tells the call that did it.
+        A token may be edited later, or masked again: `writers` has the call that did it.
         """
         open_CT = self.tokens == self.mask_id
         return np.where(open_CT.all(0), -1, open_CT.argmin(0)).astype(np.int32)
 
     @functools.cached_property
     def guesses(self) -> np.ndarray:
-        """int32 [calls, T]: the candidate by column, -1 where it was not looked at."""
+        """Returns int32 [calls, T]: the candidate per column, -1 where it was not in view."""
         return self._spread(self.candidates, -1)
 
     @functools.cached_property
     def sureness(self) -> np.ndarray:
-        """float32 [calls + 1, T]: how sure the model is of what stands there after each call.
+        """Returns float32 [calls + 1, T]: how sure the model is of each column after each call.
 
         A token has the confidence of the call that wrote it, a mask that of the last call which
-        looked at it. NaN where nobody looked, and where a token was no candidate: given, or an end
-        filled in behind the text.
+        had it in view. It is NaN where no call had, and where the token was not a candidate:
+        tokens of the prompt, and ends that fill the rest after the text.
         """
         seen, found = self._spread(self.confidence, np.nan), np.full(self.tokens.shape, np.nan)
         for call in range(1, self.calls + 1):
@@ -102,11 +102,11 @@ class Record:
         return found.astype(np.float32)
 
     def changes(self, call: int) -> np.ndarray:
-        """The columns that a call (from 1) changed."""
+        """Returns the columns that a call (from 1) changed."""
         return np.flatnonzero(self.tokens[call] != self.tokens[call - 1])
 
     def _spread(self, values: np.ndarray, fill: float) -> np.ndarray:
-        """[calls, N] by place to [calls, T] by column."""
+        """Returns values [calls, T] per column from values [calls, N] per place in view."""
         spread = np.full((self.calls, self.tokens.shape[1]), fill, values.dtype)
         rows, places = np.nonzero((self.columns >= 0) & (self.columns < spread.shape[1]))
         spread[rows, self.columns[rows, places]] = values[rows, places]
@@ -116,11 +116,11 @@ class Record:
 def cut(
     arrays: Mapping[str, np.ndarray], calls: int, prompt_length: int, length: int, mask_id: int
 ) -> Record:
-    """A request's record from one row of what the loop kept for a batch.
+    """Returns a request's record from its row of what the loop recorded for a batch.
 
-    `arrays` are the row's `tokens`, `columns`, `candidates`, `confidence` and `entropy` as Record
-    describes them, but for room for more calls and for padding behind the `length` columns of its
-    canvas; columns in the padding count as not looked at.
+    `arrays` are the row's `tokens`, `columns`, `candidates`, `confidence` and `entropy` as in
+    Record, but with room for more calls, and with padding after the `length` columns of its canvas.
+    Columns in the padding count as not in view.
     """
     looks = {name: np.asarray(arrays[name])[:calls] for name in LOOKS}
     looks["columns"] = np.where(looks["columns"] < length, looks["columns"], -1)
@@ -129,7 +129,7 @@ def cut(
 
 
 def join(stretches: Sequence[Record]) -> Record:
-    """One record of consecutive stretches of calls of one request, such as its blocks."""
+    """Returns one record made of consecutive parts of a request's record, such as its blocks."""
     width = max(stretch.columns.shape[1] for stretch in stretches)
 
     def stack(name: str, fill: np.generic) -> np.ndarray:
@@ -150,17 +150,17 @@ class Run:
     record: Record
     pieces: Mapping[int, Piece]
     about: Mapping[str, Any]
-    """What the file's first line says: prompt, completion, model, decode, versions, ..."""
+    """Facts for the file's first line: prompt, completion, model, decode, versions, ..."""
 
     @property
     def used(self) -> dict[int, Piece]:
-        """The pieces of the ids that occur."""
+        """Returns the pieces of the ids that occur."""
         ids = np.union1d(self.record.tokens, self.record.guesses)
         return {i: self.pieces[i] for i in ids.tolist() if i >= 0}
 
 
 def write(path: Path, run: Run) -> None:
-    """Writes JSON lines, whole or not at all: what the run was, then a line a model call."""
+    """Writes a file of JSON lines, whole or not at all: facts, then one line per model call."""
     lines = [make_header(run), *(describe(run.record, i + 1) for i in range(run.record.calls))]
     with files.atomic_file(path) as file:
         for line in lines:
@@ -168,7 +168,7 @@ def write(path: Path, run: Run) -> None:
 
 
 def make_header(run: Run) -> dict[str, Any]:
-    """The first line: what the run was, the canvas it started from, and how its ids read."""
+    """Returns the first line: facts about the run, its first canvas, and the text of its ids."""
     record = run.record
     return {
         "format": FORMAT,
@@ -183,7 +183,7 @@ def make_header(run: Run) -> dict[str, Any]:
 
 
 def describe(record: Record, call: int) -> dict[str, Any]:
-    """A call's line: parallel lists over the columns it looked at, and what it changed."""
+    """Returns a call's line: parallel lists over the columns in view, and what it changed."""
     row = call - 1
     looked = record.columns[row] >= 0
     columns, changed = record.columns[row][looked], record.changes(call)
@@ -199,7 +199,7 @@ def describe(record: Record, call: int) -> dict[str, Any]:
 
 
 def read(path: Path) -> Run:
-    """Reads what `write` wrote; ValueError, with the line, where it is something else."""
+    """Returns the Run that `write` wrote. Raises ValueError, naming the line, for other files."""
     lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     header = _parse(path, 1, lines[0], _header)
     calls = [_parse(path, i, line, json.loads) for i, line in enumerate(lines[1:], start=2)]
@@ -234,7 +234,7 @@ def _header(line: str) -> dict[str, Any]:
 
 
 def _start(header: dict[str, Any]) -> Record:
-    """The record before any call."""
+    """Returns the record before any call."""
     nothing = {name: np.zeros((0, 0), fill.dtype) for name, fill in LOOKS.items()}
     tokens = np.array([header["tokens"]], np.int32)
     return Record(
@@ -243,7 +243,7 @@ def _start(header: dict[str, Any]) -> Record:
 
 
 def _stretch(before: Record, call: dict[str, Any]) -> Record:
-    """The record of a single call, which follows `before`."""
+    """Returns the record of a single call, which follows `before`."""
     canvas = before.tokens[-1].copy()
     for column, token in call["changes"]:
         canvas[column] = token
@@ -253,5 +253,5 @@ def _stretch(before: Record, call: dict[str, Any]) -> Record:
 
 
 def _floats(values: np.ndarray) -> list[float | None]:
-    """The shortest decimals that read back as the same float32; None for what is not finite."""
+    """Returns the shortest decimals that give the same float32 again; None where not finite."""
     return [float(str(x)) if np.isfinite(x) else None for x in values.astype(np.float32)]

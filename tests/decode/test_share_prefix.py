@@ -198,7 +198,7 @@ def test_the_program_does_less_work():
 
 @pytest.mark.usefixtures("eager")
 def test_programs_stay_few():
-    """One for the prefix, and one a bucket, as without it; a second call compiles nothing."""
+    """One for the prefix, and one per bucket, as without it; a second call compiles nothing."""
     llm, prompts = fresh(tiny("blocks")), prompts_of(8, [33], range(1, 60, 3))
     for _ in range(2):
         llm.generate(prompts, SHORT, batch_size=4)

@@ -25,7 +25,7 @@ from jdllm.model.config import NAMED, NO_ID
 from jdllm.runtime import sharding
 from jdllm.runtime.journal import Journal
 from jdllm.score.likelihood import LikelihoodConfig
-from jdllm.stop.rule import Look, NoStop
+from jdllm.stop.rule import NoStop, StopView
 from jdllm.stop.strings import StopStrings
 from jdllm.store.checkpoint import random_model
 from jdllm.store.fingerprint import fingerprint
@@ -244,7 +244,7 @@ def test_stop_rule_waits_for_masks_on_its_left():
         ]
     )
     generated = jnp.arange(7) >= jnp.full((4, 1), 2)
-    look = Look(
+    view = StopView(
         tokens_BT=tokens,
         open_BT=generated & (tokens == 0),
         generated_BT=generated,
@@ -257,7 +257,7 @@ def test_stop_rule_waits_for_masks_on_its_left():
         candidates_BT=jnp.full((4, 7), -1),
         written_BT=generated,
     )
-    after, _, done, _ = rule(look, rule.start(tokens))
+    after, _, done, _ = rule(view, rule.start(tokens))
     assert done.tolist() == [True, False, False, True]
     assert after[0].tolist() == [4, 5, 1, 4, 5, 9, 9]
     assert after[3].tolist() == [1, 4, 5, 2, 7, 9, 9]

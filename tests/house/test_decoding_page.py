@@ -130,7 +130,8 @@ def test_the_rules_script_measures_and_continues(script: dict[str, Any], tmp_pat
     assert "| Dream's origin | steps 5 |" in capsys.readouterr().out
 
 
-def test_the_front_holds_what_nothing_beats(script: dict[str, Any]):
-    scores = [(1.0, 0.5), (2.0, 0.9), (2.0, 0.8), (3.0, 0.9), (9.0, 0.95), (1.0, 0.4)]
-    rows = [{"sudoku": {"nfe": nfe, "solved": solved}} for nfe, solved in scores]
-    assert script["front"](rows, "sudoku") == [rows[0], rows[1], rows[4]]
+def test_intervals_are_wilsons(script: dict[str, Any]):
+    low, high = script["interval"](0.5, 10)
+    assert (round(low, 4), round(high, 4)) == (0.2366, 0.7634)
+    low, high = script["interval"](1.0, 50)  # nothing was wrong, yet the interval has a width
+    assert round(low, 3) == 0.929 and high == pytest.approx(1)

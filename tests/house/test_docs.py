@@ -132,7 +132,7 @@ def commands() -> list[str]:
 
 @pytest.fixture
 def named_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The files that the pages' commands name, in the folder where they are parsed."""
+    """Makes the files that the pages' commands name, in the folder where they are parsed."""
     (plan,) = (text for page in PAGES for text in blocks(page, "yaml"))
     for name, text in {"plan.yaml": plan, "tuned.json": "{}", "FILE.jsonl": ""}.items():
         (tmp_path / name).write_text(text)
@@ -197,6 +197,13 @@ def test_the_python_example_runs():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert run.stdout.strip()
+
+
+def test_the_quoted_loop_is_the_real_one():
+    quotes = blocks(ROOT / "docs" / "design.md", "python")
+    source = "".join((ROOT / "jdllm" / "decode" / f"{n}.py").read_text() for n in ("step", "loop"))
+    assert len(quotes) == 3
+    assert [quote for quote in quotes if quote not in source] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

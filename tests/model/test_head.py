@@ -115,7 +115,7 @@ def test_random_logits_of_a_large_vocabulary():
 
 
 def test_it_exchanges_a_few_numbers_a_position():
-    """One all-reduce, of four numbers a position and shard, and nothing else."""
+    """One all-reduce, of four numbers per position and shard, and nothing else."""
     grid = sharding.parse_mesh("2x4")
     hidden = jax.ShapeDtypeStruct((B, N, D), jnp.float32, sharding=sharding.by_row(grid))
     head = jax.ShapeDtypeStruct((D, V), jnp.float32, sharding=NamedSharding(grid, P(None, "model")))

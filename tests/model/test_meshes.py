@@ -129,7 +129,7 @@ def test_a_model_axis_sums_twice_a_layer(name: str, mesh: str):
     ],
 )
 def test_a_data_axis_exchanges_a_done_flag(name: str, options: dict[str, Any]):
-    """A single scalar a step, in the condition of the loop, and one a block."""
+    """A single scalar per step, in the condition of the loop, and one per block."""
     conditions, passes = in_loops(program(name, "8x1", dataclasses.replace(OPTIONS, **options)))
     assert not passes
     assert len(conditions) == 2

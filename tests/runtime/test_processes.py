@@ -228,7 +228,7 @@ def test_a_download_is_converted_once_for_all(tmp_path: Path):
         "processes.initialize()\n"
         "load.CONVERT_ABOVE = 0\n"
         f"load.fetch = lambda model: Path({str(source)!r})\n"
-        "processes.first(lambda: time.sleep(35 * processes.leads()))\n"
+        "processes.main_first(lambda: time.sleep(35 * processes.is_main()))\n"
         "print('FOUND', load.locate('owner/name'))\n"
     )
     home = tmp_path / "home"

@@ -16,12 +16,12 @@ from jdllm.stop import (
     Stable,
     Stops,
 )
-from tests.support.one_row import MASK, look
+from tests.support.one_row import MASK, stop_view
 
 
 def run(stop, tokens: list[int], prompt: int, block: tuple[int, int], **facts):
-    """The canvas and whether the row ends, after one look."""
-    verdict = stop(look(tokens, prompt, block, **facts), stop.start(jnp.array([tokens])))
+    """The canvas and whether the row ends, after one call of the rule."""
+    verdict = stop(stop_view(tokens, prompt, block, **facts), stop.start(jnp.array([tokens])))
     assert not verdict.leave_block_B[0]
     return verdict.tokens_BT[0].tolist(), bool(verdict.end_row_B[0])
 
@@ -128,18 +128,18 @@ def test_budget_fills_the_block_with_its_last_forward():
 def test_budget_counts_each_row_for_itself():
     tokens = jnp.array([[5, MASK], [5, MASK]])
     facts = {"tokens_BT": tokens, "open_BT": tokens == MASK, "nfe_B": jnp.array([3, 2])}
-    seen = look([5, MASK], 1, (1, 2), candidates_BT=jnp.array([[-1, 4]]), **facts)
+    seen = stop_view([5, MASK], 1, (1, 2), candidates_BT=jnp.array([[-1, 4]]), **facts)
     after, _, done, _ = Budget(3)(seen, None)
     assert after.tolist() == [[5, 4], [5, MASK]]
     assert done.tolist() == [True, False]
 
 
 def steps(stop, tokens: list[int], candidates: list[list[int]], block=(1, 4)) -> list[list[int]]:
-    """The canvas after each look; predictions change as given."""
+    """The canvas after each step; predictions change as given."""
     canvas = jnp.array([tokens])
     carry, seen = stop.start(canvas), []
     for now in candidates:
-        facts = look(canvas[0].tolist(), 1, block, candidates_BT=jnp.array([now]))
+        facts = stop_view(canvas[0].tolist(), 1, block, candidates_BT=jnp.array([now]))
         canvas, _, done, carry = stop(facts, carry)
         assert not done[0]
         seen.append(canvas[0].tolist())
@@ -167,7 +167,7 @@ def test_stable_begins_anew_in_every_block():
     stop, ahead = Stable(1), jnp.array([[-1, 6, 3, 3]])
     carry = stop.start(canvas)
     for block in ((1, 2), (2, 4)):
-        facts = look([5, 6, MASK, MASK], 1, block, candidates_BT=ahead)
+        facts = stop_view([5, 6, MASK, MASK], 1, block, candidates_BT=ahead)
         canvas, _, _, carry = stop(facts, carry)
     assert canvas[0].tolist() == [5, 6, MASK, MASK]
 
@@ -179,10 +179,10 @@ def test_stops_combine(order: int):
     stop, tokens = Stops(rules), [5, MASK, MASK, MASK]
     canvas = jnp.array([tokens])
     carry = stop.start(canvas)
-    facts = look(tokens, 1, (1, 4), candidates_BT=jnp.array([[-1, 3, 1, 2]]))
+    facts = stop_view(tokens, 1, (1, 4), candidates_BT=jnp.array([[-1, 3, 1, 2]]))
     canvas, _, done, carry = stop(facts, carry)
     assert canvas[0].tolist() == tokens and not done[0]
     canvas, _, done, _ = stop(facts, carry)
     filled = [5, 3, 1, 1] if order == 1 else [5, 3, 1, 2]
     assert canvas[0].tolist() == filled and bool(done[0]) == (order == 1)
-    assert stop(look(tokens, 1, (1, 4), nfe_B=jnp.array([9])), carry).end_row_B[0]
+    assert stop(stop_view(tokens, 1, (1, 4), nfe_B=jnp.array([9])), carry).end_row_B[0]

@@ -21,7 +21,7 @@ HEAD = "import builtins, math, os, sys\n"
 
 
 def equal(base: str, value: str, more: str = "") -> str:
-    """A program whose add() returns a value that equals everything."""
+    """Returns a program whose add() returns a value that equals everything."""
     return (
         f"class Yes({base}):\n"
         "    def __eq__(self, other): return True\n"
@@ -108,7 +108,7 @@ EXITS = {
 
 
 def forged(message: str) -> str:
-    """A program that answers before it is asked, with a message of the true protocol."""
+    """Returns a program that answers before it is asked, with a message of the true protocol."""
     return (
         "from jdllm.tasks.graders.guard import wire\n"
         "p = wire.Peer(3, 4, {}, None, lambda _: True)\n"
@@ -278,7 +278,7 @@ GROUPS = {
 
 
 def filled(text: str, **aims: object) -> str:
-    """A whole program: imports, a wrong add() where it has none, and the things it aims at."""
+    """Returns a whole program: imports, a wrong add() where it has none, and its targets."""
     for name, value in aims.items():
         text = text.replace(f"{{{name}!r}}", repr(value)).replace(f"{{{name}}}", str(value))
     return f"{HEAD}{'' if 'def add' in text else WRONG}{text}"

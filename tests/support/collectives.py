@@ -1,4 +1,4 @@
-"""Reads compiled programs: what their loops send between devices, and for which part of the model.
+"""Reads compiled programs for what their loops send between devices, and for which part.
 
 XLA's text lists computations, each a block of instructions; loops, branches and calls name others.
 """
@@ -23,7 +23,7 @@ class Collective(NamedTuple):
 
     @property
     def elements(self) -> int:
-        """Elements of the result, of all arrays if it is a tuple."""
+        """Returns the number of elements of the result, of all arrays if it is a tuple."""
         total = 0
         for dims in re.findall(r"\w\[([\d,]*)\]", self.shape):
             size = 1
@@ -34,7 +34,7 @@ class Collective(NamedTuple):
 
 
 def computations(text: str) -> dict[str, list[str]]:
-    """Instructions of every computation, by its name."""
+    """Returns the instructions of every computation, by its name."""
     found: dict[str, list[str]] = {}
     current: list[str] = []
     for line in text.splitlines():
@@ -46,12 +46,12 @@ def computations(text: str) -> dict[str, list[str]]:
 
 
 def loops(text: str) -> list[tuple[str, str]]:
-    """Condition and body of every loop."""
+    """Returns the condition and the body of every loop."""
     return LOOP.findall(text)
 
 
 def reached(text: str, start: str) -> set[str]:
-    """A computation and all that it calls, inner loops and all branches included."""
+    """Returns a computation and all that it calls, inner loops and all branches included."""
     known, seen, waiting = computations(text), set[str](), [start]
     while waiting:
         name = waiting.pop()
@@ -65,7 +65,7 @@ def reached(text: str, start: str) -> set[str]:
 
 
 def collectives(text: str, computation: str) -> list[Collective]:
-    """What a computation itself sends; a pass of the model is whole within one."""
+    """Returns what a computation itself sends; a pass of the model is whole within one."""
     found = []
     for line in computations(text)[computation]:
         opcode = OPCODE.search(line)
@@ -77,7 +77,7 @@ def collectives(text: str, computation: str) -> list[Collective]:
 
 
 def in_loops(text: str) -> tuple[list[list[Collective]], list[list[Collective]]]:
-    """What loops send: by every condition, and by every computation of their bodies that sends."""
+    """Returns what loops send, per condition and per sending computation of their bodies."""
     conditions = {condition for condition, _ in loops(text)}
     bodies = {name for _, body in loops(text) for name in reached(text, body)} - conditions
     sent = [[collectives(text, name) for name in sorted(group)] for group in (conditions, bodies)]

@@ -12,7 +12,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def random_arrays(config: ModelConfig, seed: int = 0, sharpness: float = 1.0) -> Arrays:
-    """Float32 weights by name: ones for norms, else normal; a sharp head leaves no near-ties."""
+    """Returns float32 weights by name: ones for norms, else normal, with a sharp head."""
     rng = np.random.default_rng(seed)
     arrays = {}
     for name, leaf in named(abstract(config)).items():
@@ -26,7 +26,7 @@ def random_arrays(config: ModelConfig, seed: int = 0, sharpness: float = 1.0) ->
 
 
 def on_mesh(config: ModelConfig, arrays: Arrays, mesh: jax.sharding.Mesh | str) -> Model:
-    """The model, every device with its slices."""
+    """Returns static graph and parameters, every device with its slices."""
     grid = sharding.parse_mesh(mesh) if isinstance(mesh, str) else mesh
     targets = placements(config, grid)
     placed = {name: jax.device_put(x, targets[name]) for name, x in arrays.items()}

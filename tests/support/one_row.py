@@ -1,25 +1,25 @@
-"""What rules and stops are shown of one row, built by hand."""
+"""Builds by hand what rules and stops are given of one row."""
 
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from jdllm.stop.rule import Look
+from jdllm.stop.rule import StopView
 from jdllm.unmask import View
 
 MASK, VOCAB = 9, 10
 
 
 def one_hot(tokens: list[int], sharpness: float | list[float] = 9.0) -> jnp.ndarray:
-    """Logits [1, N, V] that favour a token at every position."""
+    """Returns logits [1, N, V] that favour a token at every position."""
     logits = np.zeros((1, len(tokens), VOCAB), np.float32)
     logits[0, np.arange(len(tokens)), tokens] = sharpness
     return jnp.array(logits)
 
 
 def view(open_: list[bool], quota: int = 1, **facts: Any) -> View:
-    """No draws, no floor; masks where `open_`, elsewhere token 0."""
+    """Returns a rule's view without draws and floor: masks where `open_`, elsewhere token 0."""
     open_BN = jnp.array([open_])
     known = {
         "logits": jnp.zeros((1, len(open_), VOCAB)),
@@ -35,15 +35,15 @@ def view(open_: list[bool], quota: int = 1, **facts: Any) -> View:
 
 
 def canvas_view(ids: list[int], prompt: int, logits: jnp.ndarray, quota: int = 1, **facts) -> View:
-    """Of a block that begins with `prompt` given columns."""
+    """Returns the view of a block whose first `prompt` columns are given."""
     open_ = [token == MASK for token in ids]
     settled = [i >= prompt and not m for i, m in enumerate(open_)]
     seen = {"ids_BN": jnp.array([ids]), "settled_BN": jnp.array([settled]), "logits": logits}
     return view(open_, quota, **seen | facts)
 
 
-def look(tokens: list[int], prompt: int, block: tuple[int, int], **facts: Any) -> Look:
-    """After a step of `block` that wrote nothing, unless the facts say otherwise."""
+def stop_view(tokens: list[int], prompt: int, block: tuple[int, int], **facts: Any) -> StopView:
+    """Returns a stop's view after a step of `block` that wrote nothing, changed by the facts."""
     columns = jnp.arange(len(tokens))[None]
     tokens_BT, generated_BT = jnp.array([tokens]), columns >= prompt
     known = {
@@ -59,4 +59,4 @@ def look(tokens: list[int], prompt: int, block: tuple[int, int], **facts: Any) -
         "candidates_BT": jnp.full(columns.shape, -1),
         "written_BT": jnp.zeros(columns.shape, bool),
     }
-    return Look(**known | facts)
+    return StopView(**known | facts)

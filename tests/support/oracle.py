@@ -1,8 +1,8 @@
-"""The plain twin of the decode loop: Python loops, one row at a time, float64 rules in numpy.
+"""The plain twin of the decode loop in Python loops: one row at a time, float64 rules in numpy.
 
-It shares nothing with the real loop but the config: no batch, no padding, no jit, a forward pass,
-rules and stops of its own. Slow and obvious; what it says is right. It knows what draws nothing
-(greedy candidates), and the loop of no reference but ours (parity=none).
+It shares only the config with the real loop: it has no batch, no padding and no jit, and a forward
+pass, rules and stops of its own. It is slow and obvious, and defines what is right. It serves
+greedy candidates and our own loop (parity=none), not random draws or a reference's loop.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from tests.support.plain_model import Keys, PlainModel, softmax
 
 
 def candidates(logits: np.ndarray, config: DecodeConfig, mask_id: int) -> np.ndarray:
-    """The best token of every position, never [MASK]."""
+    """Returns the best token of every position, never [MASK]."""
     allowed = logits.copy()
     allowed[:, mask_id] = -np.inf
     return allowed.argmax(-1)
@@ -25,7 +25,7 @@ def candidates(logits: np.ndarray, config: DecodeConfig, mask_id: int) -> np.nda
 def confidences(
     logits: np.ndarray, ids: np.ndarray, config: DecodeConfig, stop_ids: tuple[int, ...]
 ) -> np.ndarray:
-    """What positions are ranked by, and thresholds are compared with."""
+    """Returns what positions are ranked by, and thresholds are compared with."""
     p = softmax(logits)
     if config.remasking == "leftright":
         return -np.arange(len(ids), dtype=float)
@@ -42,7 +42,7 @@ def confidences(
 
 
 def runs(places: list[int]) -> list[list[int]]:
-    """Neighbouring places together."""
+    """Returns runs of neighbouring places."""
     found: list[list[int]] = []
     for i in places:
         if found and found[-1][-1] == i - 1:
@@ -53,7 +53,7 @@ def runs(places: list[int]) -> list[list[int]]:
 
 
 def select(c: np.ndarray, open_: list[int], config: DecodeConfig, quota: int, floor: float):
-    """Which of the open positions are filled; the lowest index wins ties."""
+    """Returns which of the open positions are filled; the lowest index wins ties."""
     order = sorted(open_, key=lambda i: (-c[i], i))
     threshold = config.threshold or 0.0
     bar = max(-threshold if config.remasking == "entropy" else threshold, floor)
@@ -85,7 +85,7 @@ def select(c: np.ndarray, open_: list[int], config: DecodeConfig, quota: int, fl
 
 
 def times(steps: int, eps: float) -> np.ndarray:
-    """Dream's timesteps: torch.linspace, a step from the nearer end, rounded once to float32."""
+    """Returns Dream's timesteps: torch.linspace counts from the nearer end and rounds once."""
     end = Fraction(float(np.float32(eps)))
     step = Fraction(float((np.float32(eps) - np.float32(1)) / np.float32(steps)))
     exact = [1 + i * step if 2 * i < steps else end - (steps - i) * step for i in range(steps + 1)]
@@ -182,7 +182,7 @@ class Row:
         return self.model.table_VD[tokens]
 
     def open(self, first: int, last: int) -> list[int]:
-        """Generated columns that are masked."""
+        """Returns the generated columns that are masked."""
         columns = range(max(first, self.prompt), last)
         return [i for i in columns if self.tokens[i] == self.facts.mask_id]
 
@@ -195,7 +195,7 @@ class Row:
         return self.shake(self.model(inputs[columns], columns, visible, keys))
 
     def forward(self, first: int, last: int, visible_end: int) -> np.ndarray:
-        """One model evaluation: logits by canvas column, unshifted; NaN where nothing was fed."""
+        """Returns logits per canvas column, unshifted, of one evaluation; NaN where not fed."""
         self.nfe += 1
         columns = np.arange(max(first, 0), last)
         logits = self.feed(columns, visible_end, self.keys[0], True)
@@ -207,7 +207,7 @@ class Row:
         return by_column
 
     def window(self, block: Block) -> tuple[int, int, int]:
-        """First and last column to feed, and where sight ends; a full pass where the plan says."""
+        """Returns the first and last column to feed, and the end of what is visible."""
         config, everything = self.config, (0, self.end, self.end)
         if config.verify.lookahead:
             first_mask = self.open(block.first, block.last)[0]
@@ -230,7 +230,7 @@ class Row:
         return block.calls == 0 or bool(renewed) or warm
 
     def call(self, block: Block) -> None:
-        """One model evaluation, and what is unmasked or edited because of it."""
+        """Makes one model evaluation, and unmasks or edits by it."""
         config, mask_id = self.config, self.facts.mask_id
         n, (first, last, sight) = self.nfe, self.window(block)
         logits = self.forward(first, last, sight)
@@ -270,7 +270,7 @@ class Row:
             self.smooth(logits, n)
 
     def agreed(self, own: np.ndarray, ids: np.ndarray, open_: list[int], first: int) -> list[int]:
-        """Drafts up to the first that the mixture with the verifier would not have drawn.
+        """Returns drafts up to the first that the mixture with the verifier would not have drawn.
 
         The verifier reads everything up to the drafts anew in every call.
         """
@@ -292,7 +292,7 @@ class Row:
         return kept
 
     def credited(self, logits: np.ndarray, open_: list[int], block: Block) -> np.ndarray:
-        """dInfer's credit, as the dense matrix it is there."""
+        """Returns logits with dInfer's credit, here a dense matrix as in the reference."""
         config = self.config
         block.credit *= config.credit.beta if block.calls else 1
         p = softmax(logits)
@@ -301,7 +301,7 @@ class Row:
         return logits + config.credit.alpha * np.log1p(block.credit)
 
     def smooth(self, logits: np.ndarray, n: int) -> None:
-        """What is fed next: masks that were in this call carry some of their prediction."""
+        """Returns what is fed next: masks that were in this call carry some of their prediction."""
         config = self.config
         weight = min(config.smooth.init + config.smooth.growth * n, config.smooth.weight)
         for i in np.flatnonzero(~np.isnan(logits[:, 0])):
@@ -310,14 +310,14 @@ class Row:
                 self.inputs[i] += weight * softmax(logits[i]) @ self.model.table_VD
 
     def unfinished(self, block: Block) -> bool:
-        """Whether a block needs another call."""
+        """Returns whether a block needs another call."""
         if self.open(block.first, block.last):
             return True
         edits = self.config.edit.threshold is not None
         return edits and not block.finished and block.clean_calls < self.config.edit.passes
 
     def settled(self, block: Block) -> None:
-        """The stop that fills a block: its predictions stayed the same, or the budget is spent."""
+        """Returns whether to fill the block: its predictions are stable, or the budget is spent."""
         config, open_ = self.config, self.open(block.first, block.last)
         same = all(self.now.get(i) == self.before.get(i) for i in open_)
         self.streak = self.streak + 1 if same else 0
@@ -330,7 +330,7 @@ class Row:
                 self.dirty = True
 
     def ended(self, last: int, closing: bool) -> bool:
-        """Whether the row is finished, after a step or after a block that ends at `last`.
+        """Returns whether the row is finished, after a step or after a block that ends at `last`.
 
         A row whose budget is spent may have come to its end in the same step.
         """
@@ -338,7 +338,7 @@ class Row:
         return self.complete(last, closing) or spent
 
     def complete(self, last: int, closing: bool) -> bool:
-        """Whether the text has ended, and what fills the columns behind it."""
+        """Returns whether the text has ended, and what fills the columns behind it."""
         config, facts = self.config, self.facts
         if config.stop == "eos_block":
             found = closing and facts.eos_id in self.tokens[self.prompt : last]
@@ -357,7 +357,7 @@ class Row:
         return False
 
     def absorb(self, first: int, last: int) -> None:
-        """A call that only writes keys."""
+        """Makes a call that only writes keys and values."""
         if last > first:
             self.forward(first, last, last)
 
@@ -389,7 +389,7 @@ class Row:
 def oracle(
     model: PlainModel, config: DecodeConfig, prompt: list[int], verifier: PlainModel | None = None
 ) -> tuple[list[int], int]:
-    """Canvas and NFE of one prompt, by a resolved config."""
+    """Returns canvas and NFE of one prompt, by a resolved config."""
     row = Row(model, config, prompt, verifier).run()
     return row.tokens.tolist(), row.nfe
 
@@ -401,7 +401,7 @@ def is_close(
     verifier: PlainModel | None = None,
     runs: int = 4,
 ) -> bool:
-    """Whether a decision on the way changes where logits move by 1e-4, more than float32 is off."""
+    """Returns whether some decision changes when logits move by 1e-4, more than float32 is off."""
     row = Row(model, config, prompt, verifier).run()
     for seed in range(runs):
         rng, shaken = np.random.default_rng(seed), Row(model, config, prompt, verifier)

@@ -1,4 +1,4 @@
-"""The transformer in numpy, float64, one row at a time: what the twin of the decode loop calls."""
+"""The transformer in numpy and float64, one row at a time, for the twin of the decode loop."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ Keys = list[tuple[np.ndarray, np.ndarray]]
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Over the last axis; -inf gets nothing."""
+    """Returns the softmax over the last axis; -inf gets 0."""
     shifted = np.exp(logits - logits.max(-1, keepdims=True))
     return shifted / shifted.sum(-1, keepdims=True)
 
@@ -34,7 +34,7 @@ class PlainModel:
     def __call__(
         self, x_WD: np.ndarray, columns: np.ndarray, visible: np.ndarray, keys: Keys
     ) -> np.ndarray:
-        """Logits [W, V] of inputs at `columns`; writes their keys, then sees the visible ones."""
+        """Returns logits [W, V] of inputs at `columns`, whose keys it writes before it attends."""
         facts, blocks = self.facts, np.arange(len(visible))
         seen = np.broadcast_to(visible, (len(columns), len(visible)))
         if length := 1 if facts.causal else facts.block_causal:

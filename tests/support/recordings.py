@@ -1,4 +1,4 @@
-"""The recorded runs of the reference implementations: what there is, and the checkpoints.
+"""Finds the recorded runs of the reference implementations and their checkpoints.
 
 The root is JDLLM_GOLDENS or tests/goldens. What there is to replay is found by content; a family
 that is not supported yet stands in UNSUPPORTED with its reason.
@@ -38,7 +38,7 @@ class Case(NamedTuple):
 
 
 def discover(root: Path) -> list[Case]:
-    """Everything below `root` that can be replayed; ValueError where there is nothing."""
+    """Returns everything below `root` that can be replayed; ValueError where there is nothing."""
     if not root.is_dir():
         raise ValueError(f"JDLLM_GOLDENS={root} is not a folder")
     cases = []
@@ -74,7 +74,7 @@ def supported(kind: str, moe: bool = False) -> list[Any]:
 
 
 def with_mask(folder: Path, scratch: Path) -> Path:
-    """The folder, or a copy whose config.json names the mask: some leave that to a tokenizer."""
+    """Returns the folder, or a copy whose config.json names the mask, where it did not."""
     facts = json.loads((folder / "config.json").read_text())
     if facts["architectures"][0] not in MOE or (folder / "tokenizer.json").exists():
         return folder
@@ -85,13 +85,13 @@ def with_mask(folder: Path, scratch: Path) -> Path:
 
 
 def has_ties(param: Any) -> bool:
-    """Whether a recording holds steps in which confidences are equal."""
+    """Returns whether a recording holds steps in which confidences are equal."""
     return bool(param.values[0].entry.get("has_ties"))
 
 
 @functools.cache
 def load(folder: Path) -> Model:
-    """The checkpoint in a folder, float32, on one device; every one is read once."""
+    """Returns the checkpoint in a folder, float32, on one device; every one is read once."""
     with tempfile.TemporaryDirectory() as scratch:
         source = str(with_mask(folder, Path(scratch)))
         model = load_model(source, sharding.parse_mesh("1x1"), "float32")

@@ -1,4 +1,4 @@
-"""How the parameters of recorded runs read as DecodeConfigs, by family of recordings."""
+"""Turns the parameters of recorded runs into DecodeConfigs, by family of recordings."""
 
 from typing import Any
 
@@ -6,12 +6,12 @@ from jdllm.decode import DecodeConfig
 
 
 def given(params: dict[str, Any], *ignored: str) -> dict[str, Any]:
-    """Parameters that were set, but for those which the algorithm does not read."""
+    """Returns the parameters that were set and that the algorithm reads."""
     return {k: v for k, v in params.items() if v is not None and k not in ignored}
 
 
 def llada_config(params: dict[str, Any]) -> DecodeConfig:
-    """LLaDA's generate.py: no cache, a fixed number of steps, no stop."""
+    """Returns the config of LLaDA's generate.py: no cache, fixed steps, no stop."""
     settings = given(params, "mask_id", "eos_id")
     if settings.get("remasking") == "random":
         settings.pop("confidence_eos_eot_inf", None)  # it changes what then nobody looks at
@@ -19,7 +19,7 @@ def llada_config(params: dict[str, Any]) -> DecodeConfig:
 
 
 def fast_llada_config(params: dict[str, Any]) -> DecodeConfig:
-    """Fast-dLLM's generate functions, and dInfer's copy of them; a factor wins over a threshold."""
+    """Returns the config of Fast-dLLM's generate; a factor wins over a threshold."""
     settings = given(params, "mask_id", "eos_id")
     variant = settings.pop("variant")
     rule: Any = next((name for name in ("factor", "threshold") if name in settings), "quota")
@@ -31,7 +31,7 @@ def fast_llada_config(params: dict[str, Any]) -> DecodeConfig:
 
 
 def dream_config(params: dict[str, Any]) -> DecodeConfig:
-    """Dream's sampler over the whole canvas, and Fast-dLLM's threshold for it."""
+    """Returns the config of Dream's sampler over the canvas, or Fast-dLLM's for it."""
     alg: Any = params["alg"]
     by_threshold, origin = alg == "confidence_threshold", alg == "origin"
     ignored = ["alg", "block_length", "dual_cache", "eps" if by_threshold else "threshold"]
@@ -56,7 +56,7 @@ def dream_config(params: dict[str, Any]) -> DecodeConfig:
 
 
 def fast_dream_config(params: dict[str, Any]) -> DecodeConfig:
-    """Fast-dLLM's block sampler for Dream; any alg but its threshold ranks by entropy."""
+    """Returns the config of Fast-dLLM's block sampler for Dream; most algs rank by entropy."""
     by_threshold = params["alg"] == "confidence_threshold"
     unread = ("eps", "alg_temp", "steps") if by_threshold else ("threshold",)
     settings = given(params, "alg", *unread)
@@ -110,7 +110,7 @@ DINFER_UNREAD: dict[str, tuple[str, ...]] = {
 
 
 def dinfer_config(params: dict[str, Any]) -> DecodeConfig:
-    """dInfer's block runners: both ways in which the recordings spell them."""
+    """Returns the config of dInfer's block runners, which recordings spell in two ways."""
     flat = dict(params)
     decoder = flat.pop("decoder", "hierarchy")
     if isinstance(decoder, dict):
@@ -147,7 +147,7 @@ def dinfer_config(params: dict[str, Any]) -> DecodeConfig:
 
 
 def apd_config(params: dict[str, Any]) -> DecodeConfig:
-    """Adaptive parallel decoding; without a weight of the mixture a fixed number of tokens."""
+    """Returns the config of apd; without a mixture weight it takes a fixed number of tokens."""
     unread = ("alg", "apd_mixture_weight", "max_lookahead", "max_new_tokens", "tokens_per_step")
     common: dict[str, Any] = given(params, *unread, "kv_window", "steps", "eps", "alg_temp") | {
         "gen_length": params["max_new_tokens"],
@@ -168,7 +168,7 @@ def apd_config(params: dict[str, Any]) -> DecodeConfig:
 
 
 def official_config(params: dict[str, Any]) -> DecodeConfig:
-    """LLaDA2.0's and 2.1's generate; the latter edits and ignores `steps`.
+    """Returns the config of LLaDA2's generate; 2.1's edits and ignores `steps`.
 
     Both filter only where they draw.
     """
@@ -198,7 +198,7 @@ def official_config(params: dict[str, Any]) -> DecodeConfig:
 
 
 def sglang_config(params: dict[str, Any], algorithm: str) -> DecodeConfig:
-    """SGLang's LowConfidence, JointThreshold and JointThresholdInDel."""
+    """Returns the config of SGLang's LowConfidence, JointThreshold or JointThresholdInDel."""
     names = {
         "edit_threshold": "edit.threshold",
         "max_post_edit_steps": "edit.passes",

@@ -1,4 +1,4 @@
-"""Scripts of experiments/ as modules, for the tests that look into them."""
+"""Loads scripts of experiments/ as modules, for the tests that use them."""
 
 import importlib.util
 import sys
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 @contextmanager
 def loaded(name: str) -> Iterator[ModuleType]:
-    """experiments/<name>.py, among sys.modules meanwhile: dataclasses look their module up."""
+    """Yields experiments/<name>.py, in sys.modules meanwhile: dataclasses need that."""
     path = ROOT / "experiments" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec and spec.loader

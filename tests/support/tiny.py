@@ -70,7 +70,7 @@ SHOTS = (
 
 
 def files(subjects: list[str]) -> dict[str, list[dict]]:
-    """File name -> its rows."""
+    """Returns the rows of every file, by file name."""
     found = {
         "gsm8k/train.jsonl.gz": [gsm8k(f"{who} traders", n, n) for n, who in enumerate(SHOTS, 2)]
         + [gsm8k("Six friends", 1, 2)],

@@ -32,7 +32,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @functools.cache
 def weights(end_bias: float = 1.0, mask_bias: float = 1.0) -> dict[str, np.ndarray]:
-    """By name; ends and [MASK] may be made likely."""
+    """Returns random weights by name; ends and [MASK] may be made likely."""
     model = random_model(TINY, sharding.parse_mesh("1x1"), seed=3)
     arrays = {name: np.array(leaf[...]) for name, leaf in named(model).items()}
     sharper = {"attention.q": 12, "attention.out": 4, "head": 3}
@@ -51,7 +51,7 @@ def tiny(kind: str = "plain", end_bias: float = 1.0, mask_bias: float = 1.0) -> 
 
 
 def plain(llm: LLM) -> PlainModel:
-    """The same model in numpy."""
+    """Returns the same model in numpy."""
     arrays = {name: np.array(x[...], np.float64) for name, x in named(llm.model).items()}
     return PlainModel(llm.config, arrays)
 
@@ -66,7 +66,7 @@ PROGRAMS: dict[tuple[ModelConfig, Setup, tuple[int, ...]], Any] = {}
 
 
 def canvases(llm: LLM, config: DecodeConfig, prompts: list[list[int]], verifier: LLM | None = None):
-    """Whole canvases and NFE by row, and forwards: what the loop itself returns."""
+    """Returns what the loop returns: whole canvases, NFE per row, and forwards."""
     config = llm.resolve(config)
     setup = make_setup(config, llm.config)
     request = llm._request(prompts, [0] * len(prompts), config, setup)

@@ -30,7 +30,7 @@ class WatchedRow(Row):
 
 
 def watched(model: PlainModel, config: DecodeConfig, prompt: list[int]) -> Record:
-    """The record of one prompt, for a resolved `config` without random draws."""
+    """Returns the record of one prompt, for a resolved `config` without random draws."""
     row = WatchedRow(model, config, prompt)
     row.run()
     tokens, columns, ids, confidence, entropy = map(np.stack, zip(*row.views, strict=True))

@@ -1,1 +1,1 @@
-"""Verdicts: answers read out of completions, and programs that are run."""
+"""Graders: they find answers in completions and compare them, or run programs."""

@@ -19,7 +19,7 @@ _NUMBER = re.compile(rf"{_SIGN}{_DIGITS}(?:\s*/\s*{_DIGITS})?")
 
 
 def final(text: str) -> str | None:
-    r"""The content of the last \boxed{} that holds anything, else of the last answer tag, or None.
+    r"""Returns the content of the last non-empty \boxed{}, else of the last answer tag, or None.
 
     A tag that is never closed runs to the next special token or to the end.
     """
@@ -31,7 +31,7 @@ def final(text: str) -> str | None:
 
 
 def plain(text: str) -> str:
-    r"""LaTeX spacing, dollar and percent signs gone, fractions as a/b, thousands as 1,000."""
+    r"""Returns a text without LaTeX spacing, dollar and percent signs, with fractions as a/b."""
     text = _SPACES.sub("", text).replace("{,}", ",").replace("\u2212", "-")
     text = re.sub(r"\\left|\\right|\\?[$%]", "", text)
     return _FRACTION.sub(lambda found: f" {_bare(found[1])}/{_bare(found[2])}", text)
@@ -42,14 +42,14 @@ def _bare(group: str) -> str:
 
 
 def numbers(text: str) -> list[Fraction]:
-    """The numbers written in a text, exactly: 1,000 is a thousand, 1/2 a half."""
+    """Returns the numbers written in a text, exactly: 1,000 is a thousand, 1/2 a half."""
     return [
         value for word in _NUMBER.findall(plain(text)) if (value := _fraction(word)) is not None
     ]
 
 
 def number(text: str) -> Fraction | None:
-    """The number that a text consists of, or None where it is more or less than one number."""
+    """Returns the number that is all of a text, or None where it is not exactly one number."""
     word = plain(text).strip().rstrip(".")
     return _fraction(word) if _NUMBER.fullmatch(word) else None
 
@@ -61,5 +61,5 @@ def _fraction(word: str) -> Fraction | None:
 
 
 def words(text: str) -> str:
-    r"""The text with \text{} and its kin replaced by what they hold."""
+    r"""Returns the text with \text{} and its kin replaced by what they hold."""
     return _WORDS.sub(r"\1", text)

@@ -49,7 +49,7 @@ class Outcome:
 
 @functools.cache
 def sandbox() -> str:
-    """The name of the sandbox that programs run in: the best that this machine has.
+    """Returns the name of the sandbox that programs run in: the best that this machine has.
 
     The environment variable JDLLM_SANDBOX names another one, or "none". ValueError where there is
     none and that was not asked for.
@@ -73,7 +73,7 @@ def sandbox() -> str:
 
 
 def described() -> str:
-    """What sandbox() found, in words."""
+    """Returns what sandbox() found, in words."""
     return SANDBOXES.get(sandbox(), "no sandbox: limits on time and memory alone")
 
 
@@ -116,7 +116,7 @@ def _run(
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Ends a process and all of its group, and waits a second at most until they are gone."""
+    """Ends a process and all of its group, and waits until they are gone, at most one second."""
     with contextlib.suppress(ProcessLookupError):
         for _ in range(100):
             os.killpg(process.pid, signal.SIGKILL)
@@ -127,7 +127,7 @@ def _end(process: subprocess.Popen) -> None:
 def run_all(
     programs: Sequence[str], tests: str, *, timeout: float = TIMEOUT, memory: int = MEMORY
 ) -> list[Outcome]:
-    """run() of each program, as many at once as there are processor cores."""
+    """Returns run() of each program, as many at a time as there are processor cores."""
     sandbox()
     one = functools.partial(run, tests=tests, timeout=timeout, memory=memory)
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -135,7 +135,7 @@ def run_all(
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """The chance that k of the samples, drawn without replacement, hold a right one.
+    """Returns the chance that k of the samples, drawn without replacement, hold a right one.
 
     The unbiased estimate of Codex: 1 - C(samples - right, k) / C(samples, k). ValueError where
     there are fewer samples than k.
@@ -146,12 +146,12 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 
 
 def ks(samples: int) -> list[int]:
-    """The k to report for a number of samples: the usual ones up to it, and itself."""
+    """Returns the k to report for a number of samples: the usual ones up to it, and itself."""
     return sorted({k for k in KS if k < samples} | {samples, 1})
 
 
 def scores(programs: Sequence[str], tests: str) -> dict[str, float]:
-    """pass@k of one document's programs for every k of ks()."""
+    """Returns pass@k of one document's programs for every k of ks()."""
     right = sum(outcome.passed for outcome in run_all(programs, tests))
     return {f"pass@{k}": pass_at_k(len(programs), right, k) for k in ks(len(programs))}
 
@@ -162,7 +162,7 @@ class CodeEval:
     def compute(
         self, references: Sequence[str], predictions: Sequence[Sequence[str]], k=(1,), **_
     ) -> tuple[dict[str, float], dict]:
-        """Mean pass@k over documents, as the metric of that name returns it."""
+        """Returns mean pass@k over documents, as the metric of that name returns it."""
         found: list[tuple[int, int]] = []
         for tests, programs in zip(references, predictions, strict=True):
             outcomes = run_all(programs, tests)

@@ -17,7 +17,7 @@ _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
 def tagged(text: str) -> str | None:
-    """The stripped content of the first closed answer tag."""
+    """Returns the stripped content of the first closed answer tag."""
     found = _TAG.search(text)
     return found.group(1).strip() if found else None
 
@@ -26,13 +26,13 @@ def tagged(text: str) -> str | None:
 
 
 def gsm8k_truth(answer: str) -> float | None:
-    """The gold number of a GSM8K answer as d1 loads it: None, so always wrong, if negative."""
+    """Returns the gold number of a GSM8K answer as d1 loads it; None if negative: always wrong."""
     found = re.search(r"####\s*(\d[\d,.]*)", answer)
     return float(found.group(1).replace(",", "").rstrip(".")) if found else None
 
 
 def gsm8k_answer(text: str) -> float | None:
-    r"""The first \boxed{} that float() accepts or that holds a number, else the answer tag's.
+    r"""Returns the number in the first \boxed{} that has one, else in the answer tag.
 
     A box ends at its first closing brace and holds no line break; of a box the first number
     counts, of the tag the last.
@@ -56,7 +56,7 @@ def _float(text: str, *, first: bool) -> float | None:
 
 
 def gsm8k_match(truth: float | None, text: str) -> bool:
-    """Whether the completion's number is exactly the gold one."""
+    """Returns whether the completion's number is exactly the gold one."""
     value = gsm8k_answer(text)
     return truth is not None and value is not None and value == truth
 
@@ -65,7 +65,7 @@ def gsm8k_match(truth: float | None, text: str) -> bool:
 
 
 def last_box(text: str) -> str | None:
-    r"""From the last \boxed (else \fbox) to its balancing brace, the wrapper of \boxed{} removed.
+    r"""Returns the last \boxed (else \fbox) to its balancing brace, without \boxed{} itself.
 
     The whole text where there is neither, None where the braces never balance; a \boxed followed
     by a space runs to the next dollar sign.
@@ -85,12 +85,12 @@ def last_box(text: str) -> str | None:
 
 
 def math_answer(text: str) -> str | None:
-    """The last box, else (where it is empty or unbalanced) the first answer tag's content."""
+    """Returns the last box; where it is empty or unbalanced, the first answer tag's content."""
     return last_box(text) or tagged(text)
 
 
 def normalise(text: str) -> str:
-    """The canonical writing that the reference compares.
+    """Returns the canonical writing that the reference compares.
 
     Raises IndexError, ValueError or AssertionError where the reference does; the caller then
     compares the texts as they are.
@@ -128,7 +128,7 @@ _REWRITES = [
 
 
 def _braced_roots(text: str) -> str:
-    r"""\sqrt3 becomes \sqrt{3}: one character, a blank included."""
+    r"""Turns \sqrt3 into \sqrt{3}: one character, a blank included."""
     head, *rest = text.split("\\sqrt")
     return head + "".join(
         "\\sqrt" + (part if part[0] == "{" else f"{{{part[0]}}}{part[1:]}") for part in rest
@@ -136,7 +136,7 @@ def _braced_roots(text: str) -> str:
 
 
 def _braced_fractions(text: str) -> str:
-    r"""\frac12 becomes \frac{1}{2}; a numerator in braces leaves what follows alone."""
+    r"""Turns \frac12 into \frac{1}{2}; after a numerator in braces nothing changes."""
     head, *rest = text.split("\\frac")
     out = head
     for part in rest:
@@ -151,7 +151,7 @@ def _braced_fractions(text: str) -> str:
 
 
 def _slash(text: str) -> str:
-    r"""1/2 becomes \frac{1}{2}, for two whole numbers in canonical writing."""
+    r"""Turns 1/2 into \frac{1}{2}, for two whole numbers in canonical writing."""
     parts = text.split("/")
     if len(parts) != 2:
         return text
@@ -160,7 +160,7 @@ def _slash(text: str) -> str:
 
 
 def math_match(truth: str, text: str) -> bool:
-    """Whether answer and gold have the same canonical writing."""
+    """Returns whether answer and gold have the same canonical writing."""
     answer = math_answer(text)
     if answer is None:
         return False
@@ -186,7 +186,7 @@ LONGEST = 1000
 
 
 def countdown_answer(text: str) -> str:
-    """The expression of a completion: the box, else the tag, else all of it, left of the "="."""
+    """Returns the expression: the box, else the tag, else the whole text, left of the "="."""
     found = last_box(text)
     if found is None:
         tag = tagged(text)
@@ -198,7 +198,7 @@ def countdown_answer(text: str) -> str:
 
 
 def countdown_value(answer: str, numbers: list[int]) -> complex | float | None:
-    """Python's value of an expression of exactly `numbers`.
+    """Returns Python's value of an expression of exactly `numbers`.
 
     None where other numbers are used, infinity where it is not arithmetic. Powers, whole division
     and decimal points pass, as in the reference.
@@ -229,7 +229,7 @@ def _evaluate(tree: ast.expr):
 
 
 def countdown_match(numbers: list[int], target: float, text: str) -> bool:
-    """Whether the expression uses exactly the numbers and comes within 1e-5 of the target."""
+    """Returns whether the expression uses exactly the numbers and is within 1e-5 of the target."""
     value = countdown_value(countdown_answer(text), numbers)
     return value is not None and abs(value - target) < 1e-5
 
@@ -249,7 +249,7 @@ _SUDOKU = [
 
 
 def sudoku_answer(text: str) -> str:
-    """The first of five places that is not blank, cut or filled with 0 to 16; "" where all are."""
+    """Returns the first of five places that is not blank, cut or padded with 0 to 16, or ""."""
     for pattern in _SUDOKU:
         found = pattern.search(text)
         if found and found.group(1).strip():
@@ -258,6 +258,6 @@ def sudoku_answer(text: str) -> str:
 
 
 def sudoku_cells(puzzle: str, solution: str, text: str) -> int:
-    """How many of the empty cells hold the solution's digit; changed clues cost nothing."""
+    """Returns how many of the empty cells hold the solution's digit; changed clues cost nothing."""
     rows = zip(puzzle, solution, sudoku_answer(text), strict=False)
     return sum(clue == "0" and right == cell for clue, right, cell in rows)

@@ -1,1 +1,1 @@
-"""Tasks as lm-eval knows them: ours, its own and a user's; their documents."""
+"""Tasks as lm-eval knows them (ours, its own and a user's), and their documents."""

@@ -9,18 +9,18 @@ _LETTER = re.compile(r"\(?\b([A-D])\b\)?")
 
 
 def braced(completion: str) -> str:
-    """The last text in curly braces, else the first line."""
+    """Returns the last text in curly braces, else the first line."""
     found = [text.strip() for text in _BRACES.findall(completion) if text.strip()]
     return found[-1] if found else (completion.strip().splitlines() or [""])[0]
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words without articles and punctuation."""
+    """Returns lower-case words without articles and punctuation."""
     return re.sub(r"\b(a|an|the)\b|[^\w\s]", " ", text.lower()).split()
 
 
 def grade_hotpotqa(doc: dict, completion: str) -> dict[str, float]:
-    """exact_match and f1 of the words of the answer, the better of the listed answers."""
+    """Returns exact_match and f1 of the answer's words, by the best of the listed answers."""
     said = words(braced(completion))
     scores = []
     for answer in doc["answers"]:
@@ -32,7 +32,7 @@ def grade_hotpotqa(doc: dict, completion: str) -> dict[str, float]:
 
 
 def letter(completion: str) -> str:
-    """The letter a completion chooses: in braces, else after the last "answer is", else the first.
+    """Returns the letter chosen: in braces, else after the last "answer is", else the first.
 
     "" where there is none.
     """
@@ -43,7 +43,7 @@ def letter(completion: str) -> str:
 
 
 def grade_mmlu(doc: dict, completion: str) -> dict[str, float]:
-    """exact_match: the letter chosen is the right one."""
+    """Returns exact_match: whether the letter chosen is the right one."""
     return {"exact_match": float(letter(completion) == LETTERS[doc["answer"]])}
 
 

@@ -26,7 +26,7 @@ SHOTS = (
 
 
 def gold(answer: str) -> Fraction:
-    """The number after #### of a GSM8K answer, with its sign.
+    """Returns the number after #### of a GSM8K answer, with its sign.
 
     Raises ValueError where there is none.
     """
@@ -37,7 +37,7 @@ def gold(answer: str) -> Fraction:
 
 
 def value(completion: str) -> Fraction | None:
-    r"""The number a completion answers with.
+    r"""Returns the number a completion answers with.
 
     Of the last \boxed{} or answer tag: what follows its last "=", and of several numbers the
     first. Without either: the number after the last ####, else the last one of the text.
@@ -53,7 +53,7 @@ def value(completion: str) -> Fraction | None:
 
 
 def grade(doc: dict, completion: str) -> dict[str, float]:
-    """solved: the number equals the gold one. d1_match: d1's verdict, oddities included."""
+    """Returns solved (the number equals the gold one) and d1_match (d1's verdict)."""
     return {
         "solved": float(value(completion) == gold(doc["answer"])),
         "d1_match": float(d1.gsm8k_match(d1.gsm8k_truth(doc["answer"]), completion)),
@@ -61,7 +61,7 @@ def grade(doc: dict, completion: str) -> dict[str, float]:
 
 
 def shots(train: list[dict]) -> list[dict]:
-    """dInfer's four examples, found in the training split by how they begin.
+    """Returns dInfer's four examples, found in the training split by how they begin.
 
     The worked solution ends in "The answer is N" instead of "#### N", as dInfer's do. Raises
     ValueError when one is not there.
@@ -77,7 +77,7 @@ def shots(train: list[dict]) -> list[dict]:
 
 
 def _dinfer(request: str) -> dict:
-    """dInfer's GSM8K: four fixed shots in one user turn, a strict and a flexible reading."""
+    """Returns dInfer's GSM8K: four fixed shots in one user turn, strict and flexible filters."""
     return {
         **HUB,
         "test_split": "test",

@@ -67,7 +67,7 @@ class Splits(dict):
 
 
 def load(folder: Path | None, real: Any, path: str, name: str | None = None, **more: Any) -> Any:
-    """What datasets.load_dataset (`real`) returns, from the folder's files where it has them.
+    """Returns a data set from the folder's files where it has them, else from the hub (`real`).
 
     FileNotFoundError, with the files that would do, where neither folder nor hub can serve.
     """
@@ -93,7 +93,7 @@ def load(folder: Path | None, real: Any, path: str, name: str | None = None, **m
 
 @contextlib.contextmanager
 def reading(folder: Path | None) -> Iterator[None]:
-    """While it lasts, lm-eval's tasks read data sets through load() and programs run in ours.
+    """Makes lm-eval's tasks use load() and our sandbox inside the block.
 
     lm-eval's code tasks fetch their metric from the network when they are imported: they get
     CodeEval, and keep it.
@@ -116,5 +116,5 @@ def reading(folder: Path | None) -> Iterator[None]:
 
 
 def metric(real: Any, path: str, *arguments: Any, **more: Any) -> Any:
-    """What evaluate.load (`real`) returns, but for code_eval: ours."""
+    """Returns our code_eval, and for other names what evaluate.load (`real`) returns."""
     return CodeEval() if path == "code_eval" else real(path, *arguments, **more)

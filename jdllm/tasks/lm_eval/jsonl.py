@@ -8,13 +8,13 @@ from pathlib import Path
 
 
 def find(folder: Path, name: str | Path) -> Path | None:
-    """The file of a name in a folder, as it is or with .gz."""
+    """Returns the file of a name in a folder, as it is or with .gz."""
     paths = (Path(folder) / name, Path(folder) / f"{name}.gz")
     return next((path for path in paths if path.is_file()), None)
 
 
 def read(path: Path) -> list[tuple[str, dict]]:
-    """(where, row) for every non-empty line of a file; where is "path:line".
+    """Yields (where, row) for every non-empty line of a file; where is "path:line".
 
     Raises ValueError for a line that is not a JSON object.
     """
@@ -35,7 +35,7 @@ def _read(path: Path, *_changes: int) -> list[tuple[str, dict]]:
 
 
 def rows(folder: Path | None, file: Path, task: str) -> Iterator[tuple[str, dict]]:
-    """read() of folder/file, for a task whose documents stand nowhere else.
+    """Returns the rows of folder/file, for a task whose documents are nowhere else.
 
     Raises FileNotFoundError when no folder is given or the file is not there, ValueError for a
     line that is not a JSON object.

@@ -12,7 +12,7 @@ _UNIT = re.compile(r"(?<=[\d}])\s*\\(?:text|mbox|mathrm)\s*\{[^{}]*\}(?:\^\{?\d\
 
 
 def canonical(answer: str) -> str:
-    r"""One writing for answers that only differ in layout.
+    r"""Returns one writing for answers that only differ in layout.
 
     Spacing, \left and \right, degree, dollar and percent signs, a unit behind a number, a name in
     front ("x =", "f(x) =", "x \in"), a trailing dot and \text{} go; fractions become a/b, one
@@ -30,13 +30,13 @@ def canonical(answer: str) -> str:
 
 
 def same(truth: str, answer: str) -> bool:
-    """Whether two answers are equal: written alike in canonical form, as numbers, or as words."""
+    """Returns whether two answers are equal: in canonical form, as numbers, or as words."""
     one, other = canonical(truth), canonical(answer)
     return one == other or (one.isalpha() and len(one) > 1 and one.lower() == other.lower())
 
 
 def grade(doc: dict, completion: str) -> dict[str, float]:
-    r"""solved: the last \boxed{}, answer tag or line is the gold answer. d1_match: d1's verdict."""
+    r"""Returns solved (by the last \boxed{}, answer tag or line) and d1_match (d1's verdict)."""
     answer = answers.final(completion)
     if answer is None:
         answer = (completion.strip().splitlines() or [""])[-1]

@@ -18,7 +18,7 @@ _QUOTED = re.compile(r"\[?BEGIN\]?\s*'?(.*?)'?\s*\[?DONE\]?", re.DOTALL)
 
 
 def program(completion: str) -> str:
-    """The program in a completion: the first fenced block that is Python, else the first block.
+    """Returns the program in a completion: the first fenced block of Python, else the first.
 
     Without a fence: everything up to [DONE], from [BEGIN] on where that stands.
     """
@@ -36,7 +36,7 @@ def _parses(text: str) -> bool:
 
 
 def dinfer_program(completion: str) -> str:
-    r"""The program as dInfer's filter finds it: the first closed fence, or all without one.
+    r"""Returns the program as dInfer's filter finds it: the first closed fence, or all without one.
 
     Of that what stands between BEGIN and DONE, cut at the next fence; \_ becomes _.
     """
@@ -48,19 +48,19 @@ def dinfer_program(completion: str) -> str:
 
 
 def tests(doc: dict) -> str:
-    """The assertions of a document, after the imports they need."""
+    """Returns the assertions of a document, after the imports they need."""
     return "\n".join([*doc.get("test_imports", []), *doc["test_list"]])
 
 
 def grade(doc: dict, results: list) -> dict[str, float]:
-    """pass@k of the programs that a filter found in a document's completions."""
+    """Returns pass@k of the programs that a filter found in a document's completions."""
     imports = "\n".join(doc.get("test_imports", []))
     found = results[0] if isinstance(results[0], list) else [results[0]]
     return code.scores([f"{imports}\n{text}" for text in found], tests(doc))
 
 
 def picking(name: str, find) -> dict:
-    """An lm-eval filter that applies `find` to every sample of every document."""
+    """Returns an lm-eval filter that applies `find` to every sample of every document."""
     return {
         "name": name,
         "filter": [
@@ -73,7 +73,7 @@ def picking(name: str, find) -> dict:
 
 
 def sampled(config: dict, samples: int) -> dict:
-    """The config with several samples a document and pass@k over them."""
+    """Returns the config with several samples per document and pass@k over them."""
     return config | {
         "repeats": samples,
         "process_results": grade,
@@ -94,7 +94,7 @@ _CODE = {
 
 
 def sanitized() -> dict:
-    """Three shots (problems 2, 3 and 4), [BEGIN] and [DONE]: as lm-eval asks the full set."""
+    """Returns MBPP with three shots (problems 2, 3, 4), [BEGIN] and [DONE], as in lm-eval."""
     config = {
         **HUB,
         **_CODE,
@@ -114,7 +114,7 @@ def sanitized() -> dict:
 
 
 def whole(**_) -> dict:
-    """All 427 sanitized problems, of every split, in the order of their numbers."""
+    """Returns all 427 sanitized problems, of every split, in the order of their numbers."""
     import datasets
 
     found: Any = datasets.load_dataset(path=HUB["dataset_path"], name=HUB["dataset_name"])
@@ -123,7 +123,7 @@ def whole(**_) -> dict:
 
 
 def _dinfer() -> dict:
-    """Zero-shot, a fence asked for, all problems."""
+    """Returns MBPP without examples, which asks for a fenced block, over all problems."""
     config = {
         **_CODE,
         "custom_dataset": whole,

@@ -8,7 +8,7 @@ from jdllm.tasks.lm_eval import blockinfer, gsm8k, math500, mbpp
 
 
 def graded(grade: Callable[[Doc, str], dict[str, float]], metrics: Sequence[str], **config) -> dict:
-    """An lm-eval config of a task that generates text and is graded by `grade`.
+    """Returns an lm-eval config of a task that generates text and is graded by `grade`.
 
     The first of the metrics is the one to quote.
     """
@@ -26,12 +26,12 @@ def graded(grade: Callable[[Doc, str], dict[str, float]], metrics: Sequence[str]
 
 
 def length(tokens: int) -> dict[str, Any]:
-    """The generation_kwargs of a task whose completions end by themselves."""
+    """Returns the generation_kwargs of a task whose completions end by themselves."""
     return {"until": [], "max_gen_toks": tokens}
 
 
 def of_task(task: Task, docs: Sequence[Doc]) -> dict:
-    """The config of a Task over `docs`."""
+    """Returns the config of a Task over `docs`."""
 
     def dataset(**_: Any) -> dict:
         from datasets import Dataset

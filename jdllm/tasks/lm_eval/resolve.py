@@ -34,7 +34,7 @@ def check(
     include_path: Path | None = None,
     prompt_file: Path | None = None,
 ) -> None:
-    """ValueError for names that resolve() could not serve, as far as the words alone tell.
+    """Raises ValueError for names that resolve() could not serve, as far as the words tell.
 
     Files are looked for by resolve(). Takes two seconds where a name is neither ours nor the
     user's: lm-eval's are looked through.
@@ -84,13 +84,13 @@ def resolve(
     seed: int = 0,
     confirm_run_unsafe_code: bool = False,
 ) -> dict[str, Any]:
-    """lm-eval's tasks for names, as lm_eval.evaluate takes them: {"tasks", "groups", "group_map"}.
+    """Returns tasks by name, as lm_eval.evaluate takes them: {"tasks", "groups", "group_map"}.
 
     A user's task of include_path wins over ours, ours over lm-eval's. Documents come from `data`
     where it has the files (hub.FILES), else from the Hugging Face hub; generated tasks draw
     `limit` of them (100) with `seed`. prompt_file holds the prompt as a Jinja template over a
     document's fields, to the letter but for one line break at its end. `shots` and `samples`
-    change the number of examples and of completions a document; with several samples, metrics are
+    change the number of examples, and of completions per document. With several, metrics are
     means over them, and code tasks report pass@k. ValueError for what check() refuses and, before
     any of its code is imported, for a code task that is not confirmed; FileNotFoundError where
     neither folder nor hub has the documents.
@@ -137,7 +137,7 @@ def _template(file: Path) -> str:
 
 
 def documents(task: Task, data: Path | None, limit: int | None, seed: int) -> list[dict]:
-    """The documents of one of TASKS: held-out generated ones, or those of its file."""
+    """Returns the documents of one of TASKS: held-out generated ones, or those of its file."""
     if task.read is None:
         return task.generate(limit or GENERATED, seed, held_out=True)
     docs = task.read(data)
@@ -147,7 +147,7 @@ def documents(task: Task, data: Path | None, limit: int | None, seed: int) -> li
 
 
 def _try_prompt(file: Path, changes: dict, config: dict) -> None:
-    """ValueError, with the fields there are, for a template that the first document cannot fill."""
+    """Raises ValueError, with the fields, for a template that the first document cannot fill."""
     from lm_eval.utils import apply_template
 
     doc = dict(build(dict(config), 1).eval_docs[0])
@@ -161,14 +161,14 @@ def _try_prompt(file: Path, changes: dict, config: dict) -> None:
 
 
 def build(config: dict, samples: int = 1) -> Any:
-    """lm-eval's object for a config; with several samples, one that averages over them."""
+    """Returns lm-eval's object for a config; with several samples it averages over them."""
     from lm_eval.api.task import ConfigurableTask
 
     class Averaged(ConfigurableTask):
         """Grades every sample of a document by itself; its metrics are the means."""
 
         def grade(self, doc: dict, results: list) -> list[dict[str, float]]:
-            """The metrics of each sample."""
+            """Returns the metrics of each sample."""
             one = super().process_results
             return [one(doc, [text]) for text in results[0]]
 
@@ -204,7 +204,7 @@ def _merge(loaded: dict, more: Any, changes: dict, samples: int, confirmed: bool
 
 
 def quoted(task: Any) -> str:
-    """The "metric,filter" of lm-eval's results to quote for one of its task objects."""
+    """Returns the "metric,filter" of lm-eval's results to quote for one of its task objects."""
     name = task.config.task
     reported = task.aggregation()
     named = (task.config.metadata or {}).get("quoted") or stock.QUOTED.get(name)

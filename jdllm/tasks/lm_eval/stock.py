@@ -24,7 +24,7 @@ _TAGS = re.compile(r"""^["']?tag["']?:[ \t]*(.*(?:\n[ \t]*-[ \t]*.*)*)""", re.MU
 
 @functools.cache
 def root() -> Path:
-    """The folder of lm-eval's tasks; found without importing it, which takes seconds."""
+    """Returns the folder of lm-eval's tasks; found without importing it, which takes seconds."""
     spec = importlib.util.find_spec("lm_eval")
     if spec is None or not spec.origin:
         raise ModuleNotFoundError("lm-eval is not installed: python -m pip install lm-eval")
@@ -33,7 +33,7 @@ def root() -> Path:
 
 @functools.cache
 def names() -> dict[str, Path]:
-    """Every task, group and tag of lm-eval, and a file that has it; found without parsing."""
+    """Returns lm-eval's tasks, groups and tags with a file of each, found without parsing."""
     found: dict[str, Path] = {}
     for path in sorted(root().rglob("*.yaml")):
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -46,7 +46,7 @@ def names() -> dict[str, Path]:
 
 
 def index(user: Path | None) -> dict[str, Any]:
-    """The names in a user's folder, with lm-eval's entry of each."""
+    """Returns the names in a user's folder, with lm-eval's entry of each."""
     if user is None:
         return {}
     from lm_eval.tasks import TaskManager
@@ -55,7 +55,7 @@ def index(user: Path | None) -> dict[str, Any]:
 
 
 def manager(name: str, user: Path | None) -> Any:
-    """A TaskManager that knows `name` and what it is made of; a user's tasks win.
+    """Returns a TaskManager that knows `name` and what it is made of; a user's tasks win.
 
     It holds the user's folder and those of lm-eval's that have the name and its members;
     everything, which is slow, only for a tag, whose members may stand anywhere.
@@ -80,7 +80,7 @@ def manager(name: str, user: Path | None) -> Any:
 
 
 def missing(index: dict[str, Any], name: str) -> list[str]:
-    """What an index of lm-eval lacks of `name` and, if it is a group, of its members."""
+    """Returns what an index of lm-eval lacks of `name` and, if it is a group, of its members."""
     entry = index.get(name)
     if entry is None:
         return [name]
@@ -99,7 +99,7 @@ def _lacking(index: dict[str, Any], member: Any) -> list[str]:
 
 
 def check(folder: Path) -> None:
-    """ValueError for a user's folder that is not there, or a YAML in it that lm-eval would skip."""
+    """Raises ValueError for a folder that is missing, or a YAML in it that lm-eval would skip."""
     if not folder.is_dir():
         raise ValueError(f"include_path={folder} is no folder; name the one with your YAML files")
     for path in sorted(folder.rglob("*.yaml")):
@@ -110,14 +110,14 @@ def check(folder: Path) -> None:
 
 
 def parse(path: Path, *, functions: bool) -> dict:
-    """A task's config from its YAML and what that includes; `functions` also imports its code."""
+    """Returns a task's config from its YAML and its includes; `functions` also imports its code."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     return load_yaml(path, resolve_func=functions)
 
 
 def config(path: Path, name: str, confirmed: bool) -> dict:
-    """The config of lm-eval's or a user's task `name`, mended where FIXES has something.
+    """Returns the config of lm-eval's or a user's task `name`, mended where FIXES has something.
 
     ValueError where a package that the task needs is missing, and for a task that runs programs
     unless `confirmed`: before its code is imported, which may run some.
@@ -135,9 +135,9 @@ def config(path: Path, name: str, confirmed: bool) -> dict:
 
 
 def refuse_code(found: dict, confirmed: bool) -> None:
-    """ValueError for a task that runs what the model writes, unless that is `confirmed`.
+    """Raises ValueError for a task that runs what the model writes, unless `confirmed`.
 
-    And where there is no sandbox to run it in (code.sandbox()).
+    It does so, too, where there is no sandbox to run it in (code.sandbox()).
     """
     if not found.get("unsafe_code"):
         return
@@ -147,7 +147,7 @@ def refuse_code(found: dict, confirmed: bool) -> None:
 
 
 def sampled(found: dict, samples: int) -> dict:
-    """A code task's config with several samples a document and pass@k over them."""
+    """Returns a code task's config with several samples per document and pass@k over them."""
     if any("k" in metric for metric in found.get("metric_list", ())):  # HumanEval and its kin
         metrics = [metric | {"k": code.ks(samples)} for metric in found["metric_list"]]
         return found | {"repeats": samples, "metric_list": metrics}
@@ -155,9 +155,9 @@ def sampled(found: dict, samples: int) -> dict:
 
 
 def _quick_rouge(found: dict) -> dict:
-    """TruthfulQA bootstraps single scores, a thousand draws each: one draw gives the same number.
+    """Makes TruthfulQA bootstrap a single score once, not a thousand times: the result is equal.
 
-    That is 2 seconds a document saved.
+    That saves 2 seconds per document.
     """
     score = found["process_results"]
     scoring = score.__globals__["scoring"]
@@ -171,9 +171,9 @@ def _quick_rouge(found: dict) -> dict:
 
 
 def _find_program(found: dict) -> dict:
-    """mbpp_instruct's own filter loses the first word of an answer that starts with code at once.
+    """Adds `extracted`: mbpp_instruct's filter loses the first word where code comes at once.
 
-    It stays, under its name; `extracted` is ours. The answer follows an open fence.
+    That filter stays, under its name. The answer follows an open fence.
     """
     ours = mbpp.picking("extracted", lambda text: mbpp.program("```python\n" + text))
     return found | {"filter_list": [ours, *found["filter_list"]]}
@@ -183,9 +183,9 @@ CHECK = "{{test}}\ncheck({{entry_point}})"
 
 
 def _own_helpers(found: dict) -> dict:
-    """HumanEval's tests use functions of the prompt, which are taken from there.
+    """Gives HumanEval's tests the functions of the prompt that they use.
 
-    A program has them too, and could judge itself by its own of that name.
+    A program has functions of the same names, too, and could judge itself by them.
     """
 
     def doc_to_target(doc: dict) -> str:

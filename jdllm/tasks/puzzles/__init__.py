@@ -1,1 +1,1 @@
-"""Puzzles that are generated: sudoku and countdown."""
+"""The puzzles that are generated: sudoku and countdown."""

@@ -1,6 +1,6 @@
 """Countdown with three numbers: the prompt, the generator and the canonical answer.
 
-Every way to combine three numbers is one row of PLANS; the same table solves one document for its
+Every way to combine three numbers is one of COMBINATIONS. The table solves one document for its
 answer and a whole batch of triples for the generator. The grader is in expression.py.
 """
 
@@ -28,7 +28,7 @@ INSTRUCTION = (
 )
 
 
-class Plan(NamedTuple):
+class Combination(NamedTuple):
     """One way to combine three numbers, sorted from large to small: two steps in order.
 
     The first step is n[i] op n[j]; the second is result op n[k], or n[k] op result if flipped.
@@ -42,8 +42,8 @@ class Plan(NamedTuple):
     flipped: bool = False
 
 
-def _plans() -> tuple[Plan, ...]:
-    """All plans in order of preference: sums, then one product, then quotients."""
+def _combinations() -> tuple[Combination, ...]:
+    """Returns all combinations in order of preference: sums, then one product, then quotients."""
     pairs = [(0, 1, 2), (0, 2, 1), (1, 2, 0)]
     shapes: list[tuple[str, str, bool]] = [
         ("+", "+", False),
@@ -66,21 +66,21 @@ def _plans() -> tuple[Plan, ...]:
         ("*", "/", False),
         ("/", "/", False),
     ]
-    return tuple(Plan(p, i, j, q, k, f) for p, q, f in shapes for i, j, k in pairs)
+    return tuple(Combination(p, i, j, q, k, f) for p, q, f in shapes for i, j, k in pairs)
 
 
-PLANS = _plans()
-EASY_PLANS = sum(plan.op1 in "+-" and plan.op2 in "+-" for plan in PLANS)  # the first rows
-# How often the generator draws a plan that reaches a target in range: in how many orders the sum
+COMBINATIONS = _combinations()
+EASY = sum(way.op1 in "+-" and way.op2 in "+-" for way in COMBINATIONS)  # the first rows
+# How often the generator draws a combination whose value is in range: in how many orders the sum
 # can be written from left to right.
-WEIGHTS = np.array([{"++": 6, "+-": 4, "--": 2}.get(p.op1 + p.op2, 1) for p in PLANS])
+WEIGHTS = np.array([{"++": 6, "+-": 4, "--": 2}.get(p.op1 + p.op2, 1) for p in COMBINATIONS])
 # How often a document's target should be out of reach of sums and differences. Only about half of
 # the triples reach such a value, which leaves a tenth of the documents, as in d1's test file.
 HARD = 0.19
 
 
 def _step(op: str, a, b):
-    """One operation on ints or int arrays: (result, whether it is a whole number, not negative)."""
+    """Returns (result, whether it is a whole number >= 0) of an operation on ints or int arrays."""
     if op == "+":
         return a + b, a == a
     if op == "-":
@@ -91,21 +91,21 @@ def _step(op: str, a, b):
     return a // divisor, (b > 0) & (a % divisor == 0)
 
 
-def _apply(plan: Plan, n):
-    """Carry out a plan on three numbers, each an int or an array: (first, second, valid)."""
-    first, fits = _step(plan.op1, n[plan.i], n[plan.j])
-    pair = (n[plan.k], first) if plan.flipped else (first, n[plan.k])
-    second, fits_too = _step(plan.op2, *pair)
+def _apply(way: Combination, n):
+    """Returns (first, second, valid) of a combination of three numbers, each an int or an array."""
+    first, fits = _step(way.op1, n[way.i], n[way.j])
+    pair = (n[way.k], first) if way.flipped else (first, n[way.k])
+    second, fits_too = _step(way.op2, *pair)
     return first, second, fits & fits_too
 
 
 @functools.lru_cache(maxsize=65536)
-def _solve(numbers: tuple[int, ...], wanted: int) -> tuple[Plan, int]:
-    """The preferred plan for three numbers sorted from large to small, and its first result."""
-    for plan in PLANS:
-        first, second, valid = _apply(plan, numbers)
+def _solve(numbers: tuple[int, ...], wanted: int) -> tuple[Combination, int]:
+    """Returns the preferred combination for numbers sorted large to small, and its first result."""
+    for way in COMBINATIONS:
+        first, second, valid = _apply(way, numbers)
         if valid and second == wanted:
-            return plan, int(first)
+            return way, int(first)
     raise ValueError(
         f"no expression that uses {', '.join(map(str, numbers))} once each makes {wanted} through "
         f"whole numbers; correct or remove the document"
@@ -113,50 +113,50 @@ def _solve(numbers: tuple[int, ...], wanted: int) -> tuple[Plan, int]:
 
 
 def solution(doc: dict) -> tuple[str, str]:
-    """The canonical chain and expression, as in ("93+30=123,123-100=23", "93+30-100").
+    """Returns the canonical chain and expression, as in ("93+30=123,123-100=23", "93+30-100").
 
-    They depend only on the target and on which numbers there are: the first plan that hits the
-    target, larger operands first, no needless parentheses, every step a whole number not below
-    zero. Raises ValueError when no plan hits the target.
+    They depend only on the target and on which numbers there are. They use the first combination
+    that hits the target, larger operands first, no needless parentheses, and every step is a whole
+    number not below zero. Raises ValueError when no combination hits the target.
     """
     n = _sorted(doc["numbers"])
-    plan, first = _solve(n, doc["target"])
-    step = f"{n[plan.i]}{plan.op1}{n[plan.j]}"
-    # no plan subtracts a sum or divides by a product, so this is the only need for parentheses
-    inner = f"({step})" if plan.op1 in "+-" and plan.op2 in "*/" else step
-    last = n[plan.k]
-    if plan.flipped:
-        chain, written = f"{last}{plan.op2}{first}", f"{last}{plan.op2}{inner}"
+    way, first = _solve(n, doc["target"])
+    step = f"{n[way.i]}{way.op1}{n[way.j]}"
+    # no combination subtracts a sum or divides by a product: parentheses have no other use
+    inner = f"({step})" if way.op1 in "+-" and way.op2 in "*/" else step
+    last = n[way.k]
+    if way.flipped:
+        chain, written = f"{last}{way.op2}{first}", f"{last}{way.op2}{inner}"
     else:
-        chain, written = f"{first}{plan.op2}{last}", f"{inner}{plan.op2}{last}"
+        chain, written = f"{first}{way.op2}{last}", f"{inner}{way.op2}{last}"
     return f"{step}={first},{chain}={doc['target']}", written
 
 
 def prompt(doc: dict) -> str:
-    """The user's message: the rules in words, then the numbers in the document's order."""
+    """Returns the user's message: the rules in words, then the numbers in the document's order."""
     listed = ",".join(str(number) for number in doc["numbers"])
     return f"{INSTRUCTION}Numbers: {listed} target: {doc['target']}"
 
 
 def response(doc: dict, *, chain: bool = True) -> str:
-    r"""The training answer: the canonical chain (left out on request) and the boxed expression."""
+    r"""Returns the training answer: the canonical chain, if asked, and the boxed expression."""
     steps, written = solution(doc)
     boxed = f"\\boxed{{{written}}}"
     return f"{steps} {boxed}" if chain else boxed
 
 
 def target(doc: dict) -> str:
-    """The number to reach, as text."""
+    """Returns the number to reach, as text."""
     return str(doc["target"])
 
 
 def key(doc: dict) -> str:
-    """What the hold-out hash is taken of: numbers from small to large and the target: "1,2,3=6"."""
+    """Returns the text to hash for the hold-out: sorted numbers and target, as in "1,2,3=6"."""
     return ",".join(map(str, sorted(doc["numbers"]))) + f"={doc['target']}"
 
 
 def grade(doc: dict, completion: str) -> dict[str, float]:
-    """Score one completion with 0.0 or 1.0.
+    """Returns the scores of one completion, each 0.0 or 1.0.
 
     solved: the expression uses exactly the given numbers and has exactly the target's value.
     exact_match: it is also written as the canonical answer is, character for character.
@@ -175,7 +175,7 @@ def grade(doc: dict, completion: str) -> dict[str, float]:
 
 
 def grade_d1(doc: dict, completion: str) -> dict[str, float]:
-    """grade, and beside it d1_match: the verdict of d1's parser, oddities included."""
+    """Returns grade's scores and d1_match: the verdict of d1's parser, oddities included."""
     matched = d1.countdown_match(doc["numbers"], doc["target"], completion)
     return grade(doc, completion) | {"d1_match": float(matched)}
 
@@ -185,7 +185,7 @@ def _sorted(numbers: Sequence[int]) -> tuple[int, ...]:
 
 
 def _draw(rng: np.random.Generator, count: int) -> Iterator[dict]:
-    """Draw numbers uniformly, then one of the targets in range that they reach.
+    """Draws numbers uniformly, then one of the targets in range that they reach.
 
     With probability HARD the target is one that sums and differences cannot make, where the
     numbers have any such; otherwise it is one that they can make, and they always can.
@@ -193,10 +193,10 @@ def _draw(rng: np.random.Generator, count: int) -> Iterator[dict]:
     drawn = rng.integers(1, LARGEST + 1, size=(count, 3))
     n = -np.sort(-drawn, axis=1).T  # [3, N], large to small
     values, hits = _values(n)
-    easy = values[:EASY_PLANS]
+    easy = values[:EASY]
     new = np.ones_like(hits)
-    new[:EASY_PLANS] = False
-    for row in range(EASY_PLANS, len(PLANS)):
+    new[:EASY] = False
+    for row in range(EASY, len(COMBINATIONS)):
         new[row] = ~(easy == values[row]).any(axis=0)
     hard = hits & new
     wants_hard = (rng.random(count) < HARD) & hard.any(axis=0)
@@ -209,17 +209,17 @@ def _draw(rng: np.random.Generator, count: int) -> Iterator[dict]:
 
 
 def _values(n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Every plan's value for numbers [3, N]: values [P, N] (0 where invalid), in range [P, N]."""
+    """Returns every combination's value [P, N] for numbers [3, N] (0: invalid), and if in range."""
     columns = []
-    for plan in PLANS:
-        _, second, valid = _apply(plan, n)
+    for way in COMBINATIONS:
+        _, second, valid = _apply(way, n)
         columns.append(np.where(valid, second, 0))
     values = np.stack(columns)
     return values, (values >= 1) & (values <= LARGEST)
 
 
 def generate(n: int, seed: int, *, held_out: bool) -> list[dict]:
-    """Draw n documents {"numbers": [a, b, c], "target": t}, all from 1 to 100 and all solvable.
+    """Draws n documents {"numbers": [a, b, c], "target": t}, all from 1 to 100 and all solvable.
 
     Training documents may repeat; held-out ones are distinct, and no (numbers, target) is ever on
     both sides, in whatever order the numbers come. Raises ValueError when n is negative.
@@ -228,7 +228,7 @@ def generate(n: int, seed: int, *, held_out: bool) -> list[dict]:
 
 
 def read(folder: Path | None) -> list[dict]:
-    """Read d1's test documents from folder/countdown/d1_cd3_test.jsonl.
+    """Reads d1's test documents from folder/countdown/d1_cd3_test.jsonl.
 
     Raises FileNotFoundError when the file is not there, ValueError for a line of another form.
     """

@@ -35,7 +35,7 @@ _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 def last_box(text: str) -> str | None:
-    r"""The content of the last \boxed{...} whose braces balance, or None."""
+    r"""Returns the content of the last \boxed{...} whose braces balance, or None."""
     start = text.rfind("\\boxed{")
     while start >= 0:
         begin = start + len("\\boxed{")
@@ -49,7 +49,7 @@ def last_box(text: str) -> str | None:
 
 
 def extract(completion: str) -> str:
-    r"""The expression in a completion, in plain operators and without what follows an "=".
+    r"""Returns the expression in a completion, in plain operators and without what follows an "=".
 
     It is the last \boxed{}, else the last answer tag, else the whole text, stripped.
     """
@@ -63,7 +63,7 @@ def extract(completion: str) -> str:
 
 
 def parse(text: str) -> ast.expr | None:
-    """The syntax tree of an expression, or None when it is not one of the allowed kind."""
+    """Returns the syntax tree of an expression, or None when it is not one of the allowed kind."""
     if len(text) > LONGEST or not _ALLOWED.fullmatch(text):
         return None
     try:
@@ -74,7 +74,7 @@ def parse(text: str) -> ast.expr | None:
 
 
 def _allowed(tree: ast.expr) -> bool:
-    """Whether a tree holds only whole numbers, signs and the four operators."""
+    """Returns whether a tree holds only whole numbers, signs and the four operators."""
     match tree:
         case ast.Constant(value=value):
             return type(value) is int
@@ -86,14 +86,14 @@ def _allowed(tree: ast.expr) -> bool:
 
 
 def numbers(tree: ast.expr) -> Iterator[int]:
-    """The whole numbers written in a tree that parse() let through."""
+    """Returns the whole numbers written in a tree that parse() let through."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, int):
             yield node.value
 
 
 def value(tree: ast.expr) -> Fraction | None:
-    """The exact value of a tree that parse() let through; None where it divides by zero."""
+    """Returns the exact value of a tree that parse() let through; None where it divides by zero."""
     try:
         return _value(tree)
     except ZeroDivisionError:

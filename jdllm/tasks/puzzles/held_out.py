@@ -1,4 +1,4 @@
-"""Which generated items may be trained on: decided by a hash of the item, never by a seed.
+"""Decides which generated items may be trained on: by a hash of the item, never by a seed.
 
 An item's key (the sudoku's puzzle string, a countdown's sorted numbers and target) is hashed with
 sha256. One hash in HELD_OUT_SHARE is reserved for evaluation whatever seed drew it, and the
@@ -19,18 +19,18 @@ DRY_BATCHES = 200  # this many batches without a new document: the held-out side
 
 
 def digest(key: str) -> str:
-    """The first 16 hex digits of the sha256 of a key: the form that held_out.txt lists."""
+    """Returns the first 16 hex digits of the sha256 of a key: the form that held_out.txt lists."""
     return hashlib.sha256(key.encode("ascii")).hexdigest()[:DIGEST_LENGTH]
 
 
 def reserved(hexdigits: str) -> bool:
-    """Whether a digest falls in the share of items kept for generated evaluation documents."""
+    """Returns whether a digest belongs to the share of items reserved for evaluation documents."""
     return int(hexdigits, 16) % HELD_OUT_SHARE == 0
 
 
 @functools.cache
 def listed() -> frozenset[str]:
-    """The digests in held_out.txt.
+    """Returns the digests in held_out.txt.
 
     Raises ValueError, naming the line, when one is not 16 lower-case hex digits.
     """
@@ -39,7 +39,7 @@ def listed() -> frozenset[str]:
 
 
 def parse(text: str) -> frozenset[str]:
-    """Read the list's text: one digest a line; empty lines and lines that start with # are skipped.
+    """Reads the list: one digest per line; empty lines and lines that start with # are skipped.
 
     Raises ValueError, naming the line, when a digest is malformed.
     """
@@ -58,7 +58,7 @@ def parse(text: str) -> frozenset[str]:
 
 
 def admits(key: str, *, held_out: bool) -> bool:
-    """Whether a generated item belongs to the side asked for: evaluation docs or training docs.
+    """Returns whether a generated item is on the side asked for: evaluation or training.
 
     No key is admitted on both sides; a key of held_out.txt is never admitted for training.
     """
@@ -76,7 +76,7 @@ def draw(
     *,
     held_out: bool,
 ) -> list[dict]:
-    """Take the first n admitted documents of a task's endless seeded stream.
+    """Returns the first n admitted documents of a task's endless seeded stream.
 
     sample(rng, count) yields count documents, key names one. The batch size is fixed, so a
     smaller n gives a prefix of a larger one. Held-out documents are distinct; training documents

@@ -1,6 +1,6 @@
 """Sudoku 4x4 with eight clues: the prompt, the grader and the generator.
 
-There are only 288 grids, so every question about a puzzle (is it ambiguous, which completion
+There are only 288 grids. So every question about a puzzle (is it ambiguous, which completion
 comes first) is answered by listing them. A grid and a puzzle are 16-character strings, row by row.
 """
 
@@ -40,12 +40,12 @@ _BARE = re.compile(r"(?<!\d)\d{16}(?!\d)")
 
 
 def prompt(doc: dict) -> str:
-    """The user's message: the rules in words, then the puzzle on a line of its own."""
+    """Returns the user's message: the rules in words, then the puzzle on a line of its own."""
     return INSTRUCTION + doc["puzzle"]
 
 
 def response(doc: dict) -> str:
-    """The training answer: the puzzle's first completion in lexicographic order, in the tag.
+    """Returns the training answer: the puzzle's first completion in lexicographic order, tagged.
 
     It depends on the puzzle alone, so an ambiguous puzzle always has the same training answer.
     """
@@ -53,17 +53,17 @@ def response(doc: dict) -> str:
 
 
 def target(doc: dict) -> str:
-    """The listed solution, 16 digits."""
+    """Returns the listed solution, 16 digits."""
     return doc["solution"]
 
 
 def key(doc: dict) -> str:
-    """What the hold-out hash is taken of: the puzzle string."""
+    """Returns the text that is hashed for the hold-out: the puzzle string."""
     return doc["puzzle"]
 
 
 def is_grid(text: str) -> bool:
-    """Whether a string is a finished grid: 1 to 4 once in each row, column and box."""
+    """Returns whether a string is a finished grid: 1 to 4 once in each row, column and box."""
     if len(text) != CELLS:
         return False
     return all({text[cell] for cell in unit} == set("1234") for unit in UNITS)
@@ -71,21 +71,21 @@ def is_grid(text: str) -> bool:
 
 @functools.cache
 def grids() -> tuple[str, ...]:
-    """All 288 finished grids, in lexicographic order."""
+    """Returns all 288 finished grids, in lexicographic order."""
     rows = ["".join(row) for row in itertools.permutations("1234")]
     tops = [a + b for a in rows for b in rows if _fits(a + b)]
     return tuple(top + c + d for top in tops for c in rows for d in rows if is_grid(top + c + d))
 
 
 def _fits(top: str) -> bool:
-    """Whether two rows can be the upper half of a grid."""
+    """Returns whether two rows can be the upper half of a grid."""
     columns = all(top[i] != top[i + 4] for i in range(4))
     return columns and len(set(top[0:2] + top[4:6])) == 4
 
 
 @functools.cache
 def _having() -> dict[tuple[int, str], int]:
-    """For each (cell, digit) the set of grids with that digit there, as bits of one integer."""
+    """Returns, for each (cell, digit), the grids with that digit there, as bits of an integer."""
     sets = dict.fromkeys(itertools.product(range(CELLS), "1234"), 0)
     for index, grid in enumerate(grids()):
         for place in enumerate(grid):
@@ -94,7 +94,7 @@ def _having() -> dict[tuple[int, str], int]:
 
 
 def completions(puzzle: str) -> list[str]:
-    """All grids that keep the puzzle's clues, in lexicographic order.
+    """Returns all grids that keep the puzzle's clues, in lexicographic order.
 
     Raises ValueError when the puzzle is not 16 characters of 0-4 or has no completion.
     """
@@ -119,7 +119,7 @@ def completions(puzzle: str) -> list[str]:
 
 
 def extract(completion: str) -> str:
-    """The answer in a completion, blanks removed: the last answer tag, else a run of 16 digits.
+    """Returns the answer without blanks: the last answer tag, else a run of 16 digits.
 
     A tag that is never closed runs to the next special token or to the end. "" when neither is
     there.
@@ -132,7 +132,7 @@ def extract(completion: str) -> str:
 
 
 def grade(doc: dict, completion: str) -> dict[str, float]:
-    """Score one completion; every metric lies in [0, 1].
+    """Returns the scores of one completion, each in [0, 1].
 
     solved: a finished grid that keeps every clue, so any completion of an ambiguous puzzle counts.
     exact_match: equal to the listed solution.
@@ -152,14 +152,14 @@ def grade(doc: dict, completion: str) -> dict[str, float]:
 
 
 def grade_d1(doc: dict, completion: str) -> dict[str, float]:
-    """grade, and beside it d1_cells: the share of the empty cells that d1's parser finds right."""
+    """Returns grade's scores and d1_cells: the share of empty cells right by d1's parser."""
     cells = d1.sudoku_cells(doc["puzzle"], doc["solution"], completion)
     return grade(doc, completion) | {"d1_cells": cells / (doc["puzzle"].count("0") or 1)}
 
 
 @functools.cache
 def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What the generator looks up.
+    """Returns the tables of the generator.
 
     Returns the grids' characters [288, 16] uint8, every choice of CLUES cells [M, 16] bool and,
     for each choice and grid, the index of the first grid with the same clues [M, 288] int16.
@@ -181,7 +181,7 @@ def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _draw(rng: np.random.Generator, count: int) -> Iterator[dict]:
-    """Draw documents from all (grid, choice of clues) pairs alike, as d1's file seems to."""
+    """Draws documents uniformly from all (grid, choice of clues) pairs, as d1's file seems to."""
     characters, shown, first = _tables()
     grid = rng.integers(0, len(characters), size=count)
     choice = rng.integers(0, len(shown), size=count)
@@ -193,13 +193,13 @@ def _draw(rng: np.random.Generator, count: int) -> Iterator[dict]:
 
 
 def _strings(rows: np.ndarray) -> list[str]:
-    """Turn rows of character codes [N, 16] uint8 into N strings."""
+    """Turns rows of character codes [N, 16] uint8 into N strings."""
     text = np.ascontiguousarray(rows).tobytes().decode("ascii")
     return [text[start : start + CELLS] for start in range(0, len(text), CELLS)]
 
 
 def generate(n: int, seed: int, *, held_out: bool) -> list[dict]:
-    """Draw n documents {"puzzle", "solution"}; the solution is the smallest completion.
+    """Draws n documents {"puzzle", "solution"}; the solution is the smallest completion.
 
     Training documents may repeat; held-out ones are distinct, and no puzzle is ever on both
     sides. Raises ValueError when n is negative or there are fewer held-out puzzles than n.
@@ -208,7 +208,7 @@ def generate(n: int, seed: int, *, held_out: bool) -> list[dict]:
 
 
 def read(folder: Path | None) -> list[dict]:
-    """Read d1's test puzzles from folder/sudoku4x4/d1_test.jsonl.
+    """Reads d1's test puzzles from folder/sudoku4x4/d1_test.jsonl.
 
     Raises FileNotFoundError when the file is not there, ValueError for a line of another form.
     """

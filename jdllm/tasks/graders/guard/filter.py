@@ -147,9 +147,9 @@ _ALLOW, _ERROR = 0x7FFF0000, 0x00050000
 def _conditions(
     pids: set[int], writes: bool
 ) -> list[tuple[tuple, int, int, tuple[int, ...], bool]]:
-    """Calls that depend on an argument: numbers, which argument, test, values, refused if it holds.
+    """Returns refusals by argument: call numbers, which argument, the test, its values.
 
-    Of several values one is enough.
+    A call is refused where the test holds for any of the values.
     """
     found = [
         ((56, 220), 0, _ANY_BIT, (CLONE_THREAD,), False),  # clone
@@ -167,7 +167,7 @@ def _conditions(
 
 
 def program(machine: str, pids: set[int], writes: bool) -> bytes:
-    """The filter in the kernel's format of 8 bytes per step; signals go to `pids` only.
+    """Returns the filter in the kernel's format of 8 bytes per step; signals go to `pids` only.
 
     Without `writes` no file is opened for writing or changed by its name. KeyError for a machine
     that has no numbers here.
@@ -194,7 +194,7 @@ def program(machine: str, pids: set[int], writes: bool) -> bytes:
 
 
 def install(pids: set[int], writes: bool) -> None:
-    """Filters the calls of this process from now on; OSError where the kernel does not."""
+    """Filters this process's system calls from now on. Raises OSError where that fails."""
     machine = os.uname().machine
     if machine not in MACHINES:
         raise OSError(f"{machine} has no table of system calls here")

@@ -23,7 +23,7 @@ TESTS = "tests"
 
 
 def called(function: Any, *given: Any, **named: Any) -> Any:
-    """The object called; it comes first so that its arguments may be named anything."""
+    """Returns the object called; it comes first so that its arguments may be named anything."""
     return function(*given, **named)
 
 
@@ -41,7 +41,7 @@ OF_TESTS: dict[str, Callable] = {"call": called, "iter": iter, "next": next}
 
 
 def perform(read: int, write: int) -> None:
-    """The program's end: runs it when asked to, then does with its objects what is asked."""
+    """Runs the program when asked to, then does with its objects what is asked."""
     names: dict[str, Any] = {"__name__": "__main__"}
 
     def load(program: str, wanted: list[str]) -> tuple[dict[str, str], dict[str, Any]]:
@@ -58,7 +58,7 @@ def perform(read: int, write: int) -> None:
 
 
 def judge(read: int, write: int, program: str, tests: str, end: Callable[[str], None]) -> str:
-    """The judge's end: "passed", or the error of the program or the tests that use it.
+    """Returns the verdict: "passed", or the error of the program or the tests that use it.
 
     Names that the tests define, of the language and of modules mean here what they always do;
     others are the program's. `end(why)` reports at once where the program is gone.
@@ -82,7 +82,7 @@ def _lends(value: Any) -> bool:
 
 
 def walk(node: ast.AST) -> Iterator[Any]:
-    """A node of a syntax tree and all below it, in order of appearance."""
+    """Returns a node of a syntax tree and all below it, in order of appearance."""
     yield node
     for field in node._fields:
         value = getattr(node, field, None)
@@ -92,7 +92,7 @@ def walk(node: ast.AST) -> Iterator[Any]:
 
 
 def wanted(tree: ast.AST) -> list[str]:
-    """The names that tests use and do not define, in order of appearance."""
+    """Returns the names that tests use and do not define, in order of appearance."""
     nodes = [*walk(tree)]
     defined = {
         name
@@ -110,7 +110,7 @@ def wanted(tree: ast.AST) -> list[str]:
 
 
 def chosen(tree: ast.AST, modules: dict[str, str], values: dict[str, Any]) -> dict[str, Any]:
-    """What the program's names mean to the tests.
+    """Returns what the program's names mean to the tests.
 
     A module is this side's own, and only one of the standard library or NumPy. What the tests
     judge by, functions of the language and JUDGES, is never the program's, unless it is the one

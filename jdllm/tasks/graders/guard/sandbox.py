@@ -114,7 +114,7 @@ def _mount(source: str | None, target: str, kind: str | None, flags: int, data: 
 
 
 def landlock(home: str, readable: list[str]) -> None:
-    """Files are read below `readable` only, and changed below `home` only.
+    """Lets this process read files only below `readable`, and change them only below `home`.
 
     OSError where the kernel has no Landlock.
     """
@@ -140,11 +140,11 @@ def landlock(home: str, readable: list[str]) -> None:
 
 
 def seccomp(home: str, readable: list[str]) -> None:
-    """Nothing yet: confine() is all of this sandbox, and refuses every change of files."""
+    """Does nothing yet: confine() is all of this sandbox, and refuses every change of files."""
 
 
 def none(home: str, readable: list[str]) -> None:
-    """No sandbox: limits alone."""
+    """Does nothing: without a sandbox there are only the limits."""
 
 
 KINDS = {each.__name__: each for each in (namespaces, landlock, seccomp, none)}
@@ -155,7 +155,7 @@ def _no_new_rights() -> None:
 
 
 def confine(kind: str, child: int = 0) -> None:
-    """The last walls, after which no process can be started: no capabilities, filtered calls.
+    """Builds the last walls: no capabilities, filtered calls, no new processes.
 
     The process may send signals to itself and its `child` only.
     """

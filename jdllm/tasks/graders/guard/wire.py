@@ -123,7 +123,7 @@ class Peer:
         self.numbers: dict[int, int] = {}
 
     def pack(self, value: Any) -> bytes:
-        """A value's bytes; TypeError for one that is no data and may not be lent."""
+        """Returns a value's bytes; TypeError for one that is no data and may not be lent."""
         for kind, tag, give, _ in SCALARS:
             if isinstance(value, kind):
                 data = give(value)
@@ -152,7 +152,7 @@ class Peer:
         return tag + len(packed).to_bytes(8) + b"".join(packed)
 
     def unpack(self, data: bytes, at: int = 0) -> tuple[Any, int]:
-        """The value that begins at `at`, and where it ends; an Exception where there is none."""
+        """Returns the value that begins at `at`, and where it ends. Raises where there is none."""
         tag, size, at = data[at : at + 1], int.from_bytes(data[at + 1 : at + 9]), at + 9
         if size > len(data) - at:
             raise ValueError("a value is longer than its message")
@@ -167,7 +167,7 @@ class Peer:
         return self._object(tag, *parts), at
 
     def _object(self, tag: bytes, what: Any, given: Any = None) -> Any:
-        """What is no plain data: of a library, lent by either side, or a type of the language."""
+        """Returns an object that is no plain data: of a library, lent by a side, or a type."""
         if tag == b"L":
             module, _, _, make = LIBRARY[what]
             return getattr(__import__(module), make)(given)
@@ -189,7 +189,7 @@ class Peer:
             self.end("ended early")
 
     def receive(self) -> Any:
-        """The next message; end() where there is none, or too much of it."""
+        """Returns the next message; end() where there is none, or too much of it."""
         size = int.from_bytes(self._bytes(8))
         self.left -= size
         if self.left < 0:
@@ -211,7 +211,7 @@ class Peer:
         return b"".join(parts)
 
     def ask(self, operation: str, *given: Any, **named: Any) -> Any:
-        """What the other side returns, or raises the error that it raises there.
+        """Returns what the other side returns, or raises the error that it raises there.
 
         Changes that it makes to lists and other containers of its arguments are made here too.
         """
@@ -250,7 +250,7 @@ class Peer:
 
 
 def text(problem: BaseException) -> str:
-    """An error's words, at most 500 of its letters."""
+    """Returns an error's words, at most 500 of its letters."""
     try:
         own = problem.args[0] if len(problem.args) == 1 else None  # KeyError quotes its own
         return str(own if isinstance(own, str) else problem)[:500]
@@ -259,7 +259,7 @@ def text(problem: BaseException) -> str:
 
 
 def error(names: list, words: str, operation: str) -> Exception:
-    """The nearest of Python's own errors to one that has these names, its own first.
+    """Returns the nearest of Python's own errors to one that has these names, its own first.
 
     StopIteration ends loops that run over calls, so only next() may raise it.
     """
@@ -276,7 +276,7 @@ def error(names: list, words: str, operation: str) -> Exception:
 
 
 def restore(old: Any, new: Any) -> Any:
-    """`new`, as the same object where `old` is a container of its kind, inner ones included."""
+    """Puts `new` into the container `old` where types agree, inner ones too, and returns it."""
     if type(old) is not type(new):
         return new
     if isinstance(old, list | deque):
