@@ -21,6 +21,7 @@ import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from jdllm.arguments import ModelArgs
 from jdllm.load import choose_mesh, compute_dtype, load_parts, locate
 from jdllm.model.config import ModelConfig, count_parameters, require_trainable
 from jdllm.runtime import cli, files, processes, sharding, signals
@@ -46,16 +47,12 @@ SAVE_DTYPES = ("float32", "bfloat16", "float16")
 FREE = {"output", "allow_unknown", "save_every", "log_every", "mesh"}
 
 
-@dataclasses.dataclass(frozen=True)
-class SFTConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SFTConfig(ModelArgs):
     """Masked-diffusion fine-tuning."""
 
     output: Path
     """Folder for checkpoints, metrics.jsonl and, at the end, model/. An old run here resumes."""
-    model: str = "bundled"
-    """Start weights: bundled, a converted folder, random:<name>, or a Hugging Face folder or id."""
-    allow_unknown: tuple[str, ...] = ()
-    """Keys of a Hugging Face config.json to ignore although their meaning is not known here."""
     tokenizer: str | None = None
     """Folder of the tokenizer (or "bundled"); default: the model's own."""
     data: Path | None = None
@@ -79,8 +76,6 @@ class SFTConfig:
     """Compute dtype; auto is bfloat16, on a CPU float32. Weights and moments stay float32."""
     remat: bool = False
     """Compute layers again in the backward pass: less memory, a third more time."""
-    mesh: str = "auto"
-    """data x model, for example 4x1; auto is data parallel where the model fits a device."""
     seed: int = 0
     """Of random weights, generated examples, the order of rows and the corruption."""
     save_every: int = 500
@@ -153,8 +148,7 @@ def settle(config: SFTConfig, rows: Rows | None = None) -> None:
                 "resume it with its own or name another output"
             )
     if rows is not None:
-        with files.atomic_file(path) as file:
-            file.write(json.dumps(facts, indent=2).encode() + b"\n")
+        files.write_json(path, facts)
 
 
 def split_rows(config: SFTConfig, mesh: jax.sharding.Mesh) -> int:

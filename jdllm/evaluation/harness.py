@@ -23,7 +23,9 @@ from jdllm.completion import Completion
 from jdllm.decode import DecodeConfig
 from jdllm.evaluation.lm_arguments import (
     batch_rows,
+    check_device,
     given_names,
+    model_name,
     overlay,
     read_gen_kwargs,
     read_settings,
@@ -33,14 +35,13 @@ from jdllm.evaluation.speed import Cost, Speed
 from jdllm.llm import LLM
 from jdllm.runtime import processes
 from jdllm.runtime.files import alone
-from jdllm.runtime.journal import Journal, digest, number_repeats
+from jdllm.runtime.journal import FINISHED, Journal, digest, number_repeats
 from jdllm.runtime.progress import Bar
 from jdllm.score.likelihood import LikelihoodConfig
 from jdllm.score.scoring import Likelihood
 from jdllm.tokenizer import render, unmarked
 
 DEFAULT_LENGTH = 128  # columns, where neither the settings, the model nor the request names any
-LM_EVAL_DEVICE = "cuda:0"  # what lm-eval's command line passes where the user names none
 INSTRUCT = (
     "the model has a chat template: likelihoods are made for base models, and those of an "
     "instruction-tuned one are often poor; tasks that generate text score it better"
@@ -117,30 +118,27 @@ class JdllmLM(LM):
         where another run holds the folder.
         """
         super().__init__()
-        if device not in (None, LM_EVAL_DEVICE):
-            raise ValueError(f"device={device} is for PyTorch models; place this one with mesh=")
+        check_device(device)
         self.batch_size = batch_rows(batch_size, max_batch_size)
-        if model and pretrained:
-            raise ValueError(f"model={model} and pretrained={pretrained} are one thing; keep one")
         bases = {"decode": decode or DecodeConfig(), "likelihood": likelihood or LikelihoodConfig()}
         chosen = read_settings(settings, bases)
         self.decode: DecodeConfig = chosen["decode"]
         self._given = given_names(bases["decode"], settings)
         self.likelihood: LikelihoodConfig = chosen["likelihood"]
-        if isinstance(model, LLM):
-            self.llm = model
+        named = model_name(model, pretrained)
+        if isinstance(named, LLM):
+            self.llm = named
         else:
             check_verifier(verifier, [self.decode])
-            name = model or pretrained or "bundled"
-            self.llm = LLM.load(name, mesh, dtype, seed, verifier, allow_unknown)
+            self.llm = LLM.load(named, mesh, dtype, seed, verifier, allow_unknown)
         self.tokenizer: Any = self.llm.tokenizer
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer, and the prompts of a task are text")
         self.chat, self.length, self.progress, self.leave = chat, length, progress, leave
+        self._lock = contextlib.ExitStack()  # held as long as this object, or the process
         if isinstance(journal, str):
-            self._lock = contextlib.ExitStack()  # held as long as this object, or the process
             self._lock.enter_context(alone(Path(journal)))
-            journal = Journal(Path(journal) / "finished.jsonl")
+            journal = Journal(Path(journal) / FINISHED)
         self.journal = journal
         self.records: list[Record] = []
         self.likelihoods: list[Likelihood] = []

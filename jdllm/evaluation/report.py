@@ -17,7 +17,7 @@ NO_PLOTS = "tables alone are written; plots need matplotlib: python -m pip insta
 COLUMNS = {  # column of the table -> how a value is written
     "model": "{}", "task": "{}", "setting": "{}", "n": "{}", "accuracy": "{:.1f}",
     "stderr": "{:.1f}", "nfe": "{:.1f}", "tokens_per_forward": "{:.2f}",
-    "tokens_per_second": "{:.0f}", "forwards_per_second": "{:.1f}", "latency_p50": "{:.2f}",
+    "tokens_per_second": "{:.0f}", "calls_per_second": "{:.1f}", "latency_p50": "{:.2f}",
     "latency_p95": "{:.2f}", "front": "{}",
 }  # fmt: skip
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem;

@@ -1,21 +1,20 @@
-"""Settings: what loads a model; short names, the model asked and the JSON file of decoding."""
+"""Settings: what they came to; short names, the model asked and the JSON file of decoding."""
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from jdllm.decode import DecodeConfig
-from jdllm.runtime.files import atomic_file
+from jdllm.runtime.files import write_json
+from jdllm.runtime.hints import nearest
 
-LOADING = ("model", "mesh", "dtype", "seed", "verifier", "allow_unknown")
 
-
-def loading(config: Any) -> dict[str, Any]:
-    """What LLM.load takes, of the settings of a command."""
-    return {name: getattr(config, name) for name in LOADING if hasattr(config, name)}
+def placed(llm: Any) -> dict[str, Any]:
+    """What mesh= and dtype= came to when a model was loaded."""
+    mesh = f"{llm.mesh.shape['data']}x{llm.mesh.shape['model']}"
+    return {"mesh": mesh, "dtype": llm.config.dtype}
 
 
 def changed(config: Any) -> dict[str, Any]:
@@ -45,7 +44,7 @@ def decode_config(facts: Any, origin: str) -> DecodeConfig:
         raise ValueError(f"{origin} must be an object of decode settings, such as threshold: 0.9")
     for name in facts:
         if name not in names:
-            near = difflib.get_close_matches(name, names) or names
+            near = nearest(name, names) or names
             raise ValueError(f"{origin}: {name} is no decode setting; try {', '.join(near)}")
     return DecodeConfig(**facts)
 
@@ -79,5 +78,4 @@ def read_decode(path: Path, over: DecodeConfig | None = None) -> DecodeConfig:
 
 def write_decode(path: Path, config: DecodeConfig) -> None:
     """Writes every setting, so that later defaults change nothing."""
-    with atomic_file(path) as file:
-        file.write(json.dumps(dataclasses.asdict(config), indent=2).encode() + b"\n")
+    write_json(path, dataclasses.asdict(config))

@@ -2,12 +2,13 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 PARTIAL = ".partial-"
 
@@ -21,6 +22,12 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def write_json(path: Path, facts: Any) -> None:
+    """Writes facts as indented JSON, whole or not; what JSON does not know becomes text."""
+    with atomic_file(path) as file:
+        file.write(json.dumps(facts, indent=2, default=str).encode() + b"\n")
 
 
 def refuse_existing(folder: Path) -> None:

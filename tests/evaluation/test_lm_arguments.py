@@ -15,10 +15,11 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from jdllm.decode import DecodeConfig
-from jdllm.eval import TaskResult, run
 from jdllm.evaluation.grading import as_lm_eval
 from jdllm.evaluation.harness import JdllmLM
 from jdllm.evaluation.lm_arguments import batch_rows, given_names, overlay, read_gen_kwargs
+from jdllm.evaluation.results import TaskResult
+from jdllm.evaluation.run import run
 from jdllm.llm import LLM
 from jdllm.load import BUNDLED
 from jdllm.model.config import NAMED

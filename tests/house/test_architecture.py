@@ -16,7 +16,7 @@ FLOORS: list[list[str]] = [
     ["unmask", "stop", "store"],
     ["decode", "train", "batches", "score"],
     ["tokenizer", "parity", "tasks", "convert", "load"],
-    ["training", "viz", "completion", "llm", "evaluation"],
+    ["training", "viz", "completion", "llm", "arguments", "evaluation"],
     [
         "eval", "bench", "sweep", "tune", "generate", "sft", "doctor", "launch", "harness",
         "convert.__main__",
@@ -110,6 +110,12 @@ def test_imports_go_down_only(path: Path):
         assert target and place(target) < place(own), f"{path} on {place(own)} imports {target}"
     for who, what in FORBIDDEN:
         assert who != own or what not in names, f"{own} must not know {what}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_nothing_imports_a_door(path: Path):
+    doors = {f"jdllm.{name}" for name in FLOORS[-1]}
+    assert not imports(path) & doors, f"{path} imports a door; what it needs belongs into a room"
 
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)

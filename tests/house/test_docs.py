@@ -12,18 +12,19 @@ from pathlib import Path
 import pytest
 from lm_eval._cli import HarnessCLI
 
-from jdllm.bench import BenchConfig, GridConfig
 from jdllm.convert.__main__ import COMMANDS, ConvertConfig, ExportConfig, PlanConfig, with_model
 from jdllm.convert.families import FAMILIES
 from jdllm.doctor import DoctorConfig
-from jdllm.eval import EvalConfig
+from jdllm.evaluation.bench import BenchConfig
+from jdllm.evaluation.config import EvalConfig
+from jdllm.evaluation.grid import GridConfig
+from jdllm.evaluation.sweeps import SweepConfig
+from jdllm.evaluation.tuning import TuneConfig
 from jdllm.generate import GenerateConfig
 from jdllm.launch import LaunchConfig, split
 from jdllm.model.config import NAMED, count_parameters
 from jdllm.runtime import cli
 from jdllm.sft import SFTConfig
-from jdllm.sweep import SweepConfig
-from jdllm.tune import TuneConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -14,11 +14,11 @@ import jax
 import pytest
 
 from jdllm.convert.__main__ import ConvertConfig
-from jdllm.eval import EvalConfig
+from jdllm.evaluation.config import EvalConfig
+from jdllm.evaluation.sweeps import SweepConfig
 from jdllm.generate import GenerateConfig
 from jdllm.runtime import cli, hints, signals
 from jdllm.sft import SFTConfig
-from jdllm.sweep import SweepConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,7 +250,7 @@ def test_errors_of_the_system_name_the_file(capsys, monkeypatch, tmp_path: Path)
 
 SAYS = """
 import dataclasses
-from jdllm import cli
+from jdllm.runtime import cli
 
 @dataclasses.dataclass(frozen=True)
 class Config:

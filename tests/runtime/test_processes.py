@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jdllm import LLM, DecodeConfig, launch
-from jdllm.eval import EvalConfig
+from jdllm.evaluation.config import EvalConfig
 from jdllm.launch import LaunchConfig
 from jdllm.load import load_parts
 from jdllm.runtime import cli, sharding

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from jdllm import eval
+from jdllm.evaluation import run as evaluation
+from jdllm.evaluation.config import EvalConfig
 from jdllm.load import BUNDLED
 from jdllm.model.config import NAMED
 from jdllm.runtime import cli, sharding
@@ -41,11 +42,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("JDLLM_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(eval, "enable_compilation_cache", lambda: None)
+    monkeypatch.setattr(evaluation, "enable_compilation_cache", lambda: None)
 
 
 def run(output: Path, *words: str) -> tuple[dict, list[dict]]:
-    eval.main(cli.parse(eval.EvalConfig, [f"output={output}", *words]))
+    evaluation.main(cli.parse(EvalConfig, [f"output={output}", *words]))
     rows = (output / "samples.jsonl").read_text().splitlines()
     return json.loads((output / "results.json").read_text()), [json.loads(row) for row in rows]
 
@@ -99,12 +100,12 @@ def test_a_preset_is_printed_with_both_numbers_and_gives_way(
 
 def test_what_is_given_beside_a_preset_wins_be_it_the_default():
     words = ["preset=edit-sudoku-128", "task=sudoku", "chat=None", "decode.rule=threshold"]
-    config = cli.parse(eval.EvalConfig, [*words, "decode.steps=None"])
+    config = cli.parse(EvalConfig, [*words, "decode.steps=None"])
     assert (config.task, config.chat, config.decode.rule) == ("sudoku", None, "threshold")
     assert config.decode.steps is None and config.decode.gen_length == 128
     assert {"task=sudoku", "chat=None", "decode.steps=None"} < set(config.departures)
     named = cli.parse(
-        eval.EvalConfig, [*words[:2], "decode.preset=llada-1.5-mbpp"] + ["decode.steps=None"]
+        EvalConfig, [*words[:2], "decode.preset=llada-1.5-mbpp"] + ["decode.steps=None"]
     )
     assert named.decode.gen_length == 512 and named.preset == "edit-sudoku-128"
 
@@ -117,7 +118,7 @@ def test_a_preset_fixes_how_likelihoods_are_estimated(
         task="mmlu_sample_likelihood", shots=None,
     )  # fmt: skip
     monkeypatch.setitem(PRESETS, "row", row)
-    monkeypatch.setitem(eval.EvalConfig.presets, "row", row.settings)
+    monkeypatch.setitem(EvalConfig.presets, "row", row.settings)
     words = ["preset=row", f"model={model}", f"data={data}", "mesh=1x1", "limit=1"]
     results, _ = run(tmp_path, *words, "likelihood.mc_num=2")
     used = results["config"]["likelihood"]
@@ -137,6 +138,6 @@ def test_estimates_without_a_known_error_do_not_count_in_its_mean():
 
 
 def test_programs_are_refused_before_the_model_is_loaded(data: Path):
-    config = eval.EvalConfig(task="humaneval", model="random:none", data=data)
+    config = EvalConfig(task="humaneval", model="random:none", data=data)
     with pytest.raises(ValueError, match="confirm_run_unsafe_code=true"):
-        eval.main(config)
+        evaluation.main(config)

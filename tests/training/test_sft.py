@@ -430,7 +430,8 @@ DIES = """
 import os, signal, time
 from pathlib import Path
 import jax
-from jdllm import cli, sft
+from jdllm import sft
+from jdllm.runtime import cli
 
 step = sft.train.train_step
 
