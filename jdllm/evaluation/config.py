@@ -86,6 +86,8 @@ class EvalConfig(TaskArgs):
     likelihood: LikelihoodConfig = LikelihoodConfig()
     samples: int = 1
     """Completions of each document; metrics are means (one is enough without temperature)."""
+    dry_run: bool = False
+    """Say what would be done, without weights: prompts, model calls at most, memory."""
     output: Path | None = None
     """Folder for results.json and samples.jsonl (default: print only).
 

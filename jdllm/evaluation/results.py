@@ -9,6 +9,7 @@ from jdllm.evaluation.report import table
 from jdllm.runtime import processes
 from jdllm.tasks import published
 
+Z95 = 1.959964  # standard errors of a normal distribution around the middle 95 %
 SHOWN = ("solved", "exact_match")  # the table's metrics; results.json has all
 
 
@@ -27,7 +28,13 @@ class Sample:
     tokens: int
     """Completion tokens."""
     seconds: float
-    """Latency: those of its batch."""
+    """Latency: those of its batch; of likelihoods, its rows' share of their batches."""
+    answer: str | None = None
+    """What was read out of the completion, or the most likely of the choices."""
+    finish_reason: str | None = None
+    """Of a completion: stop or length."""
+    choices: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """Of likelihoods: each text with its value in nats and the standard error of that."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +49,7 @@ class TaskResult:
     samples: list[Sample]
     speed: Any
     estimates: dict[str, float | None]
-    """Of likelihoods: their number, and the standard errors of their estimates, in nats."""
+    """Of likelihoods: their number, standard errors in nats, model evaluations and seconds."""
     sandbox: str | None = None
     """Where the programs of a code task ran."""
     gen_kwargs: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
@@ -54,20 +61,40 @@ class TaskResult:
         return len({(sample.task, sample.doc_id) for sample in self.samples})
 
     @property
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """Of the metrics whose standard error is 0: where they lie, at 95 %."""
+        n = self.documents
+        found = {k: interval(v, self.stderr.get(k), n) for k, v in self.metrics.items()}
+        return {name: ends for name, ends in found.items() if ends}
+
+    @property
     def nfe_mean(self) -> float:
         """Model evaluations for each document."""
         return sum(sample.nfe for sample in self.samples) / len(self.samples)
 
 
 def score(result: TaskResult, metric: str) -> str:
-    """A metric in percent with its standard error, as far as there are such."""
+    """A metric in percent with its standard error, or an interval where that is 0."""
     if metric == "score":
         return f"{result.metric} {score(result, result.metric)}"
     if metric not in result.metrics:
         return "-"
     error = result.stderr[metric]
     spread = "" if error is None else f" ± {100 * error:.1f}"
+    if around := interval(result.metrics[metric], error, result.documents):
+        spread = " ({:.1f}-{:.1f})".format(*(100 * end for end in around))
     return f"{100 * result.metrics[metric]:.1f}{spread} %"
+
+
+def interval(mean: float, stderr: float | None, documents: int) -> tuple[float, float] | None:
+    """Wilson's 95 % interval of a share that is 0 or 1, whose standard error of 0 says nothing.
+
+    None for every other mean, and where there is an error to go by.
+    """
+    if stderr or mean not in (0, 1) or not documents:
+        return None
+    far = Z95**2 / (documents + Z95**2)
+    return (0.0, far) if mean == 0 else (1 - far, 1.0)
 
 
 def summary(results: Sequence[TaskResult]) -> str:
@@ -78,8 +105,8 @@ def summary(results: Sequence[TaskResult]) -> str:
     for result in results:
         costs = [
             f"{result.nfe_mean:.1f}",
-            f"{result.speed.tokens_per_forward:.2f}",
-            f"{result.speed.tokens_per_second:.1f}",
+            f"{result.speed.tokens_per_forward:.2f}" if result.speed.nfe else "-",
+            f"{result.speed.tokens_per_second:.1f}" if result.speed.nfe else "-",
         ]
         scores = [score(result, name) for name in shown]
         rows.append([result.name, str(result.documents), *scores, *costs])
@@ -118,22 +145,32 @@ def compared(row: published.Preset, result: TaskResult, departures: Sequence[str
 
 def show(speed: dict[str, Any], results: Sequence[TaskResult]) -> None:
     """Prints the table and a worked example, and says the cost."""
-    print(f"\n{summary(results)}\n\n{example(results[0])}\n")
-    processes.say(
-        f"{speed['completion_tokens']} completion tokens in {speed['nfe']} forwards (NFE of all "
-        f"samples), {speed['calls']} model calls of batches in {speed['seconds']:.1f} s "
-        f"({speed['calls_per_second']:.1f} calls/s), "
-        f"after {speed['compile_seconds']:.1f} s of compilation; "
-        f"latency p50 {speed['latency_p50']:.2f} s, p95 {speed['latency_p95']:.2f} s"
-    )
+    print(f"\n{summary(results)}\n")
+    if any(result.intervals for result in results):
+        print("in brackets: Wilson's 95 % interval, where all documents agree\n")
+    print(f"{example(results[0])}\n")
+    if speed["calls"]:
+        processes.say(
+            f"{speed['completion_tokens']} completion tokens in {speed['nfe']} forwards (all "
+            f"samples' NFE), {speed['calls']} model calls of batches in {speed['seconds']:.1f} s "
+            f"({speed['calls_per_second']:.1f} calls/s), "
+            f"after {speed['compile_seconds']:.1f} s of compilation; "
+            f"latency p50 {speed['latency_p50']:.2f} s, p95 {speed['latency_p95']:.2f} s"
+        )
     for result in results:
         if result.sandbox:
             print(f"{result.name}: programs ran in {result.sandbox}")
-        if result.estimates and result.estimates["stderr_mean"] is not None:
-            processes.say(
-                "{}: {n} likelihoods, the standard error of an estimate is {stderr_mean:.3f} nats "
-                "on average, {stderr_max:.3f} at most".format(result.name, **result.estimates)
-            )
+        if found := result.estimates:
+            line = (
+                "{}: {n} likelihoods in {calls} model evaluations of a row and {seconds:.1f} s, "
+                "compilation included"
+            ).format(result.name, **found)
+            if found["stderr_mean"] is not None:
+                line += (
+                    "; the standard error of an estimate is {stderr_mean:.3f} nats on average, "
+                    "{stderr_max:.3f} at most"
+                ).format(**found)
+            processes.say(line)
     if speed["shared_tokens"]:
         shared = speed["shared_tokens"]
         processes.say(f"{shared} prompt tokens came from prefixes that were computed once")

@@ -14,15 +14,16 @@ import jax
 
 from jdllm.evaluation.config import EvalConfig
 from jdllm.evaluation.results import Sample, TaskResult, compared, show
+from jdllm.evaluation.settings import longest, placed
 from jdllm.load import enable_compilation_cache
 from jdllm.model.config import ModelConfig, count_parameters
-from jdllm.runtime import processes, sharding
+from jdllm.runtime import cli, processes, sharding
 from jdllm.runtime.environment import environment
 from jdllm.runtime.files import alone, atomic_file, write_json
 from jdllm.runtime.journal import FINISHED, Journal
 from jdllm.tasks import published
 from jdllm.tasks.graders import code
-from jdllm.tasks.lm_eval import resolve
+from jdllm.tasks.lm_eval import ours, resolve
 from jdllm.tasks.published_rows import find
 
 
@@ -32,30 +33,61 @@ def run(name: str, loaded: dict[str, Any], lm: Any, limit: int | None = None) ->
     from jdllm.score.scoring import certainty
 
     score = grade(lm, name, loaded, limit=limit)
-    records = {(record.task, record.doc_id, record.sample): record for record in lm.records}
-    found = []
-    for row in score.samples:
-        for number, metrics in enumerate(row["each"]):
-            record = records.get((row["task"], row["doc_id"], number))
-            sample = Sample(
-                task=row["task"],
-                doc_id=row["doc_id"],
-                sample=number,
-                prompt=record.prompt if record else row["prompt"],
-                completion=record.completion.text or "" if record else "",
-                target=row["target"],
-                metrics=metrics,
-                nfe=record.completion.nfe if record else 0,
-                tokens=len(record.completion.ids) if record else 0,
-                seconds=record.cost.seconds if record else 0.0,
-            )
-            found.append(sample)
     metric = plain(resolve.quoted(next(iter(loaded["tasks"].values()))))
     metric = metric if metric in score.metrics else next(iter(score.metrics))
+    found = samples_of(score.samples, metric.partition(",")[2] or "none", lm)
     unsafe = any(getattr(task, "UNSAFE_CODE", False) for task in loaded["tasks"].values())
     return TaskResult(
         name, metric, score.metrics, score.stderr, found, lm.speed, certainty(lm.likelihoods),
         code.described() if unsafe else None, lm.gen_kwargs,
+    )  # fmt: skip
+
+
+def samples_of(rows: Sequence[dict[str, Any]], part: str, lm: Any) -> list[Sample]:
+    """The samples of graded documents, with what `lm` recorded of each.
+
+    Their answers are those that the grader reads, or else that the filter `part` leaves.
+    """
+    records = {(record.task, record.doc_id, record.sample): record for record in lm.records}
+    scored: dict[tuple, list[Any]] = {}
+    for one in lm.scored:
+        scored.setdefault((one.task, one.doc_id), []).append(one)
+    found = []
+    for row in rows:
+        own = {"task": row["task"], "doc_id": row["doc_id"], "target": row["target"]}
+        choices = scored.get((row["task"], row["doc_id"]), [])
+        for number, metrics in enumerate(row["each"]):
+            record = records.get((row["task"], row["doc_id"], number))
+            more = {"metrics": metrics, "sample": number} | own
+            if record:
+                left = row["filtered"].get(part, [])
+                left = str(left[number]) if number < len(left) else None
+                found.append(generated(record, left, more))
+            else:
+                found.append(compared_choices(choices, row["prompt"], more))
+    return found
+
+
+def generated(record: Any, left: str | None, facts: dict[str, Any]) -> Sample:
+    """The sample of a completion; `left` is what lm-eval's filter left of it."""
+    done, text = record.completion, record.completion.text or ""
+    read = ours.READERS.get(record.task)
+    return Sample(
+        prompt=record.prompt, completion=text, nfe=done.nfe, tokens=len(done.ids),
+        seconds=record.cost.seconds, answer=read(text) if read else left,
+        finish_reason=done.finish_reason, **facts,
+    )  # fmt: skip
+
+
+def compared_choices(scored: Sequence[Any], prompt: str, facts: dict[str, Any]) -> Sample:
+    """The sample of a document whose texts were scored."""
+    choices = [{"text": s.text, "value": s.score.value, "stderr": s.score.stderr} for s in scored]
+    best = max(choices, key=lambda choice: choice["value"], default=None)
+    return Sample(
+        prompt=prompt, completion="", tokens=0, choices=choices,
+        nfe=sum(one.score.calls for one in scored),
+        seconds=sum(one.score.seconds for one in scored),
+        answer=best["text"] if best and len(choices) > 1 else None, **facts,
     )  # fmt: skip
 
 
@@ -92,16 +124,9 @@ def evaluate(
         lm = JdllmLM(llm, **shared)
         results.append(run(name, tasks, lm, config.limit))
         framed |= lm.frames
-    return report(
-        dataclasses.replace(config, decode=decode, chat=framed), llm.config, results
-    ), results
-
-
-def longest(loaded: dict[str, dict[str, Any]]) -> int:
-    """The most columns that one of the tasks asks for, in whole blocks of 32."""
-    tasks = [task for tasks in loaded.values() for task in tasks["tasks"].values()]
-    asked = [(task.config.generation_kwargs or {}).get("max_gen_toks") or 128 for task in tasks]
-    return -(-max(asked) // 32) * 32
+    resolved = dataclasses.replace(config, decode=decode, chat=framed, **placed(llm))
+    facts = {"command": cli.command(config, "jdllm.eval")} | report(resolved, llm.config, results)
+    return facts, results
 
 
 def introduce(name: str, llm: Any) -> None:
@@ -127,6 +152,7 @@ def report(config: EvalConfig, model: ModelConfig, results: Sequence[TaskResult]
                 "n": result.documents,
                 "metrics": result.metrics,
                 "stderr": result.stderr,
+                "intervals": result.intervals,
                 "nfe_mean": result.nfe_mean,
                 "speed": result.speed.facts(),
             }
@@ -144,6 +170,11 @@ def report(config: EvalConfig, model: ModelConfig, results: Sequence[TaskResult]
 def main(config: EvalConfig) -> None:
     """Evaluates, prints the table and an example, and writes the output folder if there is one."""
     enable_compilation_cache()
+    if config.dry_run:
+        from jdllm.evaluation.estimate import estimate
+
+        print(estimate([config]))
+        return
     row = find(config.preset) if config.preset else None
     if row:
         processes.say(f"{published.describe(row, changed=config.departures)}\n")

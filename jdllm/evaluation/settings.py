@@ -17,6 +17,13 @@ def placed(llm: Any) -> dict[str, Any]:
     return {"mesh": mesh, "dtype": llm.config.dtype}
 
 
+def longest(loaded: dict[str, dict[str, Any]]) -> int:
+    """The most columns that one of the tasks asks for, in whole blocks of 32."""
+    tasks = [task for tasks in loaded.values() for task in tasks["tasks"].values()]
+    asked = [(task.config.generation_kwargs or {}).get("max_gen_toks") or 128 for task in tasks]
+    return -(-max(asked) // 32) * 32
+
+
 def changed(config: Any) -> dict[str, Any]:
     """The settings of a dataclass that are not the defaults."""
     default = dataclasses.asdict(type(config)())

@@ -31,6 +31,8 @@ class SweepConfig(TaskArgs):
     """Instead of the plan's models: one or more, separated by commas."""
     task: str = ""
     """Instead of the plan's tasks: one or more, separated by commas."""
+    dry_run: bool = False
+    """Say what would be done, without weights: prompts, model calls at most, memory."""
     output: Path = Path("results/sweep")
     """Folder for the finished samples and the report."""
 
@@ -120,6 +122,11 @@ def main(config: SweepConfig) -> None:
     if not can_plot():
         print(f"note: {NO_PLOTS}", file=sys.stderr)
     enable_compilation_cache()
+    if config.dry_run:
+        from jdllm.evaluation.estimate import estimate
+
+        print(estimate(config.runs()))
+        return
     with alone(config.output):
         write_json(config.output / "config.json", dataclasses.asdict(config))
         journal = Journal(config.output / FINISHED)

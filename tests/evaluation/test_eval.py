@@ -15,11 +15,11 @@ from lm_eval.tasks import TaskManager
 
 from jdllm import generate
 from jdllm.decode import DecodeConfig
-from jdllm.evaluation import run, sweeps, tuning
+from jdllm.evaluation import estimate, run, sweeps, tuning
 from jdllm.evaluation.config import EvalConfig
 from jdllm.evaluation.grading import as_lm_eval, run_task
 from jdllm.evaluation.harness import JdllmLM
-from jdllm.evaluation.results import Sample, TaskResult, example
+from jdllm.evaluation.results import Sample, TaskResult, example, interval, score
 from jdllm.evaluation.speed import Speed
 from jdllm.llm import LLM
 from jdllm.load import BUNDLED
@@ -34,7 +34,7 @@ LOOSE = DecodeConfig(gen_length=8, block_length=4, threshold=0.02)
 WORDS = ["decode.gen_length=8", "decode.block_length=4", "decode.threshold=0.02", "mesh=1x1"]
 ROW_KEYS = {
     "task", "doc_id", "sample", "prompt", "completion", "target", "metrics", "nfe", "tokens",
-    "seconds",
+    "seconds", "answer", "finish_reason", "choices",
 }  # fmt: skip
 
 
@@ -79,7 +79,7 @@ def evaluate(folder: Path, output: Path, *words: str) -> tuple[dict, list[dict]]
 
 def test_results_are_consistent(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     results, rows = evaluate(folder, tmp_path / "out", "task=sudoku,countdown", "limit=6")
-    assert list(results) == ["config", "model", "tasks", "speed", "environment"]
+    assert list(results) == ["command", "config", "model", "tasks", "speed", "environment"]
     assert list(results["tasks"]) == ["sudoku", "countdown"]
     assert [(r["task"], r["doc_id"]) for r in rows] == [
         (task, i) for task in ("sudoku", "countdown") for i in range(6)
@@ -87,7 +87,7 @@ def test_results_are_consistent(folder: Path, tmp_path: Path, capsys: pytest.Cap
     for name, scores in results["tasks"].items():
         task, mine = TASKS[name], [r for r in rows if r["task"] == name]
         docs = task.generate(6, 0, held_out=True)
-        assert set(scores) == {"n", "metrics", "stderr", "nfe_mean", "speed"}
+        assert set(scores) == {"n", "metrics", "stderr", "intervals", "nfe_mean", "speed"}
         assert scores["n"] == 6
         assert scores["nfe_mean"] == sum(r["nfe"] for r in mine) / 6
         for row, doc in zip(mine, docs, strict=True):
@@ -112,12 +112,47 @@ def test_results_are_consistent(folder: Path, tmp_path: Path, capsys: pytest.Cap
     assert speed["calls_per_second"] == pytest.approx(speed["calls"] / speed["seconds"])
     assert len({r["nfe"] for r in rows}) > 1, "a model whose rows all cost the same proves little"
     assert results["config"]["decode"]["gen_length"] == 8
+    assert (results["config"]["mesh"], results["config"]["dtype"]) == ("1x1", "float32")
+    assert results["command"].startswith(f"python -m jdllm.eval model={folder} mesh=1x1 task=")
+    assert "decode.threshold=0.02" in results["command"]
+    assert {"host", "date", "device", "commit"} < set(results["environment"])
     assert results["environment"]["lm_eval"].startswith("0.4")
+    assert {row["finish_reason"] for row in rows} <= {"stop", "length"}
+    assert all(r["answer"] == TASKS[r["task"]].extract(r["completion"]) for r in rows)
     assert not list((tmp_path / "out").glob("*.partial*"))
     out, said = capsys.readouterr()
     assert "solved" in out and "countdown" in out and "mesh data" not in out
     assert "mesh data=1 x model=1" in said and "calls/s" in said and "wrote" in said
     assert "verdict" in out and rows[0]["prompt"].splitlines()[-1] in out
+
+
+def test_a_standard_error_of_0_becomes_an_interval():
+    assert interval(0.5, 0.0, 10) is None and interval(1.0, 0.1, 10) is None
+    low, high = interval(1.0, 0.0, 100) or (0, 0)
+    assert (round(low, 4), high) == (0.9630, 1.0)  # of any textbook
+    assert interval(0.0, 0.0, 100) == (0.0, pytest.approx(1 - low))
+    samples = [Sample("own", i, 0, "", "", "", {"acc": 1.0}, 1, 1, 0.0) for i in range(100)]
+    result = TaskResult("own", "acc", {"acc": 1.0}, {"acc": 0.0}, samples, Speed(), {})
+    assert score(result, "acc") == "100.0 (96.3-100.0) %"
+
+
+@pytest.mark.parametrize("words", [["task=sudoku,countdown", "samples=2"], ["task=countdown"]])
+def test_a_dry_run_counts_what_the_run_makes(
+    words: list[str], folder: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture
+):
+    words = [f"model={folder}", "limit=3", "batch_size=2", *WORDS, *words]
+    monkeypatch.setattr(estimate, "memory", lambda *_: "memory")
+    run.main(cli.parse(EvalConfig, [*words, "dry_run=true", f"output={tmp_path / 'out'}"]))
+    out = capsys.readouterr().out
+    assert not (tmp_path / "out").exists() and "memory" in out
+    found = [line.split() for line in out.splitlines() if line.startswith(("sudoku", "countdown"))]
+    config = cli.parse(EvalConfig, words)
+    _, results = run.evaluate(config)
+    assert [line[0] for line in found] == config.tasks
+    for line, result in zip(found, results, strict=True):
+        documents, prompts, calls = map(int, line[-3:])
+        assert (documents, prompts) == (result.documents, len(result.samples))
+        assert result.speed.calls <= calls
 
 
 def test_completions_are_those_of_generate(folder: Path, llm: LLM, tmp_path: Path):

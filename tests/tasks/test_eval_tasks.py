@@ -120,20 +120,29 @@ def test_a_preset_fixes_how_likelihoods_are_estimated(
     monkeypatch.setitem(PRESETS, "row", row)
     monkeypatch.setitem(EvalConfig.presets, "row", row.settings)
     words = ["preset=row", f"model={model}", f"data={data}", "mesh=1x1", "limit=1"]
-    results, _ = run(tmp_path, *words, "likelihood.mc_num=2")
+    results, (sample,) = run(tmp_path, *words, "likelihood.mc_num=2")
     used = results["config"]["likelihood"]
     assert (used["mc_num"], used["mc_batch"], used["cfg_scale"]) == (2, 2, 0.5)
     found = results["tasks"]["mmlu_sample_likelihood"]["likelihoods"]
-    assert found == {"n": 4, "stderr_mean": 0.0, "stderr_max": 0.0}  # one token each is exact
+    assert found.pop("seconds") > 0
+    exact = {"n": 4, "stderr_mean": 0.0, "stderr_max": 0.0, "calls": 4}  # one token each
+    assert found == exact and sample["nfe"] == 4 and sample["seconds"] > 0
+    assert [choice["text"] for choice in sample["choices"]] == [" A", " B", " C", " D"]
+    assert sample["answer"] == max(sample["choices"], key=lambda one: one["value"])["text"]
     out = "".join(capsys.readouterr())
     assert out.count(f"but here   model={model} limit=1 likelihood.mc_num=2\n") == 2
-    assert "4 likelihoods, the standard error of an estimate is" in out
+    assert "4 likelihoods in 4 model evaluations of a row and" in out
+    assert "the standard error of an estimate is 0.000 nats" in out
 
 
 def test_estimates_without_a_known_error_do_not_count_in_its_mean():
-    scored = [Likelihood(-1.0, error, False) for error in (0.1, None, 0.3)]
-    assert certainty(scored) == {"n": 3, "stderr_mean": pytest.approx(0.2), "stderr_max": 0.3}
-    assert certainty(scored[1:2]) == {"n": 1, "stderr_mean": None, "stderr_max": None}
+    scored = [Likelihood(-1.0, error, False, 2, 0.5) for error in (0.1, None, 0.3)]
+    cost = {"calls": 6, "seconds": 1.5}
+    assert certainty(scored) == {
+        "n": 3, "stderr_mean": pytest.approx(0.2), "stderr_max": 0.3,
+    } | cost  # fmt: skip
+    cost = {"calls": 2, "seconds": 0.5}
+    assert certainty(scored[1:2]) == {"n": 1, "stderr_mean": None, "stderr_max": None} | cost
     assert certainty([]) == {}
 
 
