@@ -5,11 +5,11 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from jdllm.evaluation.intervals import interval
 from jdllm.evaluation.report import table
 from jdllm.runtime import processes
 from jdllm.tasks import published
 
-Z95 = 1.959964  # standard errors of a normal distribution around the middle 95 %
 SHOWN = ("solved", "exact_match")  # the table's metrics; results.json has all
 
 
@@ -84,17 +84,6 @@ def score(result: TaskResult, metric: str) -> str:
     if around := interval(result.metrics[metric], error, result.documents):
         spread = " ({:.1f}-{:.1f})".format(*(100 * end for end in around))
     return f"{100 * result.metrics[metric]:.1f}{spread} %"
-
-
-def interval(mean: float, stderr: float | None, documents: int) -> tuple[float, float] | None:
-    """Wilson's 95 % interval of a share that is 0 or 1, whose standard error of 0 says nothing.
-
-    None for every other mean, and where there is an error to go by.
-    """
-    if stderr or mean not in (0, 1) or not documents:
-        return None
-    far = Z95**2 / (documents + Z95**2)
-    return (0.0, far) if mean == 0 else (1 - far, 1.0)
 
 
 def summary(results: Sequence[TaskResult]) -> str:

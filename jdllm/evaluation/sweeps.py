@@ -72,7 +72,7 @@ class SweepConfig(TaskArgs):
 def row_of(run: EvalConfig, result: TaskResult) -> Row:
     """What the table says about a run; accuracy in percent."""
     metric = result.metric
-    error = result.stderr[metric]
+    error, ends = result.stderr[metric], result.intervals.get(metric)
     speed = result.speed.facts()
     return {
         "model": run.model,
@@ -82,6 +82,7 @@ def row_of(run: EvalConfig, result: TaskResult) -> Row:
         "metric": metric,
         "accuracy": 100 * result.metrics[metric],
         "stderr": None if error is None else 100 * error,
+        "interval": ends and "{:.1f}-{:.1f}".format(*(100 * end for end in ends)),
         "nfe": result.nfe_mean,
     } | speed
 

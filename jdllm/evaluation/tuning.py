@@ -62,6 +62,13 @@ def pick(rows: Sequence[Row], max_drop: float, by: str) -> int:
     return max(good, key=lambda i: rows[i][by])
 
 
+def certainty(row: Row) -> str:
+    """How sure the accuracy of a row is, in words."""
+    if row["interval"]:
+        return f"95 % interval of its accuracy: {row['interval']}"
+    return f"standard error of one accuracy: {row['stderr'] or 0:.1f}"
+
+
 def main(config: TuneConfig) -> None:
     """Evaluates every setting, prints the table and writes the chosen one."""
     enable_compilation_cache()
@@ -90,7 +97,7 @@ def main(config: TuneConfig) -> None:
     print(f"\n{table([heads, *cells])}\n")
     print(
         f"{label(settings)}: {base['accuracy'] - best['accuracy']:+.1f} points lost of at most "
-        f"{config.max_drop} on {best['n']} validation documents (standard error of one accuracy: "
-        f"{best['stderr'] or 0:.1f}), {gain:.1f} times the {config.by.replace('_', ' ')}"
+        f"{config.max_drop} on {best['n']} validation documents ({certainty(best)}), "
+        f"{gain:.1f} times the {config.by.replace('_', ' ')}"
     )
     print(f"wrote {config.output}; use it with decode_file={config.output}", file=sys.stderr)

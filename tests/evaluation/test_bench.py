@@ -44,6 +44,21 @@ def test_questions(dataset: Path):
         bench.read_questions(bench.BenchConfig(dataset=dataset, source="math500"))
 
 
+def test_open_lengths_are_the_models_own():
+    config = bench.BenchConfig()
+    assert config.lengths(40) == {"max_tokens": 40, "block_length": 8, "denoising_steps": 8}
+    assert config.lengths(128) == {"max_tokens": 128, "block_length": 32, "denoising_steps": 32}
+    assert {way.gen_length for way in config.settings(40).values()} == {40}
+    found = bench.read_questions(bench.BenchConfig(num_samples=3, seed=5))
+    assert [question.source for question in found] == ["sudoku", "sudoku", "countdown"]
+
+
+def test_a_broken_line_of_a_dataset_is_named(tmp_path: Path):
+    (tmp_path / "bad.jsonl").write_text(json.dumps(ROWS[0]) + "\n[]\n")
+    with pytest.raises(ValueError, match="line 2 is no object with question"):
+        bench.read_questions(bench.BenchConfig(dataset=tmp_path / "bad.jsonl"))
+
+
 def test_blockinfers_keys_and_sums(capsys: pytest.CaptureFixture):
     words = ["num_samples=3", "max_tokens=64", "denoising_steps=4", "mesh=1x1", "ignore_eos=false"]
     bench.main(cli.parse(bench.BenchConfig, words))

@@ -19,7 +19,8 @@ from jdllm.evaluation import estimate, run, sweeps, tuning
 from jdllm.evaluation.config import EvalConfig
 from jdllm.evaluation.grading import as_lm_eval, run_task
 from jdllm.evaluation.harness import JdllmLM
-from jdllm.evaluation.results import Sample, TaskResult, example, interval, score
+from jdllm.evaluation.intervals import interval
+from jdllm.evaluation.results import Sample, TaskResult, example, score
 from jdllm.evaluation.speed import Speed
 from jdllm.llm import LLM
 from jdllm.load import BUNDLED

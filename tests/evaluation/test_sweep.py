@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jdllm.decode import DecodeConfig
-from jdllm.evaluation import report, run, sweeps, tuning
+from jdllm.evaluation import estimate, report, run, sweeps, tuning
 from jdllm.evaluation.config import EvalConfig
 from jdllm.evaluation.pareto import aup, front
 from jdllm.evaluation.plans import BUILT_IN, read_plan
@@ -79,6 +79,26 @@ def test_aup_by_hand():
     wanted = 70 + 2 * (68 * weight + 70 * math.exp(-3 * (1 - 70 / 80))) / 2
     assert aup([(1.0, 70.0), (3.0, 68.0), (9.0, 64.9)], 80.0) == pytest.approx(wanted)
     assert aup([], 70.0) == aup([(1.0, 0.0)], 0.0) == 0
+
+
+def test_error_bars_of_certain_accuracies_reach_somewhere():
+    row = {"accuracy": 100.0, "stderr": 0.0, "n": 99}
+    assert report.bar(row) == (pytest.approx(1.0), 0.0)  # z^2 / (n + z^2), z = 1
+    assert report.bar(row | {"accuracy": 0.0}) == (0.0, pytest.approx(1.0))
+    assert report.bar(row | {"accuracy": 50.0, "stderr": 5.0}) == (5.0, 5.0)
+    assert report.bar(row | {"accuracy": 50.0, "stderr": None}) == (0.0, 0.0)
+
+
+def test_a_dry_run_of_a_sweep_runs_nothing(plan: Path, monkeypatch, capsys):
+    monkeypatch.setattr(LLM, "load", lambda *a: 1 / 0)
+    monkeypatch.setattr(estimate, "memory", lambda config, model, work: f"{work.columns} columns")
+    words = [f"plan={plan}", "limit=2", "mesh=1x1", "output=out", "dry_run=true"]
+    sweeps.main(cli.parse(sweeps.SweepConfig, words))
+    out = capsys.readouterr().out
+    assert not Path("out").exists() and "columns" in out
+    rows = [line for line in out.splitlines() if line.startswith(("sudoku", "countdown"))]
+    assert len(rows) == 6 and "rule=quota steps=10 cache=none" in rows[0]
+    assert all(row.split()[-3:-1] == ["2", "2"] for row in rows)
 
 
 def test_built_in_plans():
