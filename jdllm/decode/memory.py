@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, Mesh
 
 from jdllm.decode import DecodeConfig, Request, Setup, decode, make_setup
 from jdllm.model.config import ModelConfig
@@ -42,7 +42,7 @@ class Plan:
         return self.weights + self.cache + self.activations + self.copies
 
 
-def weight_bytes(config: ModelConfig, mesh: AbstractMesh) -> int:
+def weight_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh) -> int:
     """What one device holds of the weights, by `sharding.RULES`; ValueError as there."""
     total = 0
     for name, leaf in named(nnx.state(abstract(config))).items():

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import operator
 import os
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from jdllm.load import enable_compilation_cache
 from jdllm.model.config import ModelConfig, count_parameters
 from jdllm.runtime import cli, processes, sharding
 from jdllm.runtime.environment import environment
-from jdllm.runtime.files import alone, atomic_file, write_json
+from jdllm.runtime.files import alone, write_json, write_json_lines
 from jdllm.runtime.journal import FINISHED, Journal
 from jdllm.tasks import published
 from jdllm.tasks.graders import code
@@ -93,10 +92,8 @@ def compared_choices(scored: Sequence[Any], prompt: str, facts: dict[str, Any]) 
 
 def save(folder: Path, facts: dict[str, Any], results: Sequence[TaskResult]) -> None:
     """Writes samples.jsonl, a line a sample, and results.json."""
-    with atomic_file(folder / "samples.jsonl") as file:
-        for sample in (sample for result in results for sample in result.samples):
-            line = json.dumps(dataclasses.asdict(sample), ensure_ascii=False)
-            file.write(line.encode() + b"\n")
+    samples = (dataclasses.asdict(one) for result in results for one in result.samples)
+    write_json_lines(folder / "samples.jsonl", samples)
     write_json(folder / "results.json", facts)
     processes.say(f"wrote {folder / 'results.json'} and samples.jsonl")
 

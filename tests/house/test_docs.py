@@ -63,6 +63,7 @@ def named_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (plan,) = (text for page in PAGES for text in blocks(page, "yaml"))
     for name, text in {"plan.yaml": plan, "tuned.json": "{}", "FILE.jsonl": ""}.items():
         (tmp_path / name).write_text(text)
+    (tmp_path / "FOLDER").mkdir()
     monkeypatch.chdir(tmp_path)
 
 

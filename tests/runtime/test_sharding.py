@@ -12,13 +12,14 @@ from jax.sharding import PartitionSpec as P
 
 from jdllm import DecodeConfig
 from jdllm.convert.__main__ import main as convert
+from jdllm.decode.memory import weight_bytes
 from jdllm.kernels.attention import IMPLEMENTATIONS as ATTENTION
 from jdllm.kernels.attention import reference
 from jdllm.kernels.experts import IMPLEMENTATIONS as EXPERTS
 from jdllm.kernels.experts import dense
 from jdllm.kernels.experts import experts as kernel
 from jdllm.llm import LLM
-from jdllm.load import choose_mesh, weight_bytes
+from jdllm.load import choose_mesh
 from jdllm.model.config import NAMED, MoEConfig, count_parameters
 from jdllm.model.transformer import forward
 from jdllm.runtime import sharding
