@@ -345,7 +345,7 @@ def test_commands_hand_allowed_keys_on(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(LLM, "load", classmethod(stop))
     allow: Any = {"model": "owner/name", "allow_unknown": ("flavour",)}
     runs: dict[str, Callable[[], object]] = {
-        "eval": lambda: run.evaluate(EvalConfig(**allow)),
+        "eval": lambda: evaluation.evaluate(EvalConfig(**allow)),
         "generate": lambda: generate.complete(generate.GenerateConfig(prompt="x", **allow)),
         "bench": lambda: bench.main(bench.BenchConfig(**allow)),
         "grid": lambda: grid.main(grid.GridConfig(**allow)),

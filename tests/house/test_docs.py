@@ -71,7 +71,7 @@ def named_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_command_parses(command: str, named_files, monkeypatch: pytest.MonkeyPatch):
     words = shlex.split(command)
     name = words.pop(0)
-    if name == "jdllm.evaluation.harness":  # lm-eval's own command line
+    if name == "jdllm.harness":  # lm-eval's own command line
         monkeypatch.setattr(sys, "argv", [name, *words])
         assert HarnessCLI().parse_args().model == "jdllm"
         return
