@@ -17,6 +17,7 @@ from jdllm.convert import families
 from jdllm.convert.__main__ import ConvertConfig, PlanConfig, describe_model, main
 from jdllm.convert.table import ConversionError, sizes, source_shapes
 from jdllm.evaluation import bench, grid, harness, sweeps, tuning
+from jdllm.evaluation import run as evaluation
 from jdllm.evaluation.config import EvalConfig
 from jdllm.llm import LLM
 from jdllm.model.config import NAMED, count_parameters
