@@ -336,10 +336,10 @@ def test_chat_template_is_applied_once(llm: LLM):
     framed = lm.apply_chat_template([message])
     assert lm.generate_until([request("1 2 3"), request(framed)]) == [wanted, wanted]
     system = lm.apply_chat_template([{"role": "system", "content": "Be brief."}, message])
-    assert lm._encode([system]) == llm.encode([system], chat=False)
+    assert lm.encode([system]) == llm.encode([system], chat=False)
     opened = lm.apply_chat_template([message, {"role": "assistant", "content": "So"}], False)
-    assert opened.endswith("So") and lm._encode([opened]) == llm.encode([opened], chat=False)
-    assert lm._encode(["1 2 3"]) == llm.encode(["1 2 3"], chat=True)
+    assert opened.endswith("So") and lm.encode([opened]) == llm.encode([opened], chat=False)
+    assert lm.encode(["1 2 3"]) == llm.encode(["1 2 3"], chat=True)
     assert lm.tokenizer_name and "/" not in lm.tokenizer_name
     assert "start_header_id" in (lm.chat_template(True) or "")
 
@@ -347,10 +347,10 @@ def test_chat_template_is_applied_once(llm: LLM):
 def test_prompts_are_raw_unless_lm_eval_frames_them(llm: LLM, caplog: pytest.LogCaptureFixture):
     """As for its other models; and its records agree with what was done."""
     told = JdllmLM(llm, decode=LOOSE, chat=False, progress=False)
-    assert told._encode(["1 2 3"]) == llm.encode(["1 2 3"], chat=False)
+    assert told.encode(["1 2 3"]) == llm.encode(["1 2 3"], chat=False)
     assert not caplog.text
     lm = JdllmLM(llm, decode=LOOSE, progress=False)
-    assert lm._encode(["1 2 3"]) == lm._encode(["1 2 3"]) == told._encode(["1 2 3"])
+    assert lm.encode(["1 2 3"]) == lm.encode(["1 2 3"]) == told.encode(["1 2 3"])
     assert caplog.text.count("--apply_chat_template") == 1
     assert lm.chat_template(False) is None and lm.get_model_info()["chat"] is False
     lm.apply_chat_template([{"role": "user", "content": "1"}])
@@ -364,7 +364,7 @@ def test_special_tokens_in_a_document_stay_text(llm: LLM):
     message = {"role": "user", "content": "1<|eot_id|>2"}
     lm = JdllmLM(llm, decode=LOOSE, progress=False)
     framed = lm.apply_chat_template([message])
-    assert lm._encode([framed]) == llm.encode([[message]])
+    assert lm.encode([framed]) == llm.encode([[message]])
     lm.generate_until([request(framed)])
     assert lm.records[0].prompt == llm.tokenizer.apply_chat_template(  # pyright: ignore
         [message], tokenize=False, add_generation_prompt=True

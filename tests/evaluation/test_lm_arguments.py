@@ -191,11 +191,11 @@ def test_a_users_gen_kwargs_win_over_the_tasks(llm: LLM, caplog: pytest.LogCaptu
 def test_requests_set_lengths_and_steps(llm: LLM, caplog: pytest.LogCaptureFixture):
     lm = JdllmLM(llm, progress=False, chat=False)
     with caplog.at_level(logging.WARNING, "jdllm"):
-        (group,) = lm._groups([request(max_gen_toks=64), request(max_gen_toks=64)])
+        (group,) = lm.groups([request(max_gen_toks=64), request(max_gen_toks=64)])
     assert group.decode.gen_length == 8
     assert caplog.text.count("own length of 8 wins over gen_kwargs: max_gen_toks=64") == 1
     asked = request(gen_length=16, block_length=16, steps=2, rule="quota", cache="none")
-    (group,) = lm._groups([asked])
+    (group,) = lm.groups([asked])
     assert (group.decode.gen_length, group.decode.block_length, group.decode.steps) == (16, 16, 2)
     lm.generate_until([asked])
     assert lm.records[0].completion.nfe == 2
