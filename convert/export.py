@@ -1,7 +1,6 @@
 """Exports a converted model as a Hugging Face folder of safetensors."""
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,7 +54,7 @@ def export(source: Path, output: Path, dtype: str | None, shard_bytes: int) -> N
         written.append(_save(folder, len(written), pending))
         _finish(folder, written)
         hf = FAMILIES[config.family].hf_config(config)
-        (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+        files.write_json(folder / "config.json", hf)
         copy_tokenizer(source, folder)
 
 
@@ -83,4 +82,4 @@ def _finish(folder: Path, written: list[list[str]]) -> None:
         weight_map |= dict.fromkeys(names, path.name)
         total += path.stat().st_size
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    files.write_json(folder / INDEX, index)

@@ -28,12 +28,12 @@ COMMANDS = {
 # What the words of a command set, as module:name; a name in capitals has those of subcommands.
 # Only what is named is imported, so that this list and a typo take no time.
 CONFIGS: dict[str, str | None] = {
-    "eval": "jdllm.eval:EvalConfig",
+    "eval": "jdllm.evaluation.config:EvalConfig",
     "generate": "jdllm.generate:GenerateConfig",
-    "sweep": "jdllm.sweep:SweepConfig",
-    "tune": "jdllm.tune:TuneConfig",
-    "bench": "jdllm.bench:BenchConfig",
-    "bench grid": "jdllm.bench:GridConfig",
+    "sweep": "jdllm.evaluation.sweeps:SweepConfig",
+    "tune": "jdllm.evaluation.tuning:TuneConfig",
+    "bench": "jdllm.evaluation.bench:BenchConfig",
+    "bench grid": "jdllm.evaluation.grid:GridConfig",
     "sft": "jdllm.sft:SFTConfig",
     "convert": "jdllm.convert.commands:CONFIGS",
     "launch": "jdllm.launch:LaunchConfig",

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import jdllm
+from jdllm.arguments import DecodingArgs
 from jdllm.decode import DecodeConfig
-from jdllm.evaluation.settings import check_verifier, loading
+from jdllm.evaluation.settings import check_verifier
 from jdllm.load import enable_compilation_cache
 from jdllm.runtime import files, processes, sharding
 from jdllm.runtime.progress import Bar
@@ -22,34 +23,24 @@ if TYPE_CHECKING:  # imported when it runs, so that --help is quick
 
 
 @dataclasses.dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(DecodingArgs):
     """Generation from one prompt."""
 
     prompt: str = ""
     """The user's message; needed unless replay is given."""
-    model: str = "bundled"
-    """bundled, a converted folder, random:<name>, or a Hugging Face folder or id."""
-    allow_unknown: tuple[str, ...] = ()
-    """Keys of a Hugging Face config.json to ignore although their meaning is not known here."""
     decode: DecodeConfig = DecodeConfig()
     chat: bool = True
     """Frame the prompt with the model's chat template; false passes it on as it is."""
     viz: Literal["none", "live"] = "none"
     """live: show the canvas after every model call; without a terminal, as lines of text."""
     fps: float = 10
-    """viz=live: model calls shown a second."""
+    """viz=live: model calls shown per second."""
     trace: Path | None = None
     """JSON lines to write: token, confidence, entropy and commit step by call and column."""
     html: Path | None = None
     """Page to write: replays the run in a browser, on its own."""
     replay: Path | None = None
     """A trace to show instead of running a model; needs viz or html."""
-    mesh: str = "auto"
-    """data x model, for example 1x4; auto is data parallel where the model fits a device."""
-    dtype: str = "auto"
-    """Compute dtype; auto keeps the stored one, on a CPU float32."""
-    verifier: str | None = None
-    """The causal model that decode.rule=verify asks."""
     seed: int = 0
     """Seed of the weights of random:<name>; sampling has decode.seed."""
     json: bool = False
@@ -92,12 +83,10 @@ def generate(config: GenerateConfig) -> None:
 
 def complete(config: GenerateConfig) -> None:
     """Prints the completion; a line on standard error says what it cost."""
-    from jdllm.llm import LLM
-
     enable_compilation_cache()
     with Bar(total=1, unit="prompt", leave=False, disable=not processes.is_main()) as bar:
         bar.set_postfix_str(f"loading {config.model}")
-        llm = LLM.load(**loading(config))
+        llm = config.load_llm()
         bar.set_postfix_str("")
         watched = config.viz == "live" or config.outputs
         if not watched:

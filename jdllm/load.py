@@ -1,7 +1,6 @@
 """Everything that `model=` may be: bundled, a folder, random:<name>, or a Hugging Face id."""
 
 import dataclasses
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +10,9 @@ from jax.sharding import Mesh
 
 from jdllm.convert.families import open_source
 from jdllm.convert.fetch import converted_folder, fetch
+from jdllm.decode.memory import weight_bytes
 from jdllm.model.config import NAMED, ModelConfig, is_converted
-from jdllm.model.model import Model, abstract, named
+from jdllm.model.model import Model
 from jdllm.runtime import processes, sharding
 from jdllm.runtime.files import home
 from jdllm.store import checkpoint
@@ -90,16 +90,6 @@ def read_facts(model: str, dtype: str = "auto", allow_unknown: Sequence[str] = (
     else:
         config = checkpoint.read_config(folder)
     return dataclasses.replace(config, dtype=compute_dtype(dtype, config.dtype))
-
-
-def weight_bytes(config: ModelConfig, mesh: Mesh) -> int:
-    """Bytes of the weights that one device of `mesh` holds; ValueError where they do not split."""
-    leaves = named(abstract(config))
-    placed = checkpoint.placements(config, mesh).items()
-    return sum(
-        math.prod(place.shard_shape(leaves[name].shape)) * leaves[name].dtype.itemsize
-        for name, place in placed
-    )
 
 
 def choose_mesh(

@@ -9,6 +9,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jdllm.runtime.files import write_json
+
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -206,7 +208,7 @@ def copy_tokenizer(source: Path, output: Path) -> list[str]:
     if "vocab.json" in names and "tokenizer.json" not in names:
         build_tokenizer(source).save(str(output / "tokenizer.json"))
         settings = _settings(source) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-        (output / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_json(output / CONFIG, settings)
         names = sorted({*names, "tokenizer.json", CONFIG})
     return names
 

@@ -7,6 +7,7 @@ from jdllm.decode.layout import put, take, take_rows
 from jdllm.decode.rows import Rows
 from jdllm.decode.setup import Setup
 from jdllm.model.cache import Cache
+from jdllm.model.columns import guide, in_chunks
 from jdllm.model.mask import Mask
 from jdllm.model.model import Model
 
@@ -43,7 +44,7 @@ def guided(model: Model, setup: Setup, hidden_BND: jax.Array) -> jax.Array:
     if not scale:
         return logits_BNV
     pair = logits_BNV.reshape(-1, 2, *logits_BNV.shape[1:])
-    return pair[:, 1] + (scale + 1) * (pair[:, 0] - pair[:, 1])
+    return guide(pair[:, 0], pair[:, 1], scale)
 
 
 def smoothed(
@@ -64,15 +65,11 @@ def smoothed(
     assert smooth is not None and before.inputs is not None
     weight_B = jnp.minimum(smooth.init + smooth.growth * before.nfe, smooth.weight)
     kind = before.inputs.dtype
-    B, W = window_BW.shape
-    short = -W % N
-    hidden = jnp.pad(hidden_BWD, ((0, 0), (0, short), (0, 0)))
-    hidden = hidden.reshape(B, -1, N, hidden.shape[-1]).swapaxes(0, 1)
 
-    def expected(hidden_BND: jax.Array) -> jax.Array:
-        return model.expected(jax.nn.softmax(model.logits(hidden_BND), axis=-1))
+    def expected(part: tuple[jax.Array]) -> jax.Array:
+        return model.expected(jax.nn.softmax(model.logits(part[0]), axis=-1))
 
-    mixed = jax.lax.map(expected, hidden).swapaxes(0, 1).reshape(B, W + short, -1)[:, :W]
+    mixed = in_chunks(expected, (hidden_BWD,), N)
     open_BW1 = take(after.open, window_BW)[..., None]
     plus = jnp.where(open_BW1, weight_B[:, None, None].astype(kind) * mixed, 0)
     embedded = model.embed(take(after.tokens, window_BW))

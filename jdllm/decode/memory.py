@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, Mesh
 
 from jdllm.decode import DecodeConfig, Request, Setup, decode, make_setup
 from jdllm.model.config import ModelConfig
@@ -41,7 +41,7 @@ class Plan:
         return self.weights + self.cache + self.activations + self.copies
 
 
-def weight_bytes(config: ModelConfig, mesh: AbstractMesh) -> int:
+def weight_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh) -> int:
     """What one device holds of the weights, by `sharding.RULES`; ValueError as there."""
     total = 0
     for name, leaf in named(abstract(config)).items():

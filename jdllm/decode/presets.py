@@ -5,9 +5,10 @@ after a method leave the length open; those named after a task fix it. None copi
 idle calls: add `decode.parity=` for that (docs/decoding.md).
 """
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
+
+from jdllm.runtime.hints import asked, nearest
 
 Settings = Mapping[str, Any]
 
@@ -141,6 +142,5 @@ def preset_settings(name: str) -> dict[str, Any]:
     """The settings of a preset; ValueError with the nearest names where there is none."""
     if name in PRESETS:
         return dict(PRESETS[name])
-    near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.5)
-    hint = f"did you mean {', or '.join(near)}?" if near else f"there are {', '.join(PRESETS)}"
+    hint = asked(nearest(name, PRESETS)) or f"there are {', '.join(PRESETS)}"
     raise ValueError(f"preset={name} is unknown; {hint}")

@@ -54,7 +54,8 @@ class Score:
     stderr: dict[str, float | None]
     """lm-eval's standard errors; None where one document has none."""
     samples: list[dict[str, Any]]
-    """A row a document: task, doc_id, target, prompt, metrics, and each: those of every sample."""
+    """A row per document: task, doc_id, target, prompt, metrics, each: those of every sample, and
+    filtered: by filter, what it left of every sample."""
 
 
 def plain(name: str) -> str:
@@ -114,9 +115,12 @@ def rows(name: str, task: Any, samples: list[dict[str, Any]]) -> list[dict[str, 
                 "target": str(sample["target"]),
                 "prompt": unmarked(str(sample["arguments"][0][0])),
                 "metrics": {},
+                "filtered": {},
                 "each": [{} for _ in range(task.config.repeats)],
             },
         )
+        left = sample["filtered_resps"]
+        row["filtered"][sample["filter"]] = left[0] if isinstance(left[0], list) else left
         part = "," + sample["filter"]
         whole = {plain(key + part): sample[key] for key in sample["metrics"]}
         row["metrics"] |= {k: float(v) for k, v in whole.items() if isinstance(v, numbers.Real)}

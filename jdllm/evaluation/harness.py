@@ -23,24 +23,26 @@ from jdllm.completion import Completion
 from jdllm.decode import DecodeConfig
 from jdllm.evaluation.lm_arguments import (
     batch_rows,
+    check_device,
     given_names,
+    model_name,
     overlay,
     read_gen_kwargs,
     read_settings,
 )
+from jdllm.evaluation.records import Group, Record, Scored
 from jdllm.evaluation.settings import check_verifier
 from jdllm.evaluation.speed import Cost, Speed
 from jdllm.llm import LLM
 from jdllm.runtime import processes
 from jdllm.runtime.files import alone
-from jdllm.runtime.journal import Journal, digest, number_repeats
+from jdllm.runtime.journal import FINISHED, Journal, digest, number_repeats
 from jdllm.runtime.progress import Bar
 from jdllm.score.likelihood import LikelihoodConfig
 from jdllm.score.scoring import Likelihood
 from jdllm.tokenizer import render, unmarked
 
 DEFAULT_LENGTH = 128  # columns, where neither the settings, the model nor the request names any
-LM_EVAL_DEVICE = "cuda:0"  # what lm-eval's command line passes where the user names none
 INSTRUCT = (
     "the model has a chat template: likelihoods are made for base models, and those of an "
     "instruction-tuned one are often poor; tasks that generate text score it better"
@@ -53,29 +55,8 @@ SAME = "repeats of a document are equal without chance: set temperature, in gen_
 log = logging.getLogger("jdllm")
 
 
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """One finished request to generate."""
-
-    task: str | None
-    doc_id: int | None
-    sample: int
-    """Its number among the repeats of the same request."""
-    prompt: str
-    completion: Completion
-    cost: Cost
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """Requests that may share a batch: same stop strings, same lengths."""
-
-    stop: tuple[str, ...]
-    decode: DecodeConfig
-
-
 class JdllmLM(LM):
-    """An LLM under lm-eval's interface; `records` and `likelihoods` grow with every call.
+    """An LLM under lm-eval's interface; `records` and `scored` grow with every call.
 
     As for every model of lm-eval, a prompt goes to the model as it is; lm-eval frames it where it
     is asked to (apply_chat_template=True). Where `chat` is true a prompt that lm-eval did not frame
@@ -117,37 +98,39 @@ class JdllmLM(LM):
         where another run holds the folder.
         """
         super().__init__()
-        if device not in (None, LM_EVAL_DEVICE):
-            raise ValueError(f"device={device} is for PyTorch models; place this one with mesh=")
+        check_device(device)
         self.batch_size = batch_rows(batch_size, max_batch_size)
-        if model and pretrained:
-            raise ValueError(f"model={model} and pretrained={pretrained} are one thing; keep one")
         bases = {"decode": decode or DecodeConfig(), "likelihood": likelihood or LikelihoodConfig()}
         chosen = read_settings(settings, bases)
         self.decode: DecodeConfig = chosen["decode"]
         self._given = given_names(bases["decode"], settings)
         self.likelihood: LikelihoodConfig = chosen["likelihood"]
-        if isinstance(model, LLM):
-            self.llm = model
+        named = model_name(model, pretrained)
+        if isinstance(named, LLM):
+            self.llm = named
         else:
             check_verifier(verifier, [self.decode])
-            name = model or pretrained or "bundled"
-            self.llm = LLM.load(name, mesh, dtype, seed, verifier, allow_unknown)
+            self.llm = LLM.load(named, mesh, dtype, seed, verifier, allow_unknown)
         self.tokenizer: Any = self.llm.tokenizer
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer, and the prompts of a task are text")
         self.chat, self.length, self.progress, self.leave = chat, length, progress, leave
+        self._lock = contextlib.ExitStack()  # held as long as this object, or the process
         if isinstance(journal, str):
-            self._lock = contextlib.ExitStack()  # held as long as this object, or the process
             self._lock.enter_context(alone(Path(journal)))
-            journal = Journal(Path(journal) / "finished.jsonl")
+            journal = Journal(Path(journal) / FINISHED)
         self.journal = journal
         self.records: list[Record] = []
-        self.likelihoods: list[Likelihood] = []
+        self.scored: list[Scored] = []
         self.gen_kwargs: dict[str, dict[str, Any]] = {}  # by task: decode settings it changed
         self._used: dict[DecodeConfig, None] = {}
         self._rendered: set[str] = set()
         self._said: set[str] = set()
+
+    @property
+    def likelihoods(self) -> list[Likelihood]:
+        """What was scored, in order, without the texts."""
+        return [scored.score for scored in self.scored]
 
     @property
     def speed(self) -> Speed:
@@ -175,8 +158,8 @@ class JdllmLM(LM):
         if not requests:
             return []
         found: dict[int, Record] = {}
-        rows = self._encode([request.args[0] for request in requests])
-        groups = self._groups(requests)
+        rows = self.encode([request.args[0] for request in requests])
+        groups = self.groups(requests)
         keys, samples = self._keys(requests, rows, groups)
         if any(samples[i] and not group.decode.draws for group, g in groups.items() for i in g):
             self._say(SAME)
@@ -221,8 +204,7 @@ class JdllmLM(LM):
         split as in LLaDA's harness: a context's trailing spaces go to the continuation, and both
         are tokenised together.
         """
-        pairs = [self._encode_pair(*request.args) for request in requests]
-        scores = self._score(requests, [[pair] for pair in pairs], disable_tqdm)
+        scores = self._score(requests, self.pairs(requests), disable_tqdm)
         return [(score.value, score.is_greedy) for score in scores]
 
     def loglikelihood_rolling(
@@ -233,12 +215,20 @@ class JdllmLM(LM):
         A text longer than the model's canvas is cut into windows of that length, which are scored
         each by itself and added up.
         """
+        scores = self._score(requests, self.pairs(requests), disable_tqdm)
+        return [score.value for score in scores]
+
+    def pairs(self, requests: Sequence[Instance]) -> list[list[tuple[list[int], list[int]]]]:
+        """Token ids of what is scored for each request: a continuation, or a text's windows."""
         window = self.llm.config.max_length - 1  # room for an eos
-        texts = [self.llm.encode([request.args[0]], chat=False)[0] for request in requests]
-        split = [
-            [([], row[i : i + window]) for i in range(0, len(row), window)] for row in texts
-        ]  # fmt: skip
-        return [score.value for score in self._score(requests, split, disable_tqdm)]
+        found = []
+        for request in requests:
+            if len(request.args) == 2:
+                found.append([self._encode_pair(*request.args)])
+            else:
+                row = self.llm.encode([request.args[0]], chat=False)[0]
+                found.append([([], row[i : i + window]) for i in range(0, len(row), window)])
+        return found
 
     def _score(
         self, requests: list[Instance], pairs: list[list[tuple]], hidden: bool
@@ -277,7 +267,10 @@ class JdllmLM(LM):
                 missing, self.likelihood, batch_size=self.batch_size, finished=finished
             )
         scores = [found[i] for i in range(len(requests))]
-        self.likelihoods += scores
+        self.scored += [
+            Scored(request.task_name, request.doc_id, request.args[-1], one)
+            for request, one in zip(requests, scores, strict=True)
+        ]
         return scores
 
     def _keep(self, finished: dict[str, dict[str, Any]]) -> None:
@@ -351,7 +344,7 @@ class JdllmLM(LM):
         """Whether prompts that lm-eval did not frame are framed here."""
         return bool(self.chat and self.tokenizer.chat_template)
 
-    def _groups(self, requests: Sequence[Instance]) -> dict[Group, list[int]]:
+    def groups(self, requests: Sequence[Instance]) -> dict[Group, list[int]]:
         """Indices of the requests that may share a batch."""
         groups: dict[Group, list[int]] = {}
         for i, request in enumerate(requests):
@@ -395,7 +388,7 @@ class JdllmLM(LM):
         block = config.block_length or min(usual, length)
         return self.llm.resolve(config, gen_length=self.length or -(-length // block) * block)
 
-    def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
+    def encode(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids of the prompts, framed where that is asked for and lm-eval has not done it."""
         if self.frames:
             prompts = [

@@ -5,7 +5,6 @@ doing. Decode settings that were given to the model win over both, field by fiel
 """
 
 import dataclasses
-import difflib
 from collections.abc import Collection
 from typing import Any
 
@@ -14,7 +13,9 @@ from jdllm.decode.checks import RENAMED
 from jdllm.decode.presets import preset_settings
 from jdllm.evaluation.settings import changed
 from jdllm.runtime.fields import leaves, replaced
+from jdllm.runtime.hints import asked, nearest
 
+LM_EVAL_DEVICE = "cuda:0"  # of lm-eval's own command line
 ROWS = 32  # of a batch, where lm-eval says auto
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 ALIASES = {"cfg": "cfg_scale", "diffusion_steps": "steps"}
@@ -45,7 +46,7 @@ def read_settings[T](words: dict[str, Any], bases: dict[str, T]) -> dict[str, T]
         if (old := word.removeprefix("decode.")) in RENAMED:
             raise ValueError(f"{word} is decode.{RENAMED[old]} now")
         if word not in known:
-            near = difflib.get_close_matches(word, known) or list(known)
+            near = nearest(word, known) or list(known)
             raise ValueError(f"{word} is not a setting of this model; try {', '.join(near)}")
     changes: dict[str, dict[str, Any]] = {name: {} for name in bases}
     if preset:
@@ -54,6 +55,19 @@ def read_settings[T](words: dict[str, Any], bases: dict[str, T]) -> dict[str, T]
         name, field = known[word]
         changes[name][field] = value
     return {name: replaced(base, changes[name]) for name, base in bases.items()}
+
+
+def model_name(model: Any, pretrained: str | None) -> Any:
+    """What of lm-eval's two words names the model, by default bundled; ValueError for both."""
+    if model and pretrained:
+        raise ValueError(f"model={model} and pretrained={pretrained} are one thing; keep one")
+    return model or pretrained or "bundled"
+
+
+def check_device(device: str | None) -> None:
+    """ValueError for a device other than the one that lm-eval passes where the user names none."""
+    if device not in (None, LM_EVAL_DEVICE):
+        raise ValueError(f"device={device} is for PyTorch models; place this one with mesh=")
 
 
 def batch_rows(batch_size: int | str, most: int | None = None) -> int:
@@ -130,8 +144,8 @@ def _check(name: str, value: Any) -> None:
         raise ValueError(f"gen_kwargs: {name}={value} has no meaning here; leave it out")
     if name in RENAMED:
         raise ValueError(f"gen_kwargs: {name}={value} is {RENAMED[name]} now")
-    near = difflib.get_close_matches(name, [*FIELDS, *LENGTHS, *ALIASES, "until", "do_sample"])
-    hint = f"did you mean {' or '.join(near)}?" if near else "leave it out"
+    near = nearest(name, [*FIELDS, *LENGTHS, *ALIASES, "until", "do_sample"])
+    hint = asked(near) or "leave it out"
     raise ValueError(f"gen_kwargs: {name}={value} has no meaning here; {hint}")
 
 

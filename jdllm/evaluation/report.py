@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jdllm.evaluation.intervals import interval
 from jdllm.evaluation.pareto import aup, front
 from jdllm.runtime.files import atomic_file
 
@@ -16,8 +17,8 @@ Row = dict[str, Any]
 NO_PLOTS = "tables alone are written; plots need matplotlib: python -m pip install -e '.[plot]'"
 COLUMNS = {  # column of the table -> how a value is written
     "model": "{}", "task": "{}", "setting": "{}", "n": "{}", "accuracy": "{:.1f}",
-    "stderr": "{:.1f}", "nfe": "{:.1f}", "tokens_per_forward": "{:.2f}",
-    "tokens_per_second": "{:.0f}", "forwards_per_second": "{:.1f}", "latency_p50": "{:.2f}",
+    "stderr": "{:.1f}", "interval": "{}", "nfe": "{:.1f}", "tokens_per_forward": "{:.2f}",
+    "tokens_per_second": "{:.0f}", "calls_per_second": "{:.1f}", "latency_p50": "{:.2f}",
     "latency_p95": "{:.2f}", "front": "{}",
 }  # fmt: skip
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem;
@@ -128,12 +129,21 @@ def figure(rows: Sequence[Row], task: str) -> bytes:
     return data.getvalue()
 
 
+def bar(row: Row) -> tuple[float, float]:
+    """How far the error bar of a row reaches down and up, in percentage points: one error each."""
+    share = row["accuracy"] / 100
+    ends = interval(share, row["stderr"], row["n"], z=1.0)
+    if ends is None:
+        return row["stderr"] or 0.0, row["stderr"] or 0.0
+    return 100 * (share - ends[0]), 100 * (ends[1] - share)
+
+
 def _scatter(axes: Any, rows: Sequence[Row], column: str, color: str) -> None:
     """Accuracy with its standard error against a column."""
     axes.errorbar(
         [row[column] for row in rows],
         [row["accuracy"] for row in rows],
-        yerr=[row["stderr"] or 0.0 for row in rows],
+        yerr=list(zip(*(bar(row) for row in rows), strict=True)),
         fmt="o", color=color, alpha=0.55, capsize=2, markersize=5, linewidth=1,
     )  # fmt: skip
 

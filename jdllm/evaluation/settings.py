@@ -1,4 +1,4 @@
-"""Settings: what loads a model; short names, the model asked and the JSON file of decoding."""
+"""Settings: what they came to; short names, the model asked and the JSON file of decoding."""
 
 import dataclasses
 import json
@@ -8,14 +8,20 @@ from typing import Any
 
 from jdllm.decode import DecodeConfig
 from jdllm.runtime.fields import leaves, replaced
-from jdllm.runtime.files import atomic_file
-
-LOADING = ("model", "mesh", "dtype", "seed", "verifier", "allow_unknown")
+from jdllm.runtime.files import write_json
 
 
-def loading(config: Any) -> dict[str, Any]:
-    """What LLM.load takes, of the settings of a command."""
-    return {name: getattr(config, name) for name in LOADING if hasattr(config, name)}
+def placed(llm: Any) -> dict[str, Any]:
+    """What mesh= and dtype= came to when a model was loaded."""
+    mesh = f"{llm.mesh.shape['data']}x{llm.mesh.shape['model']}"
+    return {"mesh": mesh, "dtype": llm.config.dtype}
+
+
+def longest(loaded: dict[str, dict[str, Any]]) -> int:
+    """The most columns that one of the tasks asks for, in whole blocks of 32."""
+    tasks = [task for tasks in loaded.values() for task in tasks["tasks"].values()]
+    asked = [(task.config.generation_kwargs or {}).get("max_gen_toks") or 128 for task in tasks]
+    return -(-max(asked) // 32) * 32
 
 
 def changed(config: Any) -> dict[str, Any]:
@@ -80,5 +86,4 @@ def read_decode(path: Path, over: DecodeConfig | None = None) -> DecodeConfig:
 
 def write_decode(path: Path, config: DecodeConfig) -> None:
     """Writes every setting, so that later defaults change nothing."""
-    with atomic_file(path) as file:
-        file.write(json.dumps(dataclasses.asdict(config), indent=2).encode() + b"\n")
+    write_json(path, dataclasses.asdict(config))

@@ -35,10 +35,10 @@ class Speed:
 
     completion_tokens: int = 0
     """Tokens up to the end id or stop string, prompts never counted."""
-    row_nfe: int = 0
-    """Sum of the rows' NFE."""
-    forwards: int = 0
-    """Model calls of the batches."""
+    nfe: int = 0
+    """Sum of the samples' NFE: forwards, each of one row."""
+    calls: int = 0
+    """Model calls of the batches, each for all its rows at once."""
     seconds: float = 0.0
     """On the device and back, without compilation."""
     compile_seconds: float = 0.0
@@ -54,8 +54,8 @@ class Speed:
         costs = {cost.id: cost for _, cost in pairs}.values()
         return cls(
             completion_tokens=sum(len(done.ids) for done, _ in pairs),
-            row_nfe=sum(done.nfe for done, _ in pairs),
-            forwards=sum(cost.forwards for cost in costs),
+            nfe=sum(done.nfe for done, _ in pairs),
+            calls=sum(cost.forwards for cost in costs),
             seconds=sum(cost.seconds for cost in costs),
             compile_seconds=sum(cost.compile_seconds for cost in costs),
             latencies=tuple(cost.seconds for _, cost in pairs),
@@ -74,12 +74,12 @@ class Speed:
     @property
     def tokens_per_forward(self) -> float:
         """Completion tokens for each model evaluation of a row."""
-        return self.completion_tokens / self.row_nfe if self.row_nfe else 0.0
+        return self.completion_tokens / self.nfe if self.nfe else 0.0
 
     @property
-    def forwards_per_second(self) -> float:
+    def calls_per_second(self) -> float:
         """Model calls of the batches per second."""
-        return self.forwards / self.seconds if self.seconds else 0.0
+        return self.calls / self.seconds if self.seconds else 0.0
 
     def latency(self, percent: float) -> float:
         """The latency, in seconds, that `percent` of the completions do not exceed."""
@@ -87,7 +87,14 @@ class Speed:
 
     def facts(self) -> dict[str, Any]:
         """What results.json holds."""
-        rates = ("tokens_per_second", "tokens_per_forward", "forwards_per_second")
-        totals = ("completion_tokens", "forwards", "seconds", "compile_seconds", "shared_tokens")
+        rates = ("tokens_per_second", "tokens_per_forward", "calls_per_second")
+        totals = (
+            "completion_tokens",
+            "nfe",
+            "calls",
+            "seconds",
+            "compile_seconds",
+            "shared_tokens",
+        )
         facts = {name: getattr(self, name) for name in totals + rates}
         return facts | {"latency_p50": self.latency(50), "latency_p95": self.latency(95)}

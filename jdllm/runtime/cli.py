@@ -8,9 +8,9 @@ attribute `renamed` (old name -> dotted name) tells what a setting is called now
 
 import contextlib
 import dataclasses
-import difflib
 import os
 import re
+import shlex
 import sys
 import types
 import typing
@@ -22,7 +22,7 @@ import tyro
 
 from jdllm.runtime import signals
 from jdllm.runtime.fields import NUMBERS, nested
-from jdllm.runtime.hints import nearest_choices, nearest_settings
+from jdllm.runtime.hints import asked, nearest, nearest_choices, nearest_settings
 
 WORD = re.compile(r"[A-Za-z_][\w.-]*=")
 HELP_ALL = {"--help-all", "--help_all"}
@@ -129,9 +129,7 @@ def expand_presets(config: type, options: Sequence[str], prog: str | None) -> li
             kept.append(word)
     for setting, name in sorted(chosen.items(), key=lambda item: -item[0].count(".")):
         if name not in tables[setting]:
-            near = [each for each in tables[setting] if name and each.startswith(name)]
-            near = near or difflib.get_close_matches(name, tables[setting], n=3, cutoff=0.5)
-            hint = f"did you mean {', or '.join(near)}?" if near else _listed(tables[setting])
+            hint = asked(nearest(name, tables[setting])) or _listed(tables[setting])
             who = prog or "this command"
             print(f"error: {who} knows no {setting}={name}; {hint}", file=sys.stderr)
             raise SystemExit(2)
@@ -155,8 +153,7 @@ def check_names(config: type, options: Sequence[str], prog: str | None) -> None:
         if not option.startswith("--") or name in names:
             continue
         now = [new for old, new in old_names.items() if f".{old}".endswith(f".{name}")]
-        near = nearest_settings(name, names)
-        hint = f"did you mean {', or '.join(near)}?" if near else f"there are {', '.join(names)}."
+        hint = asked(nearest_settings(name, names)) or f"{_listed(names)}."
         hint = f"it is {now[0]} now" if now else hint
         print(f"error: {prog or 'this command'} has no setting {name!r}; {hint}", file=sys.stderr)
         raise SystemExit(2)
@@ -245,6 +242,26 @@ def parse[T](
     except ValueError as error:  # a rule between fields, raised by the dataclass itself
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def command(settings: Any, module: str) -> str:
+    """The command line that gives these settings: what is not the default, as words."""
+    words = []
+    for name, value in _changed(settings):
+        several = isinstance(value, tuple)
+        text = " ".join(shlex.quote(str(each)) for each in (value if several else (value,)))
+        words.append(f"--{name} {text}" if several else f"{name}={text}")
+    return " ".join([f"python -m {module}", *words])
+
+
+def _changed(settings: Any) -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of the settings that are not the defaults."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from ((f"{field.name}.{name}", inner) for name, inner in _changed(value))
+        elif value != field.default:
+            yield field.name, value
 
 
 def run[T](main: Callable[[T], Any], config: type[T], prog: str) -> None:
@@ -346,8 +363,7 @@ def dispatch(
         print("\n".join([usage, "", *["examples", *shown, ""] * bool(shown), end]))
         raise SystemExit(0)
     if name not in commands:
-        near = difflib.get_close_matches(name, commands)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        hint = (near := asked(nearest(name, commands))) and f"; {near}"
         print(f"{usage}\nerror: unknown command {name!r}{hint}", file=sys.stderr)
         raise SystemExit(2)
     return commands[name](words[1:])

@@ -1,5 +1,6 @@
-"""What numbers were measured on: versions, devices, the commit."""
+"""What numbers were measured on, and when: versions, devices, the host, the commit."""
 
+import datetime
 import platform
 import subprocess
 from importlib.metadata import version
@@ -39,5 +40,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "device": devices[0].device_kind,
         "device_count": len(devices),
+        "host": platform.node(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
     }

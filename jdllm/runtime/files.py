@@ -2,12 +2,13 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 PARTIAL = ".partial-"
 
@@ -21,6 +22,19 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def write_json(path: Path, facts: Any) -> None:
+    """Writes facts as indented JSON, whole or not; what JSON does not know becomes text."""
+    with atomic_file(path) as file:
+        file.write(json.dumps(facts, indent=2, default=str).encode() + b"\n")
+
+
+def write_json_lines(path: Path, rows: Iterable[Any], strict: bool = False) -> None:
+    """Writes facts as JSON, one per line, whole or not; if `strict`, ValueError for NaN and inf."""
+    with atomic_file(path) as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False, allow_nan=not strict).encode() + b"\n")
 
 
 def refuse_existing(folder: Path) -> None:

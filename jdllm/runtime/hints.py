@@ -1,7 +1,7 @@
 """What a misspelt word may stand for: the nearest names, and those that other tools use."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 # Our settings, and what other tools call them; they are named where one is given that is not known.
 ALIASES = {
@@ -72,6 +72,21 @@ CHOICES = {  # what other tools call a choice of ours
 }
 
 
+def nearest(word: str, known: Iterable[str], most: int = 3) -> list[str]:
+    """The names among `known` that a misspelt word may stand for, at most `most`, the best first.
+
+    Those that begin with the word, where there are any; else those spelt like it.
+    """
+    known = list(dict.fromkeys(known))
+    begin = [name for name in known if word and name.startswith(word)]
+    return begin[:most] or difflib.get_close_matches(word, known, n=most)
+
+
+def asked(near: Iterable[str]) -> str:
+    """The question whether one of some names was meant; "" without any."""
+    return f"did you mean {', or '.join(near)}?" if near else ""
+
+
 def nearest_settings(name: str, names: Sequence[str]) -> list[str]:
     """The settings among `names` that a word may stand for: best of all what it is called here."""
     group, _, leaf = name.rpartition(".")
@@ -81,7 +96,7 @@ def nearest_settings(name: str, names: Sequence[str]) -> list[str]:
     meant = [known for known, own in leaves.items() if leaf in ALIASES.get(own, ())]
     if left_out or meant:
         return left_out or meant
-    close = difflib.get_close_matches(leaf, list(dict.fromkeys(leaves.values())), n=3)
+    close = nearest(leaf, leaves.values())
     found = [known for own in close for known in names if leaves[known] == own]
     if group:
         found.sort(key=lambda known: known.rpartition(".")[0] != group)
@@ -94,4 +109,4 @@ def nearest_choices(word: str, known: Sequence[str]) -> list[str]:
     if (meant := CHOICES.get(word, "")) in known:
         return [meant]
     within = [one for one in known if word and (one in word or word in one)]
-    return within or difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    return within or nearest(word, known)

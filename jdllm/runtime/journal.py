@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 Entry = dict[str, Any]
+FINISHED = "finished.jsonl"  # in an output folder: every sample, as soon as it was finished
 
 
 def digest(facts: Any) -> str:

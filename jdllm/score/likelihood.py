@@ -11,6 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from jdllm.model.columns import guide, in_chunks
 from jdllm.model.mask import Mask
 from jdllm.model.model import Model
 from jdllm.runtime.fields import check_fields
@@ -171,7 +172,7 @@ def losses(
         chosen_BC = jnp.take_along_axis(logits_BCV, wanted_BC[..., None], axis=2)[..., 0]
         return jax.nn.logsumexp(logits_BCV, axis=2) - chosen_BC
 
-    entropy_BW = _in_chunks(chunk, (hidden, wanted_BW), width)
+    entropy_BW = in_chunks(chunk, (hidden, wanted_BW), min(CHUNK, width))
     scored_BW = jnp.take_along_axis(masks.scored, at_BW, axis=1) & (columns_BW == at_BW)
     entropy_BW = jnp.where(scored_BW, entropy_BW, 0.0)
     return jnp.sum(entropy_BW, axis=1) / masks.ratio, entropy_BW
@@ -200,7 +201,8 @@ def is_greedy(model: Model, canvas: Canvas, width: int, scale: float = 0.0) -> j
         hidden_BT = jnp.zeros(canvas.tokens.shape, bool)
         hidden_BT = jax.vmap(lambda row, at, on: row.at[at].max(on))(hidden_BT, at_BW, open_BW)
         shown_BT = jnp.where(hidden_BT, mask_id, canvas.tokens)
-        found_BW2 = _in_chunks(best, (_hidden(model, canvas, shown_BT, at_BW, scale),), width)
+        hidden = _hidden(model, canvas, shown_BT, at_BW, scale)
+        found_BW2 = in_chunks(best, (hidden,), min(CHUNK, width))
         doubt_BW = jnp.where(open_BW, found_BW2[..., 1], jnp.inf)
         pick_BW = jnp.arange(width) == jnp.argmin(doubt_BW, axis=1)[:, None]
         good_B = jnp.any(pick_BW & (found_BW2[..., 0] == wanted_BW), axis=1)
@@ -236,18 +238,4 @@ def _logits(model: Model, hidden_BCRD: jax.Array, scale: float) -> jax.Array:
     logits = model.logits(hidden_BCRD.reshape(B, C * R, D)).reshape(B, C, R, -1)
     if R == 1:
         return logits[:, :, 0]
-    given, free = logits[:, :, 0], logits[:, :, 1]
-    return free + (scale + 1) * (given - free)
-
-
-def _in_chunks(function, arrays: tuple[jax.Array, ...], width: int) -> jax.Array:
-    """Applies `function` to CHUNK columns (axis 1) at a time, because logits are large."""
-    size = min(CHUNK, width)
-    count = -(-width // size)
-
-    def split(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, 0), (0, count * size - width)] + [(0, 0)] * (x.ndim - 2))
-        return x.reshape(x.shape[0], count, size, *x.shape[2:]).swapaxes(0, 1)
-
-    parts = jax.lax.map(function, tuple(split(x) for x in arrays)).swapaxes(0, 1)
-    return parts.reshape(parts.shape[0], count * size, *parts.shape[3:])[:, :width]
+    return guide(logits[:, :, 0], logits[:, :, 1], scale)

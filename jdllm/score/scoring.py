@@ -6,6 +6,7 @@ score([(prefix, target), ...], LikelihoodConfig(mc_num=128), model)
 import dataclasses
 import math
 import statistics
+import time
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -37,21 +38,34 @@ class Likelihood:
     """
     is_greedy: bool
     """Whether greedy decoding gives this target; False where that was not checked."""
+    calls: int = 0
+    """Model evaluations of one row each; those of the greedy check do not count."""
+    seconds: float = dataclasses.field(default=0.0, compare=False)
+    """Its rows' shares of the time of their batches, the first compilation included."""
 
     def __add__(self, other: "Likelihood") -> "Likelihood":
         """Returns the score of both texts, which were drawn independently."""
         known = self.stderr is not None and other.stderr is not None
         stderr = math.hypot(self.stderr or 0.0, other.stderr or 0.0) if known else None
-        return Likelihood(self.value + other.value, stderr, self.is_greedy and other.is_greedy)
+        return Likelihood(
+            self.value + other.value, stderr, self.is_greedy and other.is_greedy,
+            self.calls + other.calls, self.seconds + other.seconds,
+        )  # fmt: skip
 
 
 def certainty(scores: Sequence[Likelihood]) -> dict[str, float | None]:
-    """Returns the number of scores and their mean and largest standard error; {} without any."""
+    """Returns the number of scores, their mean and largest standard error, and cost; or {}."""
     if not scores:
         return {}
     known = [score.stderr for score in scores if score.stderr is not None]
     mean = statistics.fmean(known) if known else None
-    return {"n": len(scores), "stderr_mean": mean, "stderr_max": max(known, default=None)}
+    return {
+        "n": len(scores),
+        "stderr_mean": mean,
+        "stderr_max": max(known, default=None),
+        "calls": sum(score.calls for score in scores),
+        "seconds": math.fsum(score.seconds for score in scores),
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,20 +198,51 @@ def score(
         for p, part in enumerate(pieces)
         for number, sample in samples(part, config)
     ]
-    missing = Counter(row.pair for row in rows)
+    calls = Counter(row.pair for row in rows)
+    missing, spent = calls.copy(), dict.fromkeys(calls, 0.0)
     found: list[list[dict]] = [[{} for _ in pieces] for pieces in split]
     results: dict[int, Likelihood] = {}
+    start = time.perf_counter()
     for chosen, values in _run(rows, split, config, model, batch_size):
+        each = (time.perf_counter() - start) / len(chosen)
         for row, loss in zip(chosen, values, strict=True):
             found[row.pair][row.part][row.round, row.sample] = loss
             missing[row.pair] -= 1
+            spent[row.pair] += each
             if missing[row.pair]:
                 continue
             i = row.pair
             greedy = config.is_check_greedy and _greedy(*pairs[i], config, model)
-            results[i] = _likelihood(found[i], split[i], config, greedy)
+            scored = _likelihood(found[i], split[i], config, greedy)
+            results[i] = dataclasses.replace(scored, calls=calls[i], seconds=spent[i])
             finished(i, results[i])
+        start = time.perf_counter()
     return [results[i] for i in range(len(pairs))]
+
+
+def batch_count(
+    pairs: Sequence[tuple[Ids, Ids]],
+    config: LikelihoodConfig,
+    model: ModelConfig,
+    batch_size: int,
+    replicas: int,
+) -> int:
+    """How many model calls `score` makes for pairs, those of the greedy check at most."""
+    if not pairs:
+        return 0
+    config = resolve(config, model)
+    rooms: Counter[tuple[int, int]] = Counter()
+    for prefix, target in pairs:
+        for part in parts(prefix, target, config, model):
+            rooms[_room(part, model)] += len(samples(part, config))
+    checked = sum(len(target) for _, target in pairs) if config.is_check_greedy else 0
+    height = _height(batch_size, replicas)
+    return sum(-(-rows // height) for rows in rooms.values()) + checked
+
+
+def _height(batch_size: int, replicas: int) -> int:
+    """Rows of a full batch, as many for each replica."""
+    return max(batch_size // replicas, 1) * replicas
 
 
 def _likelihood(
@@ -227,7 +272,7 @@ def _run(
         part = split[row.pair][row.part]
         rooms[_room(part, model.config)].append(row)
     replicas = model.mesh.shape["data"]
-    height = max(batch_size // replicas, 1) * replicas
+    height = _height(batch_size, replicas)
     base = jax.random.key(config.seed)
     for (room, width), members in sorted(rooms.items()):
         full = min(height, -(-len(members) // replicas) * replicas)  # one program per group

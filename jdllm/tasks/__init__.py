@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from jdllm.tasks.puzzles import countdown, sudoku
+from jdllm.tasks.puzzles import countdown, expression, sudoku
 
 Doc = dict
 
@@ -24,7 +24,8 @@ class Task:
     """Everything an entry point needs to know about a task.
 
     prompt, response and target turn a document into the user's message, the training answer and
-    the gold text. grade scores a completion with metrics in [0, 1]; metric names the one to quote.
+    the gold text; extract reads the answer out of a completion and grade scores one with metrics in
+    [0, 1], metric being the one to quote.
     gen_length is the default number of tokens to generate. generate draws documents; a task with a
     read is graded on the file that read finds in a folder, and generate is for training alone.
     """
@@ -33,6 +34,7 @@ class Task:
     prompt: Callable[[Doc], str]
     response: Callable[[Doc], str]
     target: Callable[[Doc], str]
+    extract: Callable[[str], str]
     grade: Callable[[Doc, str], dict[str, float]]
     metric: str
     gen_length: int
@@ -45,6 +47,7 @@ _SUDOKU = Task(
     prompt=sudoku.prompt,
     response=sudoku.response,
     target=sudoku.target,
+    extract=sudoku.extract,
     grade=sudoku.grade,
     metric="solved",
     gen_length=sudoku.GEN_LENGTH,
@@ -55,6 +58,7 @@ _COUNTDOWN = Task(
     prompt=countdown.prompt,
     response=countdown.response,
     target=countdown.target,
+    extract=expression.extract,
     grade=countdown.grade,
     metric="solved",
     gen_length=countdown.GEN_LENGTH,

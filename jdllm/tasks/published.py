@@ -68,8 +68,8 @@ class Preset:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the row fixes but the model, by the names of jdllm.eval's settings."""
-        fixed = {"task": self.task, "chat": self.chat}
+        """What the row fixes, by the names of jdllm.eval's settings."""
+        fixed = {"model": self.model, "task": self.task, "chat": self.chat}
         fixed |= {} if self.shots is None else {"shots": self.shots}
         fixed |= {f"decode.{name}": value for name, value in self.decode.items()}
         return fixed | {f"likelihood.{name}": value for name, value in self.likelihood.items()}

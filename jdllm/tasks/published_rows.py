@@ -5,10 +5,10 @@ compared with the source and stand here from memory. Toolkits differ in prompts 
 says what keeps a row from being the published one to the letter.
 """
 
-import difflib
 from collections.abc import Iterator
 from typing import Any
 
+from jdllm.runtime.hints import asked, nearest
 from jdllm.tasks.published import Preset
 
 LLADA, LLADA_BASE = "GSAI-ML/LLaDA-8B-Instruct", "GSAI-ML/LLaDA-8B-Base"
@@ -318,10 +318,9 @@ def find(name: str) -> Preset:
     """The row of a name; ValueError, with those that begin so or are near, where there is none."""
     if name in PRESETS:
         return PRESETS[name]
-    begin = [each for each in PRESETS if name and each.startswith(name)]
-    near = begin or difflib.get_close_matches(name, PRESETS, n=5, cutoff=0.4)
+    near = asked(nearest(name, PRESETS, most=len(PRESETS)))
     families = dict.fromkeys(each.split("-")[0] for each in PRESETS)
-    hint = f"did you mean {', '.join(near)}? " if near else ""
+    hint = near and f"{near} "
     raise ValueError(
         f"preset={name} is unknown. {hint}preset=NAME lists those that begin with NAME, which is "
         f"one of {', '.join(families)}"

@@ -14,6 +14,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from jdllm.model.columns import in_chunks
 from jdllm.model.mask import Mask
 from jdllm.model.model import Model
 from jdllm.runtime import processes, sharding
@@ -140,23 +141,17 @@ def weighted_loss(
 def cross_entropy(model: Model, hidden_BTD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     """Negative log likelihood [B, T] in float32, without ever holding all logits.
 
-    Columns are taken in chunks whose logits are computed again in the backward pass. A chunk
-    keeps all its rows, so that on a mesh every device works on its own.
+    Columns are taken in chunks whose logits are computed again in the backward pass.
     """
-    B, T, D = hidden_BTD.shape
+    B, T = tokens_BT.shape
     count = min(-(-B * T * model.config.vocab * 4 // LOGIT_BYTES), T)
-    size = -(-T // count)
-    pad = count * size - T
-    hidden = jnp.pad(hidden_BTD, ((0, 0), (0, pad), (0, 0))).reshape(B, count, size, D)
-    tokens = jnp.pad(tokens_BT, ((0, 0), (0, pad))).reshape(B, count, size)
 
     @jax.checkpoint
     def chunk(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
         logits = model.logits(pair[0])
         return optax.softmax_cross_entropy_with_integer_labels(logits, pair[1])
 
-    nll = jax.lax.map(chunk, (jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(tokens, 1, 0)))
-    return jnp.moveaxis(nll, 0, 1).reshape(B, -1)[:, :T]
+    return in_chunks(chunk, (hidden_BTD, tokens_BT), -(-T // count))
 
 
 def batch_loss(

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+from jdllm.arguments import ModelArgs
 from jdllm.load import compute_dtype
 from jdllm.train.step import Recipe
 from jdllm.training.data import parse_mixture
@@ -10,16 +11,12 @@ from jdllm.training.data import parse_mixture
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
 
 
-@dataclasses.dataclass(frozen=True)
-class SFTConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SFTConfig(ModelArgs):
     """Masked-diffusion fine-tuning."""
 
     output: Path
     """Folder for checkpoints, metrics.jsonl and, at the end, model/. An old run here resumes."""
-    model: str = "bundled"
-    """Start weights: bundled, a converted folder, random:<name>, or a Hugging Face folder or id."""
-    allow_unknown: tuple[str, ...] = ()
-    """Keys of a Hugging Face config.json to ignore although their meaning is not known here."""
     tokenizer: str | None = None
     """Folder of the tokenizer (or "bundled"); default: the model's own."""
     data: Path | None = None
@@ -43,8 +40,6 @@ class SFTConfig:
     """Compute dtype; auto is bfloat16, on a CPU float32. Weights and moments stay float32."""
     remat: bool = False
     """Compute layers again in the backward pass: less memory, a third more time."""
-    mesh: str = "auto"
-    """data x model, for example 4x1; auto is data parallel where the model fits a device."""
     seed: int = 0
     """Of random weights, generated examples, the order of rows and the corruption."""
     save_every: int = 500

@@ -4,7 +4,6 @@ A row is prompt ids, response ids, then padding with eos, which is trained on (i
 """
 
 import dataclasses
-import difflib
 import functools
 import hashlib
 import json
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from jdllm.model.config import ModelConfig
 from jdllm.runtime import processes
 from jdllm.runtime.files import atomic_file
+from jdllm.runtime.hints import asked, nearest
 from jdllm.tasks import TASKS
 from jdllm.tokenizer import Message, encode_prompts, encode_responses
 
@@ -67,8 +67,7 @@ def parse_mixture(text: str) -> list[tuple[str, float]]:
     for part in text.split(","):
         name, colon, share = part.strip().partition(":")
         if name not in TASKS:
-            near = difflib.get_close_matches(name, TASKS)
-            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            hint = (near := asked(nearest(name, TASKS))) and f"{near} "
             raise ValueError(f"task={name} is unknown; {hint}there are {', '.join(sorted(TASKS))}")
         try:
             weight = float(share) if colon else 1.0

@@ -76,8 +76,7 @@ def settle(config: SFTConfig, rows: Rows | None = None) -> None:
                 "resume it with its own or name another output"
             )
     if rows is not None:
-        with files.atomic_file(path) as file:
-            file.write(json.dumps(facts, indent=2).encode() + b"\n")
+        files.write_json(path, facts)
 
 
 def split_rows(config: SFTConfig, mesh: jax.sharding.Mesh) -> int:

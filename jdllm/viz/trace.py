@@ -162,9 +162,7 @@ class Run:
 def write(path: Path, run: Run) -> None:
     """Writes a file of JSON lines, whole or not at all: facts, then one line per model call."""
     lines = [make_header(run), *(describe(run.record, i + 1) for i in range(run.record.calls))]
-    with files.atomic_file(path) as file:
-        for line in lines:
-            file.write(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+    files.write_json_lines(path, lines, strict=True)
 
 
 def make_header(run: Run) -> dict[str, Any]:

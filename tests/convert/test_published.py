@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jdllm import bench, eval, load, sweep, tune
+from jdllm import load
 from jdllm.convert import families
 from jdllm.convert.commands import ConvertConfig, main
 from jdllm.convert.plan import PlanConfig, describe_model
 from jdllm.convert.table import ConversionError, sizes, source_shapes
-from jdllm.evaluation import harness
+from jdllm.evaluation import bench, grid, harness, sweeps, tuning
+from jdllm.evaluation import run as evaluation
+from jdllm.evaluation.config import EvalConfig
 from jdllm.generation import GenerateConfig, complete
 from jdllm.llm import LLM
 from jdllm.model.config import NAMED, count_parameters
@@ -347,12 +349,12 @@ def test_commands_hand_allowed_keys_on(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(LLM, "load", classmethod(stop))
     allow: Any = {"model": "owner/name", "allow_unknown": ("flavour",)}
     runs: dict[str, Callable[[], object]] = {
-        "eval": lambda: eval.evaluate(eval.EvalConfig(**allow)),
+        "eval": lambda: evaluation.evaluate(EvalConfig(**allow)),
         "generate": lambda: complete(GenerateConfig(prompt="x", **allow)),
         "bench": lambda: bench.main(bench.BenchConfig(**allow)),
-        "grid": lambda: bench.grid(bench.GridConfig(**allow)),
+        "grid": lambda: grid.main(grid.GridConfig(**allow)),
         "harness": lambda: harness.JdllmLM(**allow),
-        "sweep": lambda: list(sweep.perform(sweep.SweepConfig(**allow).runs(), Journal(work))),
+        "sweep": lambda: list(sweeps.perform(sweeps.SweepConfig(**allow).runs(), Journal(work))),
     }
     for name, run in runs.items():
         with pytest.raises(InterruptedError):
@@ -360,8 +362,8 @@ def test_commands_hand_allowed_keys_on(monkeypatch: pytest.MonkeyPatch, tmp_path
         assert seen.pop() == ("flavour",), name
 
 
-COMMANDS = [eval.EvalConfig, GenerateConfig, bench.BenchConfig, bench.GridConfig]
-COMMANDS += [sweep.SweepConfig, tune.TuneConfig, SFTConfig, ConvertConfig, PlanConfig]
+COMMANDS = [EvalConfig, GenerateConfig, bench.BenchConfig, grid.GridConfig]
+COMMANDS += [sweeps.SweepConfig, tuning.TuneConfig, SFTConfig, ConvertConfig, PlanConfig]
 
 
 @pytest.mark.parametrize("config", COMMANDS, ids=lambda config: config.__name__)
@@ -375,5 +377,5 @@ def test_every_command_that_loads_a_model_takes_allowed_keys(config: type):
     assert parsed.allow_unknown == ("flavour",)
     parsed = cli.parse(config, [*words, "--allow_unknown", "flavour", "colour"], "x")
     assert parsed.allow_unknown == ("flavour", "colour")
-    if config is sweep.SweepConfig or config is tune.TuneConfig:
+    if config is sweeps.SweepConfig or config is tuning.TuneConfig:
         assert {run.allow_unknown for run in parsed.runs()} == {("flavour", "colour")}

@@ -60,7 +60,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def config(folder: Path, **settings) -> GenerateConfig:
-    return GenerateConfig("1 2 3", str(folder), decode=DECODE, mesh="1x1", **settings)
+    return GenerateConfig(prompt="1 2 3", model=str(folder), decode=DECODE, mesh="1x1", **settings)
 
 
 def make_record(*canvases: list[int], prompt_length: int = 0) -> Record:

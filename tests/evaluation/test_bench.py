@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jdllm import bench
+from jdllm.evaluation import bench, grid
 from jdllm.runtime import cli
 
 ROWS = [
@@ -44,6 +44,21 @@ def test_questions(dataset: Path):
         bench.read_questions(bench.BenchConfig(dataset=dataset, source="math500"))
 
 
+def test_open_lengths_are_the_models_own():
+    config = bench.BenchConfig()
+    assert config.lengths(40) == {"max_tokens": 40, "block_length": 8, "denoising_steps": 8}
+    assert config.lengths(128) == {"max_tokens": 128, "block_length": 32, "denoising_steps": 32}
+    assert {way.gen_length for way in config.settings(40).values()} == {40}
+    found = bench.read_questions(bench.BenchConfig(num_samples=3, seed=5))
+    assert [question.source for question in found] == ["sudoku", "sudoku", "countdown"]
+
+
+def test_a_broken_line_of_a_dataset_is_named(tmp_path: Path):
+    (tmp_path / "bad.jsonl").write_text(json.dumps(ROWS[0]) + "\n[]\n")
+    with pytest.raises(ValueError, match="line 2 is no object with question"):
+        bench.read_questions(bench.BenchConfig(dataset=tmp_path / "bad.jsonl"))
+
+
 def test_blockinfers_keys_and_sums(capsys: pytest.CaptureFixture):
     words = ["num_samples=3", "max_tokens=64", "denoising_steps=4", "mesh=1x1", "ignore_eos=false"]
     bench.main(cli.parse(bench.BenchConfig, words))
@@ -56,35 +71,35 @@ def test_blockinfers_keys_and_sums(capsys: pytest.CaptureFixture):
         assert row["throughput"] == pytest.approx(row["total_tokens"] / row["total_time"])
         assert row["accuracy"] == pytest.approx(100 * row["correct"] / 3)
         assert 0 < row["total_tokens"] < 3 * 64, "columns behind the end were counted"
-    assert ours["forwards"] <= 8 and vanilla["forwards"] > ours["forwards"]
+    assert ours["calls"] <= 8 and vanilla["calls"] > ours["calls"]
     assert facts["comparison"] == {
         "throughput_speedup": ours["throughput"] / vanilla["throughput"],
         "time_speedup": vanilla["total_time"] / ours["total_time"],
         "accuracy_diff": ours["accuracy"] - vanilla["accuracy"],
     }
-    assert "latency p95" in capsys.readouterr().out
+    assert "latency p50, s" in capsys.readouterr().out
 
 
 def test_grid_imposes_its_schedule():
     words = ["blocks=8,16", "batches=2", "caches=none,dual", "tokens_per_step=4", "repeats=1"]
     words += ["model=random:tiny", "gen_length=16", "mesh=1x1", "output=grid.jsonl"]
     for _ in range(2):
-        bench.grid(cli.parse(bench.GridConfig, words))
+        grid.main(cli.parse(grid.GridConfig, words))
     rows = [json.loads(line) for line in Path("grid.jsonl").read_text().splitlines()]
     assert len(rows) == 8 and {row["cache"] for row in rows} == {"none", "dual"}
-    assert {row["forwards"] for row in rows} == {4}
-    assert all(row["forwards_per_second"] > 0 and row["model"] == "random:tiny" for row in rows)
+    assert {row["calls"] for row in rows} == {4}
+    assert all(row["calls_per_second"] > 0 and row["model"] == "random:tiny" for row in rows)
 
 
 @pytest.mark.parametrize(
     ("words", "part"),
     [
         (["source=gsm8k"], "needs dataset="),
-        (["max_tokens=100"], "must divide"),
+        (["max_tokens=100", "block_length=32"], "must divide"),
         (["denoising_steps=64"], "one block"),
         (["dataset=absent.jsonl"], "not a file"),
         (["cache=paged"], "cache=paged"),
-        (["num_samples=0"], "from 1"),
+        (["num_samples=0"], "num_samples=0 must be 1 or more"),
     ],
 )
 def test_mistakes_are_found_at_once(words: list[str], part: str, capsys: pytest.CaptureFixture):
@@ -95,5 +110,5 @@ def test_mistakes_are_found_at_once(words: list[str], part: str, capsys: pytest.
 
 def test_grid_mistakes(capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit):
-        cli.parse(bench.GridConfig, ["batches=1,x"])
+        cli.parse(grid.GridConfig, ["batches=1,x"])
     assert "batches=1,x" in capsys.readouterr().err

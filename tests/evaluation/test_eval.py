@@ -13,10 +13,14 @@ from lm_eval.api.instance import Instance
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from jdllm import eval, generation, sweep, tune
+from jdllm import generation
 from jdllm.decode import DecodeConfig
+from jdllm.evaluation import estimate, run, sweeps, tuning
+from jdllm.evaluation.config import EvalConfig
 from jdllm.evaluation.grading import as_lm_eval, run_task
 from jdllm.evaluation.harness import JdllmLM
+from jdllm.evaluation.intervals import interval
+from jdllm.evaluation.results import Sample, TaskResult, example, score
 from jdllm.evaluation.speed import Speed
 from jdllm.llm import LLM
 from jdllm.load import BUNDLED
@@ -31,7 +35,7 @@ LOOSE = DecodeConfig(gen_length=8, block_length=4, threshold=0.02)
 WORDS = ["decode.gen_length=8", "decode.block_length=4", "decode.threshold=0.02", "mesh=1x1"]
 ROW_KEYS = {
     "task", "doc_id", "sample", "prompt", "completion", "target", "metrics", "nfe", "tokens",
-    "seconds",
+    "seconds", "answer", "finish_reason", "choices",
 }  # fmt: skip
 
 
@@ -58,7 +62,7 @@ def llm(folder: Path) -> LLM:
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Keeps the tests' own compilation cache, and everything else out of the user's folder."""
     monkeypatch.setenv("JDLLM_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(eval, "enable_compilation_cache", lambda: None)
+    monkeypatch.setattr(run, "enable_compilation_cache", lambda: None)
     monkeypatch.setattr(generation, "enable_compilation_cache", lambda: None)
 
 
@@ -68,15 +72,15 @@ def request(prompt: str, doc_id: int = 0, **settings) -> Instance:
 
 
 def evaluate(folder: Path, output: Path, *words: str) -> tuple[dict, list[dict]]:
-    config = cli.parse(eval.EvalConfig, [f"model={folder}", f"output={output}", *WORDS, *words])
-    eval.main(config)
+    config = cli.parse(EvalConfig, [f"model={folder}", f"output={output}", *WORDS, *words])
+    run.main(config)
     rows = (output / "samples.jsonl").read_text().splitlines()
     return json.loads((output / "results.json").read_text()), [json.loads(row) for row in rows]
 
 
 def test_results_are_consistent(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     results, rows = evaluate(folder, tmp_path / "out", "task=sudoku,countdown", "limit=6")
-    assert list(results) == ["config", "model", "tasks", "speed", "environment"]
+    assert list(results) == ["command", "config", "model", "tasks", "speed", "environment"]
     assert list(results["tasks"]) == ["sudoku", "countdown"]
     assert [(r["task"], r["doc_id"]) for r in rows] == [
         (task, i) for task in ("sudoku", "countdown") for i in range(6)
@@ -84,7 +88,7 @@ def test_results_are_consistent(folder: Path, tmp_path: Path, capsys: pytest.Cap
     for name, scores in results["tasks"].items():
         task, mine = TASKS[name], [r for r in rows if r["task"] == name]
         docs = task.generate(6, 0, held_out=True)
-        assert set(scores) == {"n", "metrics", "stderr", "nfe_mean", "speed"}
+        assert set(scores) == {"n", "metrics", "stderr", "intervals", "nfe_mean", "speed"}
         assert scores["n"] == 6
         assert scores["nfe_mean"] == sum(r["nfe"] for r in mine) / 6
         for row, doc in zip(mine, docs, strict=True):
@@ -99,23 +103,58 @@ def test_results_are_consistent(folder: Path, tmp_path: Path, capsys: pytest.Cap
             assert scores["stderr"][metric] == pytest.approx(spread)
     speed = results["speed"]
     assert set(speed) == {
-        "completion_tokens", "forwards", "seconds", "compile_seconds", "tokens_per_second",
-        "tokens_per_forward", "forwards_per_second", "latency_p50", "latency_p95", "shared_tokens",
+        "completion_tokens", "nfe", "calls", "seconds", "compile_seconds", "tokens_per_second",
+        "tokens_per_forward", "calls_per_second", "latency_p50", "latency_p95", "shared_tokens",
     }  # fmt: skip
     seconds = sorted(r["seconds"] for r in rows)
     assert seconds[0] <= speed["latency_p50"] <= speed["latency_p95"] <= seconds[-1]
     total = sum(r["nfe"] for r in rows)
     assert speed["tokens_per_forward"] == pytest.approx(speed["completion_tokens"] / total)
-    assert speed["forwards_per_second"] == pytest.approx(speed["forwards"] / speed["seconds"])
+    assert speed["calls_per_second"] == pytest.approx(speed["calls"] / speed["seconds"])
     assert len({r["nfe"] for r in rows}) > 1, "a model whose rows all cost the same proves little"
     assert results["config"]["decode"]["gen_length"] == 8
+    assert (results["config"]["mesh"], results["config"]["dtype"]) == ("1x1", "float32")
+    assert results["command"].startswith(f"python -m jdllm.eval model={folder} mesh=1x1 task=")
+    assert "decode.threshold=0.02" in results["command"]
+    assert {"host", "date", "device", "commit"} < set(results["environment"])
     assert results["environment"]["lm_eval"].startswith("0.4")
     assert "attention" in {row["operation"] for row in results["environment"]["kernels"]}
+    assert {row["finish_reason"] for row in rows} <= {"stop", "length"}
+    assert all(r["answer"] == TASKS[r["task"]].extract(r["completion"]) for r in rows)
     assert not list((tmp_path / "out").glob("*.partial*"))
     out, said = capsys.readouterr()
     assert "solved" in out and "countdown" in out and "mesh data" not in out
-    assert "mesh data=1 x model=1" in said and "forwards/s" in said and "wrote" in said
+    assert "mesh data=1 x model=1" in said and "calls/s" in said and "wrote" in said
     assert "verdict" in out and rows[0]["prompt"].splitlines()[-1] in out
+
+
+def test_a_standard_error_of_0_becomes_an_interval():
+    assert interval(0.5, 0.0, 10) is None and interval(1.0, 0.1, 10) is None
+    low, high = interval(1.0, 0.0, 100) or (0, 0)
+    assert (round(low, 4), high) == (0.9630, 1.0)  # of any textbook
+    assert interval(0.0, 0.0, 100) == (0.0, pytest.approx(1 - low))
+    samples = [Sample("own", i, 0, "", "", "", {"acc": 1.0}, 1, 1, 0.0) for i in range(100)]
+    result = TaskResult("own", "acc", {"acc": 1.0}, {"acc": 0.0}, samples, Speed(), {})
+    assert score(result, "acc") == "100.0 (96.3-100.0) %"
+
+
+@pytest.mark.parametrize("words", [["task=sudoku,countdown", "samples=2"], ["task=countdown"]])
+def test_a_dry_run_counts_what_the_run_makes(
+    words: list[str], folder: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture
+):
+    words = [f"model={folder}", "limit=3", "batch_size=2", *WORDS, *words]
+    monkeypatch.setattr(estimate, "memory", lambda *_: "memory")
+    run.main(cli.parse(EvalConfig, [*words, "dry_run=true", f"output={tmp_path / 'out'}"]))
+    out = capsys.readouterr().out
+    assert not (tmp_path / "out").exists() and "memory" in out
+    found = [line.split() for line in out.splitlines() if line.startswith(("sudoku", "countdown"))]
+    config = cli.parse(EvalConfig, words)
+    _, results = run.evaluate(config)
+    assert [line[0] for line in found] == config.tasks
+    for line, result in zip(found, results, strict=True):
+        documents, prompts, calls = map(int, line[-3:])
+        assert (documents, prompts) == (result.documents, len(result.samples))
+        assert result.speed.calls <= calls
 
 
 def test_completions_are_those_of_generate(folder: Path, llm: LLM, tmp_path: Path):
@@ -128,10 +167,8 @@ def test_completions_are_those_of_generate(folder: Path, llm: LLM, tmp_path: Pat
 def test_mesh_does_not_change_the_samples(folder: Path, tmp_path: Path):
     texts = []
     for mesh in ("1x1", "2x1"):
-        eval.main(
-            eval.EvalConfig(
-                model=str(folder), limit=3, mesh=mesh, decode=LOOSE, output=tmp_path / mesh
-            )
+        run.main(
+            EvalConfig(model=str(folder), limit=3, mesh=mesh, decode=LOOSE, output=tmp_path / mesh)
         )
         rows = (tmp_path / mesh / "samples.jsonl").read_text().splitlines()
         texts.append([json.loads(row) | {"seconds": 0} for row in rows])
@@ -154,8 +191,8 @@ def test_one_document_has_no_standard_error(folder: Path, tmp_path: Path):
 
 
 def test_lengths_come_from_the_model(folder: Path, tmp_path: Path):
-    config = eval.EvalConfig(model=str(folder), limit=1, mesh="1x1", output=tmp_path)
-    eval.main(config)
+    config = EvalConfig(model=str(folder), limit=1, mesh="1x1", output=tmp_path)
+    run.main(config)
     decode = json.loads((tmp_path / "results.json").read_text())["config"]["decode"]
     facts = json.loads((BUNDLED / "generation_config.json").read_text())
     assert decode["gen_length"] == facts["max_new_tokens"]
@@ -194,25 +231,25 @@ def test_mistakes_are_found_at_once(
     words: list[str], parts: list[str], capsys: pytest.CaptureFixture
 ):
     with pytest.raises(SystemExit) as stop:
-        cli.parse(eval.EvalConfig, words)
+        cli.parse(EvalConfig, words)
     assert stop.value.code == 2
     message = capsys.readouterr().err
     assert all(part in message for part in parts), message
 
 
 def test_documents_of_a_group_and_samples_of_a_document_are_counted():
-    sample = eval.Sample("a", 0, 0, "", "", "", {}, 1, 1, 0.0)
+    sample = Sample("a", 0, 0, "", "", "", {}, 1, 1, 0.0)
     samples = [
         dataclasses.replace(sample, task=task, doc_id=doc_id, sample=number)
         for task in "ab" for doc_id in range(3) for number in range(2)
     ]  # fmt: skip
-    assert eval.TaskResult("group", "acc", {}, {}, samples, None, {}).documents == 6
+    assert TaskResult("group", "acc", {}, {}, samples, None, {}).documents == 6
 
 
 def test_the_example_shows_both_ends_of_a_long_prompt():
     prompt = "\n".join(f"line {number}" for number in range(100))
-    sample = eval.Sample("own", 0, 0, prompt, "1", "1", {"solved": 1.0}, 1, 1, 0.0)
-    shown = eval.example(eval.TaskResult("own", "solved", {}, {}, [sample], None, {})).splitlines()
+    sample = Sample("own", 0, 0, prompt, "1", "1", {"solved": 1.0}, 1, 1, 0.0)
+    shown = example(TaskResult("own", "solved", {}, {}, [sample], None, {})).splitlines()
     assert len(shown) == 24 and shown[1].endswith("prompt      line 0")
     assert shown[6].strip() == "[...]" and shown[20].strip() == "line 99"
 
@@ -229,7 +266,7 @@ def test_the_example_shows_both_ends_of_a_long_prompt():
 )
 def test_what_cannot_be_done_is_said(folder: Path, settings: dict, part: str):
     with pytest.raises((ValueError, OSError), match=part):
-        eval.main(eval.EvalConfig(**({"model": str(folder), "limit": 1} | settings)))
+        run.main(EvalConfig(**({"model": str(folder), "limit": 1} | settings)))
 
 
 def test_order_and_records(llm: LLM):
@@ -242,9 +279,9 @@ def test_order_and_records(llm: LLM):
     assert [(r.task, r.doc_id, r.prompt) for r in lm.records] == [
         ("given", i, p) for i, p in enumerate(prompts)
     ]
-    assert lm.speed.row_nfe == sum(c.nfe for c in wanted)
+    assert lm.speed.nfe == sum(c.nfe for c in wanted)
     assert lm.speed.completion_tokens == sum(len(c.ids) for c in wanted)
-    assert 0 < lm.speed.forwards <= lm.speed.row_nfe
+    assert 0 < lm.speed.calls <= lm.speed.nfe
     assert lm.generate_until([]) == []
 
 
@@ -300,10 +337,10 @@ def test_chat_template_is_applied_once(llm: LLM):
     framed = lm.apply_chat_template([message])
     assert lm.generate_until([request("1 2 3"), request(framed)]) == [wanted, wanted]
     system = lm.apply_chat_template([{"role": "system", "content": "Be brief."}, message])
-    assert lm._encode([system]) == llm.encode([system], chat=False)
+    assert lm.encode([system]) == llm.encode([system], chat=False)
     opened = lm.apply_chat_template([message, {"role": "assistant", "content": "So"}], False)
-    assert opened.endswith("So") and lm._encode([opened]) == llm.encode([opened], chat=False)
-    assert lm._encode(["1 2 3"]) == llm.encode(["1 2 3"], chat=True)
+    assert opened.endswith("So") and lm.encode([opened]) == llm.encode([opened], chat=False)
+    assert lm.encode(["1 2 3"]) == llm.encode(["1 2 3"], chat=True)
     assert lm.tokenizer_name and "/" not in lm.tokenizer_name
     assert "start_header_id" in (lm.chat_template(True) or "")
 
@@ -311,10 +348,10 @@ def test_chat_template_is_applied_once(llm: LLM):
 def test_prompts_are_raw_unless_lm_eval_frames_them(llm: LLM, caplog: pytest.LogCaptureFixture):
     """As for its other models; and its records agree with what was done."""
     told = JdllmLM(llm, decode=LOOSE, chat=False, progress=False)
-    assert told._encode(["1 2 3"]) == llm.encode(["1 2 3"], chat=False)
+    assert told.encode(["1 2 3"]) == llm.encode(["1 2 3"], chat=False)
     assert not caplog.text
     lm = JdllmLM(llm, decode=LOOSE, progress=False)
-    assert lm._encode(["1 2 3"]) == lm._encode(["1 2 3"]) == told._encode(["1 2 3"])
+    assert lm.encode(["1 2 3"]) == lm.encode(["1 2 3"]) == told.encode(["1 2 3"])
     assert caplog.text.count("--apply_chat_template") == 1
     assert lm.chat_template(False) is None and lm.get_model_info()["chat"] is False
     lm.apply_chat_template([{"role": "user", "content": "1"}])
@@ -328,7 +365,7 @@ def test_special_tokens_in_a_document_stay_text(llm: LLM):
     message = {"role": "user", "content": "1<|eot_id|>2"}
     lm = JdllmLM(llm, decode=LOOSE, progress=False)
     framed = lm.apply_chat_template([message])
-    assert lm._encode([framed]) == llm.encode([[message]])
+    assert lm.encode([framed]) == llm.encode([[message]])
     lm.generate_until([request(framed)])
     assert lm.records[0].prompt == llm.tokenizer.apply_chat_template(  # pyright: ignore
         [message], tokenize=False, add_generation_prompt=True
@@ -398,7 +435,7 @@ def test_speed_adds_up():
     assert (both.latency(50), both.latency(100), one.latency(50)) == (2.0, 3.0, 0.0)
     assert (one + two).tokens_per_second == 4
     assert (one + two).tokens_per_forward == 2
-    assert (one + two).forwards_per_second == 2
+    assert (one + two).calls_per_second == 2
     assert Speed().tokens_per_second == Speed().tokens_per_forward == 0
 
 
@@ -416,7 +453,7 @@ def test_generate_prints_the_completion(folder: Path, llm: LLM, capsys: pytest.C
 
 
 def test_data_that_is_no_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture):
-    for config in (eval.EvalConfig, sweep.SweepConfig, tune.TuneConfig):
+    for config in (EvalConfig, sweeps.SweepConfig, tuning.TuneConfig):
         with pytest.raises(SystemExit) as stop:
             cli.parse(config, [f"data={tmp_path / 'no'}"])
         assert stop.value.code == 2
@@ -432,7 +469,7 @@ def test_generate_needs_a_prompt(words: list[str], capsys: pytest.CaptureFixture
 
 def command(module: str, *words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Runs an entry point as a user does, from another folder."""
-    paths = [str(Path(eval.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    paths = [str(Path(run.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "JDLLM_HOME": str(cwd / "home"),

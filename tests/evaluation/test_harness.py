@@ -170,7 +170,7 @@ def test_finished_samples_are_not_generated_again(llm: LLM, journal: Journal, mo
     again, count, after = run([*requests, generate("9", 9)])
     assert again[:3] == first and count == 1
     assert after.records[:3] == before.records
-    assert after.speed.forwards >= before.speed.forwards  # the earlier run's cost counts too
+    assert after.speed.calls >= before.speed.calls  # the earlier run's cost counts too
     assert run(requests, seed=1)[1] == 3
     assert run([generate("0 2 3", 0, until=["x"])])[1] == 1
     assert run([generate("0 2 3", 7)])[1] == 1
@@ -211,7 +211,7 @@ def test_fewshot_and_system_prompts_reach_the_model(llm: LLM):
     )
     prompt = lm.records[0].prompt
     assert prompt.count("Be brief.") == 1 and prompt.count(task.prompt(docs[0])) == 1
-    assert lm._encode([prompt]) == llm.encode([prompt], chat=False)
+    assert lm.encode([prompt]) == llm.encode([prompt], chat=False)
 
 
 def test_stop_strings_end_a_row_early(llm: LLM):
@@ -325,8 +325,8 @@ def test_a_verifier_is_part_of_the_key(journal: Journal):
         for decode in (DecodeConfig(rule="verify", gen_length=8, block_length=0), LOOSE):
             lm = JdllmLM(llm, decode=decode, progress=False, journal=journal)
             requests = [generate("1 + 1 =")]
-            rows = lm._encode([one.args[0] for one in requests])
-            keys.append(lm._keys(requests, rows, lm._groups(requests))[0][0])
+            rows = lm.encode([one.args[0] for one in requests])
+            keys.append(lm._keys(requests, rows, lm.groups(requests))[0][0])
     assert keys[0] != keys[2] and keys[1] == keys[3]
     with pytest.raises(ValueError, match="name it, verifier=FOLDER"):
         JdllmLM("bundled", **{"decode.rule": "verify"})  # pyright: ignore[reportArgumentType]

@@ -15,7 +15,6 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from jdllm.decode import Credit, DecodeConfig, Edit
-from jdllm.eval import TaskResult, run
 from jdllm.evaluation.grading import as_lm_eval
 from jdllm.evaluation.harness import JdllmLM
 from jdllm.evaluation.lm_arguments import (
@@ -25,6 +24,8 @@ from jdllm.evaluation.lm_arguments import (
     read_gen_kwargs,
     read_settings,
 )
+from jdllm.evaluation.results import TaskResult
+from jdllm.evaluation.run import run
 from jdllm.llm import LLM
 from jdllm.load import BUNDLED
 from jdllm.model.config import NAMED
@@ -219,11 +220,11 @@ def test_a_users_gen_kwargs_win_over_the_tasks(llm: LLM, caplog: pytest.LogCaptu
 def test_requests_set_lengths_and_steps(llm: LLM, caplog: pytest.LogCaptureFixture):
     lm = JdllmLM(llm, progress=False, chat=False)
     with caplog.at_level(logging.WARNING, "jdllm"):
-        (group,) = lm._groups([request(max_gen_toks=64), request(max_gen_toks=64)])
+        (group,) = lm.groups([request(max_gen_toks=64), request(max_gen_toks=64)])
     assert group.decode.gen_length == 8
     assert caplog.text.count("own length of 8 wins over gen_kwargs: max_gen_toks=64") == 1
     asked = request(gen_length=16, block_length=16, steps=2, rule="quota", cache="none")
-    (group,) = lm._groups([asked])
+    (group,) = lm.groups([asked])
     assert (group.decode.gen_length, group.decode.block_length, group.decode.steps) == (16, 16, 2)
     lm.generate_until([asked])
     assert lm.records[0].completion.nfe == 2

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jdllm import eval, sweep, tune
 from jdllm.decode import Credit, DecodeConfig, Edit
-from jdllm.evaluation import report
+from jdllm.evaluation import estimate, report, run, sweeps, tuning
+from jdllm.evaluation.config import EvalConfig
 from jdllm.evaluation.pareto import aup, front
 from jdllm.evaluation.plans import BUILT_IN, read_plan
 from jdllm.evaluation.report import mark_front
@@ -40,7 +40,7 @@ grid:
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    for module in (eval, sweep, tune):
+    for module in (run, sweeps, tuning):
         monkeypatch.setattr(module, "enable_compilation_cache", lambda: None)
 
 
@@ -81,6 +81,26 @@ def test_aup_by_hand():
     assert aup([], 70.0) == aup([(1.0, 0.0)], 0.0) == 0
 
 
+def test_error_bars_of_certain_accuracies_reach_somewhere():
+    row = {"accuracy": 100.0, "stderr": 0.0, "n": 99}
+    assert report.bar(row) == (pytest.approx(1.0), 0.0)  # z^2 / (n + z^2), z = 1
+    assert report.bar(row | {"accuracy": 0.0}) == (0.0, pytest.approx(1.0))
+    assert report.bar(row | {"accuracy": 50.0, "stderr": 5.0}) == (5.0, 5.0)
+    assert report.bar(row | {"accuracy": 50.0, "stderr": None}) == (0.0, 0.0)
+
+
+def test_a_dry_run_of_a_sweep_runs_nothing(plan: Path, monkeypatch, capsys):
+    monkeypatch.setattr(LLM, "load", lambda *a: 1 / 0)
+    monkeypatch.setattr(estimate, "memory", lambda config, model, work: f"{work.columns} columns")
+    words = [f"plan={plan}", "limit=2", "mesh=1x1", "output=out", "dry_run=true"]
+    sweeps.main(cli.parse(sweeps.SweepConfig, words))
+    out = capsys.readouterr().out
+    assert not Path("out").exists() and "columns" in out
+    rows = [line for line in out.splitlines() if line.startswith(("sudoku", "countdown"))]
+    assert len(rows) == 6 and "rule=quota steps=10 cache=none" in rows[0]
+    assert all(row.split()[-3:-1] == ["2", "2"] for row in rows)
+
+
 def test_built_in_plans():
     dllmexp = read_plan("dllmexp")
     runs = list(itertools.product(dllmexp.models, dllmexp.tasks, dllmexp.settings))
@@ -105,12 +125,12 @@ def test_dllmexp_runs_as_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(LLM, "load", load)
     with pytest.raises(ValueError, match="task humaneval .* pass confirm_run_unsafe_code=true"):
-        sweep.main(cli.parse(sweep.SweepConfig, words))
+        sweeps.main(cli.parse(sweeps.SweepConfig, words))
     assert not loads
-    config = cli.parse(sweep.SweepConfig, [*words, "confirm_run_unsafe_code=true"])
+    config = cli.parse(sweeps.SweepConfig, [*words, "confirm_run_unsafe_code=true"])
     assert len(config.runs()) == 48 and all(r.confirm_run_unsafe_code for r in config.runs())
     with pytest.raises(InterruptedError):
-        sweep.main(config)
+        sweeps.main(config)
     assert [model for model, *_ in loads] == ["Dream-org/Dream-v0-Instruct-7B"]
 
 
@@ -127,7 +147,7 @@ def test_dllmexp_to_its_end(tmp_path: Path):
     copy_tokenizer(BUNDLED, model)
     words = [f"data={data}", f"model={model}", "limit=1", "mesh=1x1", "output=out"]
     words += ["plan=dllmexp", "confirm_run_unsafe_code=true"]
-    sweep.main(cli.parse(sweep.SweepConfig, words))
+    sweeps.main(cli.parse(sweeps.SweepConfig, words))
     with open("out/table.csv") as file:
         rows = list(csv.DictReader(file))
     calls = np.array([float(row["nfe"]) for row in rows]).reshape(4, 3)  # tasks, settings
@@ -138,9 +158,9 @@ def test_dllmexp_to_its_end(tmp_path: Path):
 @pytest.mark.parametrize(
     ("config", "asking"),
     [
-        (eval.EvalConfig, ["decode.preset=apd"]),
-        (sweep.SweepConfig, ["plan=plan.json"]),
-        (tune.TuneConfig, ["plan=plan.json"]),
+        (EvalConfig, ["decode.preset=apd"]),
+        (sweeps.SweepConfig, ["plan=plan.json"]),
+        (tuning.TuneConfig, ["plan=plan.json"]),
     ],
 )
 def test_a_verifier_and_its_rule_come_together(config: type, asking: list[str], capsys):
@@ -156,13 +176,13 @@ def test_a_verifier_and_its_rule_come_together(config: type, asking: list[str], 
 def test_a_sweep_asks_the_verifier_where_its_rule_does(monkeypatch: pytest.MonkeyPatch):
     settings = [{"rule": "quota"}, {"rule": "verify", "block_length": 0}]
     Path("plan.json").write_text(json.dumps({"tasks": ["sudoku"], "settings": settings}))
-    config = cli.parse(sweep.SweepConfig, ["plan=plan.json", "verifier=judge", "limit=1"])
+    config = cli.parse(sweeps.SweepConfig, ["plan=plan.json", "verifier=judge", "limit=1"])
     assert [run.verifier for run in config.runs()] == [None, "judge"]
     loads: list[tuple] = []
     monkeypatch.setattr(LLM, "load", lambda *a: loads.append(a) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        sweep.main(config)
-    assert loads == [("bundled", "auto", "auto", 0, "judge")]
+        sweeps.main(config)
+    assert loads == [("bundled", "auto", "auto", 0, "judge", ())]
 
 
 def test_a_plan_file(plan: Path):
@@ -207,7 +227,7 @@ def test_a_plan_file(plan: Path):
 def test_plan_mistakes_are_found_at_once(text: str, part: str, tmp_path: Path, capsys):
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(SystemExit):
-        cli.parse(sweep.SweepConfig, ["plan=bad.yaml"])
+        cli.parse(sweeps.SweepConfig, ["plan=bad.yaml"])
     assert part in capsys.readouterr().err
     with pytest.raises(ValueError, match="neither a file nor one of bundled"):
         read_plan("absent")
@@ -226,11 +246,11 @@ def test_a_sweep_its_report_and_going_on(plan: Path, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(LLM, "load", lambda *a: loads.append(a) or load(*a))
     monkeypatch.setattr(LLM, "stream", counted)
-    config = cli.parse(sweep.SweepConfig, words)
+    config = cli.parse(sweeps.SweepConfig, words)
     with pytest.raises(KeyboardInterrupt):
-        sweep.main(config)
+        sweeps.main(config)
     assert not Path("out/table.md").exists()
-    sweep.main(config)
+    sweeps.main(config)
     assert len(loads) == 2 and sum(generated) == 2 * 4 + 2 * 3 - 2 + 2  # the interrupted one twice
     with open("out/table.csv") as file:
         rows = list(csv.DictReader(file))
@@ -247,12 +267,12 @@ def test_a_sweep_its_report_and_going_on(plan: Path, tmp_path: Path, monkeypatch
     page = Path("out/report.html").read_text()
     assert page.count("data:image/png;base64,") == 2 and page.count("<tr") >= 6
     assert not re.search(r'(src|href)="(?!data:)', page), "the page must stand alone"
-    assert f"python -m jdllm.sweep plan={plan} limit=2 mesh=1x1 output=out" in page
+    assert f"python -m jdllm.sweep mesh=1x1 limit=2 plan={plan} output=out" in page
     for name in ("sudoku.png", "countdown.png"):
         assert Path("out", name).read_bytes().startswith(b"\x89PNG")
     before = Path("out/finished.jsonl").read_bytes()
     generated.clear()
-    sweep.main(config)
+    sweeps.main(config)
     assert sum(generated) == 0 and Path("out/finished.jsonl").read_bytes() == before
 
 
@@ -261,27 +281,27 @@ def test_the_pick_keeps_within_the_bound():
         {"accuracy": a, "tokens_per_second": t, "tokens_per_forward": f}
         for a, t, f in ((80.0, 10, 1), (79.5, 50, 2), (79.4, 90, 9), (81.0, 40, 5))
     ]
-    assert tune.pick(rows, 0.5, "tokens_per_second") == 1
-    assert tune.pick(rows, 0.5, "tokens_per_forward") == 3
-    assert tune.pick(rows, 0.6, "tokens_per_second") == 2
-    assert tune.pick(rows[:1], 0.0, "tokens_per_second") == 0
+    assert tuning.pick(rows, 0.5, "tokens_per_second") == 1
+    assert tuning.pick(rows, 0.5, "tokens_per_forward") == 3
+    assert tuning.pick(rows, 0.6, "tokens_per_second") == 2
+    assert tuning.pick(rows[:1], 0.0, "tokens_per_second") == 0
 
 
 def test_tuned_settings_are_read_back(plan: Path, capsys: pytest.CaptureFixture):
     words = [f"plan={plan}", "limit=2", "mesh=1x1", "task=countdown", "max_drop=100"]
-    tune.main(cli.parse(tune.TuneConfig, [*words, "by=tokens_per_forward"]))
+    tuning.main(cli.parse(tuning.TuneConfig, [*words, "by=tokens_per_forward"]))
     facts = json.loads(Path("tuned/table.json").read_text())
     chosen = read_decode(Path("tuned.json"))
     best = max(facts["rows"], key=lambda row: row["tokens_per_forward"])
     assert facts["rows"][facts["chosen"]]["tokens_per_forward"] == best["tokens_per_forward"]
     assert (chosen.gen_length, chosen.block_length) == (40, 40) and chosen.rule == "threshold"
     assert "wrote tuned.json" in capsys.readouterr().err
-    config = cli.parse(eval.EvalConfig, ["decode_file=tuned.json"])
+    config = cli.parse(EvalConfig, ["decode_file=tuned.json"])
     assert config.settings == chosen
-    changed = cli.parse(eval.EvalConfig, ["decode_file=tuned.json", "decode.threshold=0.3"])
+    changed = cli.parse(EvalConfig, ["decode_file=tuned.json", "decode.threshold=0.3"])
     assert changed.settings.threshold == 0.3 and changed.settings.gen_length == 40
-    seeds = {run.seed for run in cli.parse(tune.TuneConfig, words).runs()}
-    assert seeds == {tune.VALIDATION_SEED}, "not the documents that eval draws"
+    seeds = {run.seed for run in cli.parse(tuning.TuneConfig, words).runs()}
+    assert seeds == {tuning.VALIDATION_SEED}, "not the documents that eval draws"
 
 
 @pytest.mark.parametrize(
@@ -291,7 +311,7 @@ def test_broken_decode_files(text: str | None, part: str, capsys: pytest.Capture
     if text is not None:
         Path("given.json").write_text(text)
     with pytest.raises(SystemExit):
-        cli.parse(eval.EvalConfig, ["decode_file=given.json"])
+        cli.parse(EvalConfig, ["decode_file=given.json"])
     assert part in capsys.readouterr().err
 
 
@@ -317,5 +337,5 @@ def test_without_a_plot_library_tables_are_written(tmp_path: Path, monkeypatch):
     loads: list[tuple] = []
     monkeypatch.setattr(LLM, "load", lambda *a: loads.append(a) or 1 / 0)
     with pytest.raises(ZeroDivisionError):  # it starts
-        sweep.main(sweep.SweepConfig(limit=1))
+        sweeps.main(sweeps.SweepConfig(limit=1))
     assert loads

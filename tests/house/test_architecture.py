@@ -17,7 +17,7 @@ FLOORS: list[list[str]] = [
     ["unmask", "stop", "store"],
     ["decode", "train", "batches", "score"],
     ["tokenizer", "parity", "tasks", "convert", "load", "convert.plan", "convert.commands"],
-    ["training", "viz", "completion", "llm", "evaluation", "generation", "checkup"],
+    ["training", "viz", "completion", "llm", "arguments", "evaluation", "generation", "checkup"],
     [
         "eval", "bench", "sweep", "tune", "generate", "sft", "doctor", "launch", "harness",
         "convert.__main__", "__main__",
@@ -54,7 +54,10 @@ EXCEPTIONS = {
     "jdllm/store/checkpoint.py": {"tensorstore"},
 }
 # Doors hold a command line and nothing else; what they call, and what tests test, are rooms.
-DOORS = ["generate", "sft", "doctor", "launch", "harness", "convert.__main__", "__main__"]
+DOORS = [
+    "eval", "sweep", "tune", "bench", "generate", "sft", "doctor", "launch", "harness",
+    "convert.__main__", "__main__",
+]  # fmt: skip
 MAX_DOOR = 120
 MAX_LINES = 420
 MAX_FUNCTION = 62

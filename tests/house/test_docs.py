@@ -13,19 +13,20 @@ from pathlib import Path
 import pytest
 from lm_eval._cli import HarnessCLI
 
-from jdllm.bench import BenchConfig, GridConfig
 from jdllm.checkup import DoctorConfig
 from jdllm.convert.commands import ConvertConfig, ExportConfig
 from jdllm.convert.families import COMMANDS, FAMILIES
 from jdllm.convert.plan import PlanConfig, with_model
-from jdllm.eval import EvalConfig
+from jdllm.evaluation.bench import BenchConfig
+from jdllm.evaluation.config import EvalConfig
+from jdllm.evaluation.grid import GridConfig
+from jdllm.evaluation.sweeps import SweepConfig
+from jdllm.evaluation.tuning import TuneConfig
 from jdllm.generation import GenerateConfig
 from jdllm.model.config import NAMED, count_parameters
 from jdllm.runtime import cli
 from jdllm.runtime.launch import LaunchConfig, split
-from jdllm.sweep import SweepConfig
 from jdllm.training.config import SFTConfig
-from jdllm.tune import TuneConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -15,10 +15,10 @@ import jax
 import pytest
 
 from jdllm.convert.commands import ConvertConfig
-from jdllm.eval import EvalConfig
+from jdllm.evaluation.config import EvalConfig
+from jdllm.evaluation.sweeps import SweepConfig
 from jdllm.generation import GenerateConfig
 from jdllm.runtime import cli, hints, signals
-from jdllm.sweep import SweepConfig
 from jdllm.training.config import SFTConfig
 
 

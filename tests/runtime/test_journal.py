@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from jdllm import eval
+from jdllm.evaluation import run
+from jdllm.evaluation.config import EvalConfig
 from jdllm.runtime import files
-from jdllm.runtime.journal import Journal, digest
+from jdllm.runtime.journal import FINISHED, Journal, digest
 
 RECORDS = [{"key": f"k{i}", "text": "späß\n" * i, "nfe": i} for i in range(4)]
 
@@ -94,7 +95,7 @@ WORDS = ["batch_size=1", "decode.gen_length=40", "mesh=1x1", "task=countdown"]
 
 
 def start(output: Path, limit: int) -> subprocess.Popen[str]:
-    paths = [str(Path(eval.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    paths = [str(Path(run.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "JDLLM_HOME": str(output.parent / "home"),
@@ -112,7 +113,7 @@ def size(path: Path) -> int:
 
 def killed_at_random(output: Path, kills: int, seed: int) -> None:
     """Kills a real run `kills` times while it writes, lets it end, and compares what is there."""
-    chance, journal, limit = random.Random(seed), output / eval.FINISHED, 20 * kills + 45
+    chance, journal, limit = random.Random(seed), output / FINISHED, 20 * kills + 45
     kept = b""
     for _ in range(kills):
         run = start(output, limit)
@@ -147,9 +148,9 @@ def test_a_run_killed_twenty_times_goes_on(tmp_path: Path):
 
 
 def test_two_runs_into_one_folder(tmp_path: Path):
-    config = eval.EvalConfig(output=tmp_path, limit=1, mesh="1x1")
+    config = EvalConfig(output=tmp_path, limit=1, mesh="1x1")
     with (
         files.alone(tmp_path),
         pytest.raises(BlockingIOError, match="another run is writing"),
     ):
-        eval.main(config)
+        run.main(config)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jdllm import LLM, DecodeConfig
-from jdllm.eval import EvalConfig
+from jdllm.evaluation.config import EvalConfig
 from jdllm.load import load_model
 from jdllm.runtime import cli, launch, sharding
 from jdllm.runtime.launch import LaunchConfig

@@ -11,12 +11,13 @@ from jax.sharding import PartitionSpec as P
 
 from jdllm import DecodeConfig
 from jdllm.convert.commands import main as convert
+from jdllm.decode.memory import weight_bytes
 from jdllm.kernels.attention import reference
 from jdllm.kernels.choose import TABLES
 from jdllm.kernels.choose import experts as kernel
 from jdllm.kernels.experts import dense
 from jdllm.llm import LLM
-from jdllm.load import choose_mesh, weight_bytes
+from jdllm.load import choose_mesh
 from jdllm.model.config import NAMED, MoEConfig, count_parameters
 from jdllm.model.model import forward
 from jdllm.runtime import sharding

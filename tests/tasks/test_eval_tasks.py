@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from jdllm import eval
+from jdllm.evaluation import run as evaluation
+from jdllm.evaluation.config import EvalConfig
 from jdllm.load import BUNDLED
 from jdllm.model.config import NAMED
 from jdllm.runtime import cli, sharding
@@ -41,11 +42,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("JDLLM_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(eval, "enable_compilation_cache", lambda: None)
+    monkeypatch.setattr(evaluation, "enable_compilation_cache", lambda: None)
 
 
 def run(output: Path, *words: str) -> tuple[dict, list[dict]]:
-    eval.main(cli.parse(eval.EvalConfig, [f"output={output}", *words]))
+    evaluation.main(cli.parse(EvalConfig, [f"output={output}", *words]))
     rows = (output / "samples.jsonl").read_text().splitlines()
     return json.loads((output / "results.json").read_text()), [json.loads(row) for row in rows]
 
@@ -99,12 +100,12 @@ def test_a_preset_is_printed_with_both_numbers_and_gives_way(
 
 def test_what_is_given_beside_a_preset_wins_be_it_the_default():
     words = ["preset=edit-sudoku-128", "task=sudoku", "chat=None", "decode.rule=threshold"]
-    config = cli.parse(eval.EvalConfig, [*words, "decode.steps=None"])
+    config = cli.parse(EvalConfig, [*words, "decode.steps=None"])
     assert (config.task, config.chat, config.decode.rule) == ("sudoku", None, "threshold")
     assert config.decode.steps is None and config.decode.gen_length == 128
     assert {"task=sudoku", "chat=None", "decode.steps=None"} < set(config.departures)
     named = cli.parse(
-        eval.EvalConfig, [*words[:2], "decode.preset=llada-1.5-mbpp"] + ["decode.steps=None"]
+        EvalConfig, [*words[:2], "decode.preset=llada-1.5-mbpp"] + ["decode.steps=None"]
     )
     assert named.decode.gen_length == 512 and named.preset == "edit-sudoku-128"
 
@@ -117,26 +118,35 @@ def test_a_preset_fixes_how_likelihoods_are_estimated(
         task="mmlu_sample_likelihood", shots=None,
     )  # fmt: skip
     monkeypatch.setitem(PRESETS, "row", row)
-    monkeypatch.setitem(eval.EvalConfig.presets, "row", row.settings)
+    monkeypatch.setitem(EvalConfig.presets, "row", row.settings)
     words = ["preset=row", f"model={model}", f"data={data}", "mesh=1x1", "limit=1"]
-    results, _ = run(tmp_path, *words, "likelihood.mc_num=2")
+    results, (sample,) = run(tmp_path, *words, "likelihood.mc_num=2")
     used = results["config"]["likelihood"]
     assert (used["mc_num"], used["mc_batch"], used["cfg_scale"]) == (2, 2, 0.5)
     found = results["tasks"]["mmlu_sample_likelihood"]["likelihoods"]
-    assert found == {"n": 4, "stderr_mean": 0.0, "stderr_max": 0.0}  # one token each is exact
+    assert found.pop("seconds") > 0
+    exact = {"n": 4, "stderr_mean": 0.0, "stderr_max": 0.0, "calls": 4}  # one token each
+    assert found == exact and sample["nfe"] == 4 and sample["seconds"] > 0
+    assert [choice["text"] for choice in sample["choices"]] == [" A", " B", " C", " D"]
+    assert sample["answer"] == max(sample["choices"], key=lambda one: one["value"])["text"]
     out = "".join(capsys.readouterr())
     assert out.count(f"but here   model={model} limit=1 likelihood.mc_num=2\n") == 2
-    assert "4 likelihoods, the standard error of an estimate is" in out
+    assert "4 likelihoods in 4 model evaluations of a row and" in out
+    assert "the standard error of an estimate is 0.000 nats" in out
 
 
 def test_estimates_without_a_known_error_do_not_count_in_its_mean():
-    scored = [Likelihood(-1.0, error, False) for error in (0.1, None, 0.3)]
-    assert certainty(scored) == {"n": 3, "stderr_mean": pytest.approx(0.2), "stderr_max": 0.3}
-    assert certainty(scored[1:2]) == {"n": 1, "stderr_mean": None, "stderr_max": None}
+    scored = [Likelihood(-1.0, error, False, 2, 0.5) for error in (0.1, None, 0.3)]
+    cost = {"calls": 6, "seconds": 1.5}
+    assert certainty(scored) == {
+        "n": 3, "stderr_mean": pytest.approx(0.2), "stderr_max": 0.3,
+    } | cost  # fmt: skip
+    cost = {"calls": 2, "seconds": 0.5}
+    assert certainty(scored[1:2]) == {"n": 1, "stderr_mean": None, "stderr_max": None} | cost
     assert certainty([]) == {}
 
 
 def test_programs_are_refused_before_the_model_is_loaded(data: Path):
-    config = eval.EvalConfig(task="humaneval", model="random:none", data=data)
+    config = EvalConfig(task="humaneval", model="random:none", data=data)
     with pytest.raises(ValueError, match="confirm_run_unsafe_code=true"):
-        eval.main(config)
+        evaluation.main(config)

@@ -8,6 +8,7 @@ from fractions import Fraction
 
 from jdllm.tasks.puzzles.expression import last_box
 
+_BRACES = re.compile(r"\{([^{}]*)\}")
 _TAG = re.compile(r"<answer>(.*?)(?:</answer>|<\||$)", re.DOTALL)
 _SPACES = re.compile(r"\\[!,;: ]|~")
 _WORDS = re.compile(r"\\(?:text|mbox|mathrm|textbf)\s*\{([^{}]*)\}")
@@ -28,6 +29,11 @@ def final(text: str) -> str | None:
         return boxed
     tags = [tag.strip() for tag in _TAG.findall(text) if tag.strip()]
     return tags[-1] if tags else None
+
+
+def braced(text: str) -> list[str]:
+    """The texts in curly braces, in order; those that hold nothing are left out."""
+    return [found.strip() for found in _BRACES.findall(text) if found.strip()]
 
 
 def plain(text: str) -> str:

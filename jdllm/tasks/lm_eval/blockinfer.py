@@ -3,14 +3,15 @@
 import re
 from collections import Counter
 
+from jdllm.tasks.graders.answers import braced
+
 LETTERS = "ABCD"
-_BRACES = re.compile(r"\{([^{}]*)\}")
 _LETTER = re.compile(r"\(?\b([A-D])\b\)?")
 
 
-def braced(completion: str) -> str:
+def answer(completion: str) -> str:
     """Returns the last text in curly braces, else the first line."""
-    found = [text.strip() for text in _BRACES.findall(completion) if text.strip()]
+    found = braced(completion)
     return found[-1] if found else (completion.strip().splitlines() or [""])[0]
 
 
@@ -20,14 +21,14 @@ def words(text: str) -> list[str]:
 
 
 def grade_hotpotqa(doc: dict, completion: str) -> dict[str, float]:
-    """Returns exact_match and f1 of the answer's words, by the best of the listed answers."""
-    said = words(braced(completion))
+    """Returns exact_match and f1 of the words of the answer, the better of the listed answers."""
+    said = words(answer(completion))
     scores = []
-    for answer in doc["answers"]:
-        wanted = words(answer)
+    for listed in doc["answers"]:
+        wanted = words(listed)
         shared = sum((Counter(said) & Counter(wanted)).values())
         scores.append(2 * shared / (len(said) + len(wanted)) if shared else 0.0)
-    right = any(said == words(answer) for answer in doc["answers"])
+    right = any(said == words(listed) for listed in doc["answers"])
     return {"exact_match": float(right), "f1": max(scores, default=0.0)}
 
 
@@ -36,7 +37,7 @@ def letter(completion: str) -> str:
 
     "" where there is none.
     """
-    texts = [*reversed(_BRACES.findall(completion))]
+    texts = [*reversed(braced(completion))]
     texts += [*reversed(re.split(r"(?i)answer(?: is|:)", completion)[1:]), completion]
     found = (_LETTER.search(text) for text in texts)
     return next((match[1] for match in found if match), "")

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jdllm.tasks import Doc, Task
+from jdllm.tasks import TASKS, Doc, Task
+from jdllm.tasks.graders import answers
 from jdllm.tasks.lm_eval import blockinfer, gsm8k, math500, mbpp
 
 
@@ -104,4 +105,12 @@ CONFIGS: dict[str, Callable[[], dict]] = {
     "mmlu_sample_likelihood": _mmlu_likelihood,
     **gsm8k.CONFIGS,
     **mbpp.CONFIGS,
+}
+# How the graders of ours read the answer of a completion; lm-eval's own tasks have filters for it.
+READERS: dict[str, Callable[[str], str | None]] = {
+    **{name: task.extract for name, task in TASKS.items()},
+    "gsm8k_boxed": answers.final,
+    "math500_boxed": answers.final,
+    "hotpotqa_sample": blockinfer.answer,
+    "mmlu_sample": blockinfer.letter,
 }

@@ -5,13 +5,13 @@ lm_eval.evaluator.evaluate(lm=model, task_dict=loaded, limit=limit, ...)
 """
 
 import contextlib
-import difflib
 import logging
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from jdllm.runtime.hints import asked, nearest
 from jdllm.tasks import TASKS, Task
 from jdllm.tasks.lm_eval import hub, ours, stock
 
@@ -64,8 +64,7 @@ def check(
         if name in TASKS or name in ours.CONFIGS or ALIASES.get(name, name) in stock.names():
             continue
         known = dict.fromkeys([*TASKS, *ours.CONFIGS, *ALIASES, *users, *stock.names()])
-        near = difflib.get_close_matches(name, known)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        hint = (near := asked(nearest(name, known))) and f"{near} "
         raise ValueError(
             f"task={name} is unknown; {hint}There are {', '.join([*TASKS, *ours.CONFIGS])}, "
             f"every task of lm-eval, and those of include_path="

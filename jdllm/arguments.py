@@ -1,0 +1,49 @@
+"""Arguments: the settings that commands share, as dataclasses that their configs extend.
+
+Fields of a base class are settings of the command like its own: `model=`, `mesh=`, `verifier=`.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # imported when a model is loaded, so that --help is quick
+    from jdllm.llm import LLM
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelArgs:
+    """A model, and where it runs."""
+
+    model: str = "bundled"
+    """bundled, a converted folder, random:<name>, or a Hugging Face folder or id."""
+    allow_unknown: tuple[str, ...] = ()
+    """Keys of a Hugging Face config.json to ignore although their meaning is not known here."""
+    mesh: str = "auto"
+    """data x model, for example 4x1; auto is data parallel where the model fits a device."""
+    dtype: str = "auto"
+    """Compute dtype; auto keeps the stored one, on a CPU float32."""
+    kernel: str = "auto"
+    """Implementations that are forced: reference, or by operation, attention:xla,experts:ragged."""
+    seed: int = 0
+    """Seed of the generated documents, and of the weights of random:<name>."""
+
+    def load_llm(self, verifier: str | None = None) -> "LLM":
+        """Loads the model; ValueError or OSError as from LLM.load."""
+        from jdllm.llm import LLM
+
+        return LLM.load(
+            self.model, self.mesh, self.dtype, self.seed, verifier, self.allow_unknown,
+            self.kernel,
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodingArgs(ModelArgs):
+    """A model that decodes, and the causal one that decode.rule=verify asks."""
+
+    verifier: str | None = None
+    """The causal model that decode.rule=verify asks."""
+
+    def load_llm(self, verifier: str | None = None) -> "LLM":
+        """Loads the model with its verifier; ValueError or OSError as from LLM.load."""
+        return super().load_llm(verifier or self.verifier)

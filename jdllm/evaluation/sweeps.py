@@ -1,0 +1,139 @@
+"""Sweeps: every model of a plan on every task with every decode setting, and a report of them."""
+
+import dataclasses
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from jdllm.decode import DecodeConfig
+from jdllm.evaluation.config import EvalConfig, TaskArgs
+from jdllm.evaluation.plans import Plan, read_plan
+from jdllm.evaluation.report import NO_PLOTS, Row, can_plot, write_report
+from jdllm.evaluation.results import TaskResult
+from jdllm.evaluation.run import evaluate
+from jdllm.evaluation.settings import check_verifier, label
+from jdllm.load import enable_compilation_cache
+from jdllm.runtime import cli, sharding
+from jdllm.runtime.environment import environment
+from jdllm.runtime.files import alone, write_json
+from jdllm.runtime.journal import FINISHED, Journal, going_on
+from jdllm.runtime.progress import Bar
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepConfig(TaskArgs):
+    """A sweep over models, tasks and decode settings."""
+
+    plan: str = "bundled"
+    """bundled, dllmexp, tune, or a YAML or JSON file with models, tasks, settings, grid."""
+    model: str = ""
+    """Instead of the plan's models: one or more, separated by commas."""
+    task: str = ""
+    """Instead of the plan's tasks: one or more, separated by commas."""
+    dry_run: bool = False
+    """Say what would be done, without weights: prompts, model calls at most, memory."""
+    output: Path = Path("results/sweep")
+    """Folder for the finished samples and the report."""
+
+    def __post_init__(self):
+        plan = self.chosen()
+        self.check_tasks(plan.tasks)
+        check_verifier(self.verifier, plan.settings)
+        self.runs()  # every mistake in the plan is found here
+
+    @property
+    def going_on(self) -> str:
+        """How to go on after an interrupt."""
+        return going_on(self.output)
+
+    def chosen(self) -> Plan:
+        """The plan with `model` and `task` in place of its own."""
+        plan = read_plan(self.plan)
+        models = tuple(self.model.split(",")) if self.model else plan.models
+        tasks = tuple(self.task.split(",")) if self.task else plan.tasks
+        return dataclasses.replace(plan, models=models, tasks=tasks)
+
+    def runs(self) -> list[EvalConfig]:
+        """What each run evaluates, models outermost; ValueError where one cannot be."""
+        plan = self.chosen()
+        return [
+            self.run_of(model, task, decode)
+            for model, task, decode in itertools.product(plan.models, plan.tasks, plan.settings)
+        ]
+
+    def run_of(self, model: str, task: str, decode: DecodeConfig) -> EvalConfig:
+        """The evaluation of one model on one task with one setting."""
+        asks = self.verifier if decode.rule == "verify" else None
+        own = {"task": task, "model": model, "decode": decode, "verifier": asks}
+        return EvalConfig(**self.shared() | own)
+
+
+def row_of(run: EvalConfig, result: TaskResult) -> Row:
+    """What the table says about a run; accuracy in percent."""
+    metric = result.metric
+    error, ends = result.stderr[metric], result.intervals.get(metric)
+    speed = result.speed.facts()
+    return {
+        "model": run.model,
+        "task": run.task,
+        "setting": label(run.settings),
+        "n": result.documents,
+        "metric": metric,
+        "accuracy": 100 * result.metrics[metric],
+        "stderr": None if error is None else 100 * error,
+        "interval": ends and "{:.1f}-{:.1f}".format(*(100 * end for end in ends)),
+        "nfe": result.nfe_mean,
+    } | speed
+
+
+def perform(runs: Sequence[EvalConfig], journal: Journal) -> Iterator[tuple[EvalConfig, Row]]:
+    """Runs what the journal does not hold yet, each model loaded once.
+
+    Yields every run, its settings' lengths filled in, and its row. A task that cannot be loaded is
+    refused before any model is.
+    """
+    for run in {run.task: run for run in runs}.values():
+        for name in run.tasks:
+            run.load_task(name)
+    verifier = next((run.verifier for run in runs if run.verifier), None)
+    bar = Bar(total=len(runs), unit="run", desc="sweep")
+    with bar:
+        for model, own in itertools.groupby(runs, key=lambda run: run.model):
+            bar.set_postfix_str(f"loading {model}")
+            llm = None
+            for run in own:
+                llm = llm or run.load_llm(verifier)
+                bar.set_postfix_str(f"{run.task} {label(run.settings)}")
+                facts, (result,) = evaluate(run, journal, llm, leave=False)
+                decode = DecodeConfig.of(facts["config"]["decode"])
+                row = row_of(run, result)
+                bar.write(
+                    f"{model}  {run.task}  {row['setting']}: {row['accuracy']:.1f} %, "
+                    f"{row['tokens_per_forward']:.2f} tokens/forward, "
+                    f"{row['tokens_per_second']:.0f} tokens/s",
+                    file=sys.stderr,
+                )
+                bar.update(1)
+                yield dataclasses.replace(run, decode=decode, decode_file=None), row
+
+
+def main(config: SweepConfig) -> None:
+    """Runs the plan and writes the report."""
+    if not can_plot():
+        print(f"note: {NO_PLOTS}", file=sys.stderr)
+    enable_compilation_cache()
+    if config.dry_run:
+        from jdllm.evaluation.estimate import estimate
+
+        print(estimate(config.runs()))
+        return
+    with alone(config.output):
+        write_json(config.output / "config.json", dataclasses.asdict(config))
+        journal = Journal(config.output / FINISHED)
+        rows = [row for _, row in perform(config.runs(), journal)]
+        facts = {"command": cli.command(config, "jdllm.sweep"), **environment()}
+        facts["mesh"] = sharding.describe(sharding.parse_mesh(config.mesh))
+        names = write_report(config.output, rows, facts)
+    print((config.output / "table.md").read_text())
+    print(f"wrote {', '.join(names)} to {config.output}", file=sys.stderr)
