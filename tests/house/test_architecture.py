@@ -17,7 +17,7 @@ FLOORS: list[list[str]] = [
     ["unmask", "stop", "store"],
     ["decode", "train", "batches", "score"],
     ["tokenizer", "parity", "tasks", "convert", "load", "convert.plan", "convert.commands"],
-    ["training", "viz", "completion", "llm", "arguments", "evaluation", "generation", "checkup"],
+    ["viz", "completion", "llm", "arguments", "training", "evaluation", "generation", "checkup"],
     [
         "eval", "bench", "sweep", "tune", "generate", "sft", "doctor", "launch", "harness",
         "convert.__main__", "__main__",
