@@ -87,7 +87,7 @@ def score(result: TaskResult, metric: str) -> str:
 
 
 def summary(results: Sequence[TaskResult]) -> str:
-    """The table of scores and costs, a line a task."""
+    """The table of scores and costs, a line per task."""
     shown = SHOWN if all(SHOWN[0] in result.metrics for result in results) else ("score",)
     header = ["task", "n", *(name.replace("_", " ") for name in shown)]
     rows = [[*header, "NFE/sample", "tokens/forward", "tokens/s"]]

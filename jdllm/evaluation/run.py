@@ -92,7 +92,7 @@ def compared_choices(scored: Sequence[Any], prompt: str, facts: dict[str, Any]) 
 
 
 def save(folder: Path, facts: dict[str, Any], results: Sequence[TaskResult]) -> None:
-    """Writes samples.jsonl, a line a sample, and results.json."""
+    """Writes samples.jsonl, a line per sample, and results.json."""
     samples = (dataclasses.asdict(one) for result in results for one in result.samples)
     write_json_lines(folder / "samples.jsonl", samples)
     write_json(folder / "results.json", facts)

@@ -27,7 +27,7 @@ class TuneConfig(TaskArgs):
     plan: str = "tune"
     """tune, or another plan (see jdllm.sweep), whose settings are tried; the first is the measure.
 
-    That of tune decodes one token a step without a cache.
+    That of tune decodes one token per step without a cache.
     """
     limit: int = 100
     """Validation documents: generated ones, or the first ones of the task's file."""

@@ -47,7 +47,7 @@ class Preset:
     metric: str
     """lm-eval's "metric,filter" of the number, or tokens_per_second."""
     published: float | None
-    """In percent, or tokens a second; None where the source gives the settings alone."""
+    """In percent, or tokens per second; None where the source gives the settings alone."""
     source: str
     shots: int | None = None
     """None: the task's own."""

@@ -17,7 +17,7 @@ FLEXIBLE = "exact_match,flexible-extract"
 
 
 def vanilla(length: int, block: int | None = None, steps: int | None = None, **more: Any) -> dict:
-    """LLaDA's own loop: a fixed number of tokens a step, no cache."""
+    """LLaDA's own loop: a fixed number of tokens per step, no cache."""
     fixed = {"gen_length": length, "block_length": block or length, "steps": steps or length}
     return {**fixed, "rule": "quota", "cache": "none", **more}
 
@@ -113,7 +113,7 @@ def _fast_dllm() -> Iterator[Preset]:
         "parallel": lambda length: _threshold(length, "none"),
         "prefix-parallel": lambda length: _threshold(length, "prefix"),
     }
-    tables = {  # (accuracy, tokens a second) of the four ways
+    tables = {  # (accuracy, tokens per second) of the four ways
         ("gsm8k", 256): ((79.3, 6.73), (79.5, 21.2), (79.2, 16.5), (78.5, 54.4)),
         ("gsm8k", 512): ((77.5, 3.23), (77.0, 10.4), (77.6, 18.6), (77.2, 35.3)),
         ("humaneval", 256): ((41.5, 30.5), (42.7, 40.7), (43.9, 101.5), (43.3, 114.1)),
