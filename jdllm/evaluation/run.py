@@ -181,7 +181,8 @@ def main(config: EvalConfig) -> None:
         if config.output:
             journal = open_journal(config.output, stack)
             if journal.records:
-                processes.say(f"{len(journal.records)} samples are in {config.output} already")
+                done = f"{len(journal.records)} samples are finished"
+                processes.say(f"{done} in {config.output} already")
         facts, results = evaluate(config, journal)
         if row:
             facts["preset"] = dataclasses.asdict(row) | {"departures": config.departures}

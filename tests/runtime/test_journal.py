@@ -130,7 +130,7 @@ def killed_at_random(output: Path, kills: int, seed: int) -> None:
     run = start(output, limit)
     out, err = run.communicate(timeout=600)
     assert run.returncode == 0, err
-    assert f"{kept.count(b'\n')} samples are finished" in out
+    assert f"{kept.count(b'\n')} samples are finished" in err
     assert journal.read_bytes().startswith(kept)
     rows = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
     assert [row["doc_id"] for row in rows] == list(range(limit))

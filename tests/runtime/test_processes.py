@@ -281,5 +281,5 @@ def test_two_processes_evaluate_as_one(tmp_path: Path):
     assert len(samples("one")) == 19 and samples("one") == samples("two")
     again = run(launch, **home)  # the folder is shared: all processes know what is finished
     assert again.returncode == 0, again.stderr
-    assert "19 samples are finished" in again.stdout
+    assert "19 samples are finished" in again.stderr
     assert samples("two") == samples("one")
