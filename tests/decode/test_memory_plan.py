@@ -68,7 +68,7 @@ def compiled(
     [
         (BUNDLED, 8, 128, "dual", "1x1"),
         pytest.param(SMALL, 4, 96, "none", "1x1", marks=pytest.mark.slow),
-        (SMALL, 8, 96, "dual", "2x2"),
+        pytest.param(SMALL, 8, 96, "dual", "2x2", marks=pytest.mark.slow),
     ],
 )
 def test_the_plan_is_what_the_real_program_needs(config, batch, length, cache, mesh):
@@ -121,6 +121,7 @@ def test_the_largest_batch(power: float, memory: int, replicas: int):
     assert planner.plan(beyond * replicas).total > memory
 
 
+@pytest.mark.slow
 def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(commands, "enable_compilation_cache", lambda: None)  # keep the tests' own
     monkeypatch.setattr(memory_plan, "TRIALS", 2)  # of the search, which is tested by itself

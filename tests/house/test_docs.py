@@ -8,6 +8,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -94,7 +95,7 @@ def test_pages_say_what_their_examples_need(page: Path):
 def test_programs_can_be_imported(page: Path):
     """Every program is one, and the names that it imports are there."""
     for text in blocks(page, "python"):
-        tree = ast.parse(text)
+        tree = ast.parse(textwrap.dedent(text))  # of quotes from functions, too
         tree.body = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
         exec(compile(tree, page.name, "exec"), {})
 

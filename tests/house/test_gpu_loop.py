@@ -19,6 +19,7 @@ KEYS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_row_is_measured(tmp_path: Path):
     script = runpy.run_path(str(SCRIPT))
     path = tmp_path / "gpu.jsonl"

@@ -21,6 +21,7 @@ TINY = ["model=tiny", "prompt_length=8", "gen_length=16", "block_length=8", "rep
 SETTINGS = {"default": ("", {}), "one-shot all-reduce": ("--xla_there_is_none=1", {})}
 
 
+@pytest.mark.slow
 def test_it_measures_every_case(script, tmp_path, monkeypatch):
     """Rows, speed-ups, settings in processes of their own; one that XLA does not know is told."""
     target = tmp_path / "found" / "mesh_check.json"

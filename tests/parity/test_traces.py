@@ -7,6 +7,7 @@ read as a DecodeConfig stands in tests/support/reference_configs.py.
 import dataclasses
 import itertools
 import json
+from collections import Counter
 from typing import Any, NamedTuple
 
 import jax
@@ -48,6 +49,18 @@ def draws(stored: Any, canvases: np.ndarray, mask_id: int) -> jax.Array | None:
     return jnp.array(full)
 
 
+def thinned(cases: list[Any]) -> list[Any]:
+    """Returns the cases, but for every third of each family as slow ones: CI runs those, too."""
+    seen: Counter[str] = Counter()
+    kept = []
+    for param in cases:
+        family = param.values[0].name
+        marks = [] if seen[family] % 3 == 0 else [pytest.mark.slow]
+        kept.append(pytest.param(*param.values, id=param.id, marks=marks))
+        seen[family] += 1
+    return kept
+
+
 class Replay(NamedTuple):
     checkpoint: Model
     options: DecodeConfig
@@ -84,7 +97,7 @@ def request_of(case: Case, checkpoint: Model) -> Replay:
     return Replay(checkpoint, options, request)
 
 
-@pytest.mark.parametrize("case", [c for c in supported("decode") if not has_ties(c)])
+@pytest.mark.parametrize("case", thinned([c for c in supported("decode") if not has_ties(c)]))
 def test_decode(case: Case):
     """Dense models: canvas before every model call, NFE and output, exactly."""
     stored, nfe = np.load(case.path), case.entry["nfe"]
@@ -179,7 +192,7 @@ def engine_request_of(case: Case, checkpoint: Model) -> Replay:
     return Replay(checkpoint, options, request)
 
 
-@pytest.mark.parametrize("case", supported("traces"))
+@pytest.mark.parametrize("case", thinned(supported("traces")))
 def test_engines(case: Case):
     """Mixtures of experts: canvases, NFE and output, exactly."""
     stored, entry, params = np.load(case.path.with_suffix(".npz")), case.entry, case.entry["params"]

@@ -138,6 +138,7 @@ def killed_at_random(output: Path, kills: int, seed: int) -> None:
     assert len(keys) == len(set(keys)) == limit
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(tmp_path: Path):
     killed_at_random(tmp_path / "out", kills=3, seed=int(time.time()))
 

@@ -175,6 +175,7 @@ def test_what_a_failed_process_said_is_shown(tmp_path: Path):
     ]
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_does_not_wait_for_the_others():
     """They wait for it: left to JAX, all would end after half a minute, and another be named."""
     done = run(["jdllm.launch", "processes=2", "jdllm.eval", "mesh=2x{process}"])
@@ -195,6 +196,7 @@ def test_a_mesh_needs_every_process():
         sharding.parse_mesh("2x1", devices)
 
 
+@pytest.mark.slow
 def test_two_processes_decode_as_one(tmp_path: Path):
     """Rows of both processes, a model that is split over the devices of each."""
     prompts = [[7, 8, 9], [3] * 20, [1, 2], [5], [11] * 6]

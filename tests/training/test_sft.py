@@ -144,6 +144,7 @@ def same_weights(first: Path, second: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, *pair)
 
 
+@pytest.mark.slow
 def test_a_mesh_trains_alike(tiny, tmp_path):
     """Two data-parallel by two tensor-parallel devices and micro-batches: to 1e-3 of the loss."""
     alone = settings(tiny, tmp_path / "one", accumulation=2, response_length=32)
@@ -220,7 +221,7 @@ def test_a_refusal_is_status_1_without_traceback(tmp_path, monkeypatch, capsys):
         cli.run(run.fine_tune, SFTConfig, "sft")
     assert caught.value.code == 1
     said = capsys.readouterr().err
-    assert said.startswith("error: ") and said.count("\n") == 1 and "Traceback" not in said
+    assert said.splitlines()[-1].startswith("error: ") and "Traceback" not in said
 
 
 def test_other_training_text_is_refused(tiny, tmp_path, chats):
@@ -344,7 +345,7 @@ def environment() -> dict[str, str]:
 def finish(words: list[str]) -> str:
     done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 def start_and_kill(words: list[str], output: Path, lines_seen: int, delay: float) -> bool:
@@ -498,6 +499,7 @@ def close_run(output: Path, expected: Path) -> None:
     assert not list(output.rglob("*partial*"))
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_survive_a_loss(tiny, tmp_path):
     """Process 1 is killed in the middle and named; the same command comes to the same end."""
     words = spread_words(tiny, tmp_path / "two", "2x2")
@@ -509,7 +511,7 @@ def test_two_processes_train_as_one_and_survive_a_loss(tiny, tmp_path):
     assert not (tmp_path / "two" / "model").exists()
     again = launch(words, 2, tmp_path)
     assert again.returncode == 0, again.stderr
-    assert "resumed at step" in again.stdout and again.stdout.count("wrote") == 1
+    assert "resumed at step" in again.stderr and again.stderr.count("wrote") == 1
     run.fine_tune(cli.parse(SFTConfig, spread_words(tiny, tmp_path / "one", "2x2"), prog="sft"))
     close_run(tmp_path / "two", tmp_path / "one")
 
@@ -528,13 +530,13 @@ def test_processes_change_places_with_one(tiny, tmp_path, mesh):
     words = {name: spread_words(tiny, tmp_path / name, mesh) for name in ("one", "two")}
     lost = launch(words["two"], 4, tmp_path, "dies", victim=0)
     assert "process 0 of 2 was lost (signal 9)" in lost.stderr
-    assert "2 processes x 4 devices" in lost.stdout
+    assert "2 processes x 4 devices" in lost.stderr
     shutil.copytree(tmp_path / "two", tmp_path / "one")
     env = several(8, tmp_path)
     one = [sys.executable, "-m", "jdllm.sft", *words["one"]]
     done = subprocess.run(one, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "1 process x 8 devices" in done.stdout and "resumed at step" in done.stdout
+    assert "1 process x 8 devices" in done.stderr and "resumed at step" in done.stderr
     again = launch(words["two"], 4, tmp_path)
     assert again.returncode == 0, again.stderr
     run.fine_tune(cli.parse(SFTConfig, spread_words(tiny, tmp_path / "whole", mesh), prog="sft"))
@@ -577,6 +579,6 @@ def test_a_loss_during_a_save(tiny, tmp_path, delay):
     assert "process 1 of 2 was lost (signal 9)" in lost.stderr
     again = launch(words, 2, tmp_path)
     assert again.returncode == 0, again.stderr
-    assert "resumed at step 5\n" in again.stdout or "resumed at step 10\n" in again.stdout
+    assert "resumed at step 5\n" in again.stderr or "resumed at step 10\n" in again.stderr
     run.fine_tune(cli.parse(SFTConfig, spread_words(tiny, tmp_path / "one", "2x2"), prog="sft"))
     close_run(tmp_path / "two", tmp_path / "one")

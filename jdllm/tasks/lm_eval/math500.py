@@ -3,8 +3,10 @@ r"""MATH-500 as d1 asks it: zero-shot, the answer in \boxed{}; and when two answ
 import re
 
 from jdllm.tasks.graders import answers, d1
+from jdllm.tasks.lm_eval import gsm8k
 
 HUB = {"dataset_path": "HuggingFaceH4/MATH-500"}
+INSTRUCTION = gsm8k.INSTRUCTION
 
 _ROOT = re.compile(r"\\sqrt\s*(\d|[a-z])")
 _NAMED = re.compile(r"[a-zA-Z]\w{0,2}(?:\([a-z]\))?\s*(?:=|\\in\b)")
