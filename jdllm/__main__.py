@@ -7,6 +7,7 @@ jdllm completion bash > ~/.local/share/bash-completion/completions/jdllm
 
 import difflib
 import importlib
+import os
 import runpy
 import sys
 from collections.abc import Sequence
@@ -76,7 +77,11 @@ def main() -> None:
     """Runs the command that the first word names, as `python -m` would."""
     name, *words = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
-        print(overview())
+        try:
+            print(overview(), flush=True)
+        except BrokenPipeError:  # its reader has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(141) from None
     elif name == "completion":
         completion(words)
     elif name in COMMANDS:

@@ -125,3 +125,14 @@ def test_the_script_knows_every_command(monkeypatch, capsys):
         "jdllm completion ": "--help bash",
     }.items():
         assert completed(script, typed) == offered.split(), typed
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    """`jdllm | head -1` ends without a traceback, as other programs do."""
+    words = [sys.executable, "-m", "jdllm"]
+    run = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert run.stdout and run.stderr
+    run.stdout.close()
+    with run.stderr as said:
+        assert said.read() == b""
+    assert run.wait() == 141
