@@ -141,6 +141,7 @@ SAMPLED = st.fixed_dictionaries(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:steps=")  # with a threshold they are a floor
 @settings(max_examples=SEARCH // 2, **LOOSE)  # four programs each
 @given(
     st.sampled_from(["plain", "shifted", "blocks"]),

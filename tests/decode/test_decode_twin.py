@@ -188,6 +188,7 @@ def test_verified_drafts_equal_twin_for_any_block_length(options, seed):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:steps=")  # with a threshold they are a floor
 @settings(max_examples=SEARCH, **LOOSE)
 @given(st.sampled_from(["plain", "shifted", "blocks"]), RULES, CACHES, REST, st.integers(0, 10_000))
 def test_loop_equals_twin_for_any_settings(kind, rule, cache, rest, seed):
@@ -202,6 +203,7 @@ def test_loop_equals_twin_for_any_settings(kind, rule, cache, rest, seed):
 
 @MEANT
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:steps=")  # with a threshold they are a floor
 @pytest.mark.parametrize(("kind", "options"), CASES + MORE, ids=range(len(CASES + MORE)))
 @settings(max_examples=SEARCH, **LOOSE)
 @given(**VALUES)
