@@ -1,4 +1,4 @@
-"""AtLeast makes a block's calls even when they change nothing, as several references do."""
+"""Rules around a rule: what the copies of references put around the one that a config describes."""
 
 import dataclasses
 
@@ -10,15 +10,30 @@ from jdllm.unmask import Carry, Decision, Rule, View
 
 
 @dataclasses.dataclass(frozen=True)
-class AtLeast:
-    """The rule `inner`, but every block gets at least `calls` calls, open or not."""
+class Around:
+    """The rule `inner` in all that a subclass does not change."""
 
     inner: Rule
-    calls: int
 
     @property
     def special(self) -> Special | None:
         return self.inner.special
+
+    def start(self, rows: int, columns: int, calls: int) -> Carry:
+        return self.inner.start(rows, columns, calls)
+
+    def wants(self, open_B: jax.Array, carry: Carry) -> jax.Array:
+        return self.inner.wants(open_B, carry)
+
+    def __call__(self, view: View, carry: Carry) -> tuple[Decision, Carry]:
+        return self.inner(view, carry)
+
+
+@dataclasses.dataclass(frozen=True)
+class AtLeast(Around):
+    """The rule `inner`, but every block gets at least `calls` calls, open or not."""
+
+    calls: int
 
     def start(self, rows: int, columns: int, calls: int) -> Carry:
         return self.inner.start(rows, columns, calls) | {"calls": jnp.zeros(rows, jnp.int32)}

@@ -2,15 +2,13 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
 from jdllm.decode import DecodeConfig, Setup
 from jdllm.model.config import ModelConfig
-from jdllm.model.head import Special
-from jdllm.parity.calls import AtLeast
+from jdllm.parity.calls import Around, AtLeast
 from jdllm.parity.dream import averaged
-from jdllm.unmask import Carry, Decision, Rule, View
+from jdllm.unmask import Carry, Decision, View
 
 
 def copy(setup: Setup, config: DecodeConfig, model: ModelConfig) -> Setup:
@@ -23,20 +21,8 @@ def copy(setup: Setup, config: DecodeConfig, model: ModelConfig) -> Setup:
 
 
 @dataclasses.dataclass(frozen=True)
-class FirstColumn:
+class FirstColumn(Around):
     """The rule `inner`, but the full pass that opens a block fills only its first column."""
-
-    inner: Rule
-
-    @property
-    def special(self) -> Special | None:
-        return self.inner.special
-
-    def start(self, rows: int, columns: int, calls: int) -> Carry:
-        return self.inner.start(rows, columns, calls)
-
-    def wants(self, open_B: jax.Array, carry: Carry) -> jax.Array:
-        return self.inner.wants(open_B, carry)
 
     def __call__(self, view: View, carry: Carry) -> tuple[Decision, Carry]:
         if not view.full:

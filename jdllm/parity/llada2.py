@@ -2,30 +2,17 @@
 
 import dataclasses
 
-import jax
-
 from jdllm.decode import DecodeConfig, Setup
 from jdllm.model.config import ModelConfig
-from jdllm.model.head import Special
-from jdllm.unmask import Carry, Decision, Rule, Unmasker, View
+from jdllm.parity.calls import Around
+from jdllm.unmask import Carry, Decision, Unmasker, View
 
 
 @dataclasses.dataclass(frozen=True)
-class PredictsMask:
+class PredictsMask(Around):
     """The rule `inner`, but a column that takes [MASK] is open again."""
 
-    inner: Rule
     mask_id: int
-
-    @property
-    def special(self) -> Special | None:
-        return self.inner.special
-
-    def start(self, rows: int, columns: int, calls: int) -> Carry:
-        return self.inner.start(rows, columns, calls)
-
-    def wants(self, open_B: jax.Array, carry: Carry) -> jax.Array:
-        return self.inner.wants(open_B, carry)
 
     def __call__(self, view: View, carry: Carry) -> tuple[Decision, Carry]:
         decision, carry = self.inner(view, carry)
