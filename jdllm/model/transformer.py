@@ -1,4 +1,4 @@
-"""The forward pass: one transformer, made by the facts of a ModelConfig. `model_api` wraps it.
+"""The forward pass: one transformer, made by the facts of a ModelConfig. `Model` wraps it.
 
 Shape letters, in suffixes and einsums: B batch, T canvas, S keys, L layers, D embed, H query
 heads, G key/value heads, K head dim, F mlp, V vocab, N block. Experts: see moe.py.
