@@ -6,6 +6,8 @@ Fields of a base class are settings of the command like its own: `model=`, `mesh
 import dataclasses
 from typing import TYPE_CHECKING
 
+from jdllm.kernels.choose import parse
+
 if TYPE_CHECKING:  # imported when a model is loaded, so that --help is quick
     from jdllm.llm import LLM
 
@@ -26,6 +28,9 @@ class ModelArgs:
     """Implementations that are forced: reference, or by operation, attention:xla,experts:ragged."""
     seed: int = 0
     """Seed of the generated documents, and of the weights of random:<name>."""
+
+    def __post_init__(self):
+        parse(self.kernel)
 
     def load_llm(self, verifier: str | None = None) -> "LLM":
         """Loads the model; ValueError or OSError as from LLM.load."""

@@ -47,6 +47,7 @@ class GenerateConfig(DecodingArgs):
     """Print one JSON object with the completion and its cost instead of the text."""
 
     def __post_init__(self):
+        super().__post_init__()
         if self.replay is None and not self.prompt.strip():
             raise ValueError('prompt is empty; write prompt="some text"')
         if self.replay and (self.prompt or self.trace):

@@ -64,6 +64,7 @@ class BenchConfig(ModelArgs):
     """File for the figures, the settings and what they were measured on."""
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("block_length", "max_tokens", "denoising_steps", "num_samples", "batch_size"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise ValueError(f"{name}={number} must be 1 or more")

@@ -96,6 +96,7 @@ class EvalConfig(TaskArgs):
     """
 
     def __post_init__(self):
+        super().__post_init__()
         if self.preset and self.decode_file:
             raise ValueError("preset and decode_file both set how to decode; leave one out")
         self.check_tasks(self.tasks)

@@ -59,6 +59,7 @@ class GridConfig(ModelArgs):
         return found
 
     def __post_init__(self):
+        super().__post_init__()
         numbers_in(self, "prompt_lengths")
         self.points()
 

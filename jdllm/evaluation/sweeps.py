@@ -37,6 +37,7 @@ class SweepConfig(TaskArgs):
     """Folder for the finished samples and the report."""
 
     def __post_init__(self):
+        super().__post_init__()
         plan = self.chosen()
         self.check_tasks(plan.tasks)
         check_verifier(self.verifier, plan.settings)

@@ -39,6 +39,7 @@ class TuneConfig(TaskArgs):
     """The decode settings found; what was finished lies in the folder of the same name beside."""
 
     def __post_init__(self):
+        super().__post_init__()
         if self.max_drop < 0 or self.limit < 1:
             raise ValueError("max_drop counts from 0 and limit from 1")
         if "," in self.task + self.model:

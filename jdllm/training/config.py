@@ -48,6 +48,7 @@ class SFTConfig(ModelArgs):
     """Steps between lines of metrics.jsonl."""
 
     def __post_init__(self):
+        super().__post_init__()
         if (self.data is None) == (self.task is None):
             raise ValueError("name exactly one source of training text: data=FILE or task=NAME")
         counts = ("examples", "length", "batch", "accumulation", "save_every", "log_every")

@@ -275,7 +275,8 @@ def prepare(config: SFTConfig) -> Job | None:
     if source is None:
         raise ValueError(f"model={config.model} has no tokenizer of its own; add tokenizer=bundled")
     model = load_model(config.model, mesh, "float32", config.seed, config.allow_unknown)
-    model = dataclasses.replace(model, dtype=compute_dtype(config.dtype, "bfloat16"))
+    dtype = compute_dtype(config.dtype, "bfloat16")
+    model = dataclasses.replace(model, dtype=dtype, kernel=config.kernel)
     require_trainable(model.config)
     rows = processes.main_first(lambda: load_rows(config, model.config, source))
     if processes.is_main():

@@ -224,6 +224,17 @@ def test_a_refusal_is_status_1_without_traceback(tmp_path, monkeypatch, capsys):
     assert said.splitlines()[-1].startswith("error: ") and "Traceback" not in said
 
 
+def test_a_forced_kernel_reaches_the_run(tiny, tmp_path, capsys):
+    """An unknown one is refused when it is parsed, one that does not serve when it is asked."""
+    words = [f"output={tmp_path}", f"model={tiny}", "task=sudoku", "mesh=1x1", "examples=4"]
+    words += ["length=64", "batch=2", "recipe.steps=1"]
+    with pytest.raises(SystemExit) as caught:
+        cli.parse(SFTConfig, [*words, "kernel=nonsense"], prog="sft")
+    assert caught.value.code == 2 and "kernel=nonsense must be auto" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="kernel=attention:xla does not serve attention"):
+        run.fine_tune(cli.parse(SFTConfig, [*words, "kernel=attention:xla"], prog="sft"))
+
+
 def test_other_training_text_is_refused(tiny, tmp_path, chats):
     """The same file name with other content must not continue a run."""
     path = tmp_path / "a.jsonl"
