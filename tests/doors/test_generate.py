@@ -25,15 +25,12 @@ from jdllm import generation
 from jdllm.decode import DecodeConfig
 from jdllm.generation import GenerateConfig, generate
 from jdllm.llm import LLM
-from jdllm.load import BUNDLED
-from jdllm.model.config import NAMED
-from jdllm.runtime import cli, sharding
-from jdllm.store.checkpoint import random_model, save_model
-from jdllm.tokenizer import copy_tokenizer
+from jdllm.runtime import cli
 from jdllm.viz import show, trace
 from jdllm.viz.pieces import Lexicon
 from jdllm.viz.show import Cell, Player, crop, layout
 from jdllm.viz.trace import Record, Run
+from tests.support.tiny_models import write_small
 
 DECODE = DecodeConfig(gen_length=8, block_length=4, threshold=0.02)
 MASK, END = 0, 1
@@ -42,15 +39,7 @@ MASK, END = 0, 1
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A converted folder with random weights and the bundled tokenizer."""
-    config = dataclasses.replace(
-        NAMED["bundled"],
-        layers=1, embed=32, heads=2, kv_heads=2, head_dim=16, mlp=32, dtype="float32",
-    )  # fmt: skip
-    path = tmp_path_factory.mktemp("model")
-    model = random_model(config, sharding.parse_mesh("1x1"), seed=3)
-    save_model(path, model)
-    copy_tokenizer(BUNDLED, path)
-    return path
+    return write_small(tmp_path_factory.mktemp("model"), 32)
 
 
 @pytest.fixture(autouse=True)

@@ -24,11 +24,9 @@ from jdllm.evaluation.results import Sample, TaskResult, example, score
 from jdllm.evaluation.speed import Speed
 from jdllm.llm import LLM
 from jdllm.load import BUNDLED
-from jdllm.model.config import NAMED
-from jdllm.runtime import cli, sharding
-from jdllm.store.checkpoint import random_model, save_model
+from jdllm.runtime import cli
 from jdllm.tasks import TASKS
-from jdllm.tokenizer import copy_tokenizer
+from tests.support.tiny_models import write_small
 
 # Random weights spread their probability thin: a low bar makes rows differ in NFE.
 LOOSE = DecodeConfig(gen_length=8, block_length=4, threshold=0.02)
@@ -42,14 +40,8 @@ ROW_KEYS = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A converted folder with random weights, the bundled tokenizer and its generation config."""
-    config = dataclasses.replace(
-        NAMED["bundled"],
-        layers=1, embed=64, heads=2, kv_heads=2, head_dim=32, mlp=64, dtype="float32",
-    )  # fmt: skip
-    path = tmp_path_factory.mktemp("model")
-    model = random_model(config, sharding.parse_mesh("1x1"), seed=3)
-    save_model(path, model)
-    assert "generation_config.json" in copy_tokenizer(BUNDLED, path)
+    path = write_small(tmp_path_factory.mktemp("model"), 64)
+    assert (path / "generation_config.json").exists()
     return path
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,11 +11,13 @@ import numpy as np
 from jdllm import DecodeConfig
 from jdllm.decode import Setup, decode
 from jdllm.llm import LLM
+from jdllm.load import BUNDLED
 from jdllm.model.config import NAMED, ModelConfig
 from jdllm.model.model import assemble, named
 from jdllm.parity import make_setup
 from jdllm.runtime import sharding
-from jdllm.store.checkpoint import random_model
+from jdllm.store.checkpoint import random_model, save_model
+from jdllm.tokenizer import copy_tokenizer
 from tests.support.plain_model import PlainModel
 
 TINY = dataclasses.replace(
@@ -28,6 +31,17 @@ KINDS: dict[str, dict[str, Any]] = {
     "blocks": {"block_causal": 4},
     "judge": {"causal": True},
 }
+
+
+def write_small(folder: Path, width: int, **facts: Any) -> Path:
+    """Returns `folder`, as a converted one: random weights, the bundled tokenizer and its lengths."""
+    config = dataclasses.replace(
+        NAMED["bundled"], layers=1, embed=width, heads=2, kv_heads=2, head_dim=width // 2, mlp=width,
+        dtype="float32", **facts,
+    )  # fmt: skip
+    save_model(folder, random_model(config, sharding.parse_mesh("1x1"), seed=3))
+    copy_tokenizer(BUNDLED, folder)
+    return folder
 
 
 @functools.cache

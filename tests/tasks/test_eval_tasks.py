@@ -8,30 +8,19 @@ import pytest
 
 from jdllm.evaluation import run as evaluation
 from jdllm.evaluation.config import EvalConfig
-from jdllm.load import BUNDLED
-from jdllm.model.config import NAMED
-from jdllm.runtime import cli, sharding
+from jdllm.runtime import cli
 from jdllm.score.scoring import Likelihood, certainty
-from jdllm.store.checkpoint import random_model, save_model
 from jdllm.tasks.graders import code
 from jdllm.tasks.published_rows import PRESETS
-from jdllm.tokenizer import copy_tokenizer
 from tests.support import tiny
+from tests.support.tiny_models import write_small
 
 WORDS = ["decode.gen_length=8", "decode.block_length=4", "mesh=1x1"]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = dataclasses.replace(
-        NAMED["bundled"], layers=1, embed=64, heads=2, kv_heads=2, head_dim=32, mlp=64,
-        dtype="float32", max_length=4096,
-    )  # fmt: skip
-    path = tmp_path_factory.mktemp("model")
-    model = random_model(config, sharding.parse_mesh("1x1"), seed=3)
-    save_model(path, model)
-    copy_tokenizer(BUNDLED, path)
-    return path
+    return write_small(tmp_path_factory.mktemp("model"), 64, max_length=4096)
 
 
 @pytest.fixture(scope="module")
