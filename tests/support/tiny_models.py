@@ -34,10 +34,10 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def write_small(folder: Path, width: int, **facts: Any) -> Path:
-    """Returns `folder`, as a converted one: random weights, the bundled tokenizer and its lengths."""
+    """Returns `folder` as a converted one: random weights, the bundled tokenizer and lengths."""
     config = dataclasses.replace(
-        NAMED["bundled"], layers=1, embed=width, heads=2, kv_heads=2, head_dim=width // 2, mlp=width,
-        dtype="float32", **facts,
+        NAMED["bundled"], layers=1, embed=width, heads=2, kv_heads=2, head_dim=width // 2,
+        mlp=width, dtype="float32", **facts,
     )  # fmt: skip
     save_model(folder, random_model(config, sharding.parse_mesh("1x1"), seed=3))
     copy_tokenizer(BUNDLED, folder)
