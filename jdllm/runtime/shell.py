@@ -6,7 +6,7 @@ table of words and a function that walks it: nothing of this package runs while 
 
 from collections.abc import Iterator, Mapping
 
-from jdllm.runtime.cli import preset_tables
+from jdllm.runtime.fields import preset_tables
 from jdllm.runtime.help import settings_of
 
 Row = tuple[str, str, str]
