@@ -83,14 +83,21 @@ def module_names(parameter: str) -> tuple[str, ...]:
 
 
 def modules(parameters: Mapping[str, nnx.Param]) -> dict[str, Module]:
-    """Every module of the parameters, given by dotted name; only their shapes and axes are read."""
+    """Every module of the parameters, given by dotted name, by layer and in the order of LINEAR.
+
+    Of the parameters only shapes and axes are read.
+    """
+
+    def order(name: str) -> tuple[int, int]:
+        _, layer, rest = name.split(".", 2)
+        return int(layer), list(LINEAR).index(rest)
+
     found = {}
-    for name, leaf in parameters.items():
-        linear = linear_of(name)
-        if linear is None:
-            continue
-        axes = leaf.get_metadata("axes")
-        found |= dict.fromkeys(module_names(name), _module(linear, name, leaf.shape, axes))
+    for name in sorted(filter(linear_of, parameters), key=order):
+        linear, leaf = linear_of(name), parameters[name]
+        if linear:
+            module = _module(linear, name, leaf.shape, leaf.get_metadata("axes"))
+            found |= dict.fromkeys(module_names(name), module)
     return found
 
 

@@ -202,11 +202,9 @@ class LoraConfig:
             raise ValueError(f"lora.alpha={self.alpha} must be a number above 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout={self.dropout} must be 0 or more and less than 1")
-        if not self.rank and self != LoraConfig():
-            changed = next(
-                f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default
-            )
-            raise ValueError(f"lora.{changed} does nothing without lora.rank; add lora.rank=16")
+        changed = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+        if changed and not self.rank:
+            raise ValueError(f"lora.{changed[0]} does nothing without lora.rank; add lora.rank=16")
 
     @property
     def scale(self) -> float:

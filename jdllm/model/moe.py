@@ -116,5 +116,5 @@ class Experts(nnx.Module):
 
         rows = ("batch", None, "embed")
         inputs = (rows, *(param.get_metadata("axes") for param in params))
-        arrays = [dense(param) for param in params]
+        arrays = [dense(param, x_BTD.dtype) for param in params]
         return sharding.per_shard(run, arrays[0], inputs, rows)(x_BTD, *arrays)

@@ -29,6 +29,11 @@ class Quantised:
     scale: jax.Array
     """float32; the same axes, of size 1 where a product sums over them."""
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the weight."""
+        return self.values.shape
+
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:
         """The weight as an array."""
         return (self.values * self.scale).astype(dtype)

@@ -44,12 +44,12 @@ def held(weight: Any) -> Any:
     return weight.get_value() if isinstance(weight, nnx.Variable) else weight
 
 
-def dense(weight: Any) -> jax.Array:
-    """A weight as an array, for what takes it apart itself: kernels of experts."""
+def dense(weight: Any, dtype: Any = jnp.float32) -> jax.Array:
+    """A weight as an array, for what takes it apart itself; `dtype` is that of a quantised one."""
     value = held(weight)
     if isinstance(value, Adapted):
-        return value.dense(dense(value.base))
-    return value.dense() if isinstance(value, Quantised) else value
+        return value.dense(dense(value.base, dtype))
+    return value.dense(dtype) if isinstance(value, Quantised) else value
 
 
 def plain(spec: str, x: jax.Array, weight: jax.Array, **options: Any) -> jax.Array:

@@ -12,9 +12,10 @@ import pytest
 from jdllm.convert import adapters
 from jdllm.convert.families import FAMILIES
 from jdllm.convert.table import restore_sources
+from jdllm.model import lora
 from jdllm.model.lora import Adapter
 from jdllm.model.mask import Mask
-from jdllm.model.model import Model
+from jdllm.model.model import Model, named
 from jdllm.model.weights import dense
 from jdllm.runtime import sharding
 from tests.support.recordings import load
