@@ -203,6 +203,27 @@ def _read(store: Any, dtype: np.dtype, index: Index) -> np.ndarray:
     return array
 
 
+def stored_units(folder: Path, config: ModelConfig) -> Iterator[tuple[str, dict[str, LazyArray]]]:
+    """Yields the units of a converted folder, read in pieces as they are written or placed.
+
+    Raises ValueError, naming a weight, where the folder does not hold what `config` asks for.
+    """
+    with ocp.StandardCheckpointer() as checkpointer:
+        for unit, leaves in units(config).items():
+            path = folder.absolute() / "weights" / unit
+            _check_shapes(checkpointer, path, {n: _shape(leaf) for n, leaf in leaves.items()})
+            arrays = {}
+            for name, leaf in leaves.items():
+                dtype = np.dtype(leaf.dtype)
+                read = functools.partial(_read, _open(path, name), dtype)
+                arrays[name] = LazyArray(leaf.shape, dtype, read)
+            yield unit, arrays
+
+
+def _shape(leaf: nnx.Param) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
 def _restore(path: Path, name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     read: Any = functools.partial(_read, _open(path, name), np.dtype(leaf.dtype))
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, read)

@@ -14,17 +14,20 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jdllm.convert import adapters
+from jdllm import LLM, DecodeConfig
+from jdllm.arguments import ModelArgs
+from jdllm.convert import adapters, commands
 from jdllm.convert.families import FAMILIES
 from jdllm.convert.shards import Shards
 from jdllm.convert.table import restore_sources
+from jdllm.load import load_model
 from jdllm.model import linear, lora
 from jdllm.model.lora import Adapter, Factors
 from jdllm.model.mask import Mask
 from jdllm.model.model import Model, named
 from jdllm.model.weights import dense
 from jdllm.runtime import sharding
-from tests.support.recordings import load
+from tests.support.recordings import load, with_mask
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 # Recorded adapters, and what they adapt.
@@ -258,3 +261,47 @@ def test_bfloat16_adapters_are_widened(tmp_path):
     found = adapters.read_factors(folder, config)["layers.0.attention.q"]
     key = "base_model.model.model.transformer.blocks.0.q_proj.lora_A.weight"
     np.testing.assert_array_equal(found.a, tensors[key].T.astype("bfloat16").astype(np.float32))
+
+
+# adapter= and merge
+
+
+@pytest.mark.parametrize("case", ["llada_all", "llada2_moe_attn_mlp"])
+def test_adapter_and_merged_model_are_one_function(case, tmp_path):
+    """merge takes a Hugging Face folder and a converted one alike; load_model the adapter."""
+    base, folder = with_mask(GOLDENS / CASES[case], tmp_path), GOLDENS / "peft" / case
+    commands.main([CASES[case].removesuffix("_moe"), f"source={base}", f"output={tmp_path / 'b'}"])
+    for source, output in ((base, "first"), (tmp_path / "b", "second")):
+        words = [f"source={source}", f"adapter={folder}", f"output={tmp_path / output}"]
+        commands.main(["merge", *words])
+    two = [
+        load_model(str(tmp_path / name), one_device(), "float32") for name in ("first", "second")
+    ]
+    for a, b in zip(*(named(model).values() for model in two), strict=True):
+        np.testing.assert_array_equal(a[...], b[...])
+    model, stored = adapted(case), recorded(case)
+    got = logits_of(two[0], stored["tokens"], mask_of(model, stored))
+    np.testing.assert_allclose(got, stored["adapted_logits"], atol=ATOL)
+
+
+def test_adapter_reaches_the_library_and_its_fingerprint(tmp_path):
+    """Results with an adapter are never taken for results without one."""
+    base, folder = str(GOLDENS / "llada"), GOLDENS / "peft" / "llada_all"
+    plain, llm = LLM.load(base, "1x1"), LLM.load(base, "1x1", adapter=folder)
+    assert llm.model.adapter and len(llm.model.adapter.factors) == 21
+    assert llm.fingerprint() != plain.fingerprint()
+    config = DecodeConfig(gen_length=8, block_length=8)
+    texts = [x.generate([[5, 6, 7]], config)[0].ids for x in (plain, llm)]
+    assert list(texts[0]) != list(texts[1])
+    with pytest.raises(ValueError, match="holds no adapter_config.json"):
+        ModelArgs(model="random:tiny", adapter=tmp_path).load_llm()
+    with pytest.raises(ValueError, match="does not fit this llada model"):
+        LLM.load("random:tiny", "1x1", adapter=GOLDENS / "peft" / "dream_all")
+
+
+def test_merge_refuses_what_does_not_fit(tmp_path, capsys):
+    words = ["source=bundled", f"adapter={GOLDENS / 'peft' / 'llada_all'}"]
+    with pytest.raises(SystemExit) as ended:
+        commands.main(["merge", *words, f"output={tmp_path / 'out'}"])
+    assert ended.value.code == 1 and "has shape" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
