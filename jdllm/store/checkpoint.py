@@ -141,9 +141,15 @@ def save_model(folder: Path, model: Model) -> None:
 
 
 def refuse_run(folder: Path) -> None:
-    """Raises ValueError for the folder of a training run, whose model is one folder deeper."""
+    """Raises ValueError for the folder of a training run or of an adapter, which is no model."""
     if is_converted(folder / "model"):
         raise ValueError(f"{folder} is a training run; its model is {folder / 'model'}")
+    named = "adapter_config.json"
+    if (folder / named).exists() and not (folder / "config.json").exists():
+        raise ValueError(f"{folder} is a LoRA adapter; use it with model=BASE adapter={folder}")
+    if (folder / "adapter" / named).exists() and (folder / "checkpoints").exists():
+        adapter = folder / "adapter"
+        raise ValueError(f"{folder} is a training run; use it with model=BASE adapter={adapter}")
 
 
 def read_config(folder: Path) -> ModelConfig:
