@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from jdllm.kernels.attention import cudnn, reference, xla
-from jdllm.kernels.experts import dense, ragged
+from jdllm.kernels.experts import dense, grouped, ragged
 
 # In order of preference. The reference serves every case: what stands behind it serves by name
 # only. ragged does until it has been compared on GPUs.
@@ -21,7 +21,11 @@ TABLES: dict[str, dict[str, Callable[..., jax.Array]]] = {
         "xla": xla.attention,
         "reference": reference.attention,
     },
-    "experts": {"reference": dense.experts, "ragged": ragged.experts},
+    "experts": {
+        "grouped": grouped.experts,
+        "reference": dense.experts,
+        "ragged": ragged.experts,
+    },
 }
 
 
