@@ -11,7 +11,7 @@ import triton.language as tl
 def attend(
     q, k, v, lengths, out, sums,
     T: tl.constexpr, S: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
-    PART: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PART: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Program (b * G + g, s, m): the keys s * PART and on of a row and a key head.
 
@@ -59,7 +59,8 @@ def combine(parts, sums, out, N: tl.constexpr, K: tl.constexpr, SPLITS: tl.const
     n = tl.program_id(0)
     split, width = tl.arange(0, SPLITS), tl.arange(0, K)
     power = tl.load(sums + split * N + n)
-    weights = tl.exp2(power - tl.max(power))
+    most = tl.max(power)
+    weights = tl.exp2(power - tl.where(most > -float("inf"), most, 0.0))
     parts += (split[:, None].to(tl.int64) * N + n) * K + width[None, :]
-    mixed = tl.sum(tl.load(parts) * weights[:, None], 0) / tl.sum(weights)
+    mixed = tl.sum(tl.load(parts) * weights[:, None], 0) / tl.maximum(tl.sum(weights), 1e-30)
     tl.store(out + n * K + width, mixed.to(out.dtype.element_ty))

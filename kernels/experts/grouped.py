@@ -55,8 +55,14 @@ def experts(
     (_, M, D), kind = down_EMD.shape, x_TD.dtype
     if M % WIDTH or D % WIDTH:
         raise NotImplementedError(f"it serves widths in multiples of {WIDTH}, not {D} and {M}")
-    triton.canary("experts", _grouped, dense.experts, *_small())
+    check()
     return _grouped(x_TD, gate_up_EDCM.astype(kind), down_EMD.astype(kind), picks_TP, weights_TP)
+
+
+def check() -> None:
+    """NotImplementedError, with the reason, where the kernels cannot run or compute wrongly."""
+    triton.require()
+    triton.canary("experts", _grouped, dense.experts, *_small())
 
 
 @jax.custom_vjp
@@ -72,9 +78,16 @@ def _grouped(
     (T, P), (E, M, D), kind = picks_TP.shape, down_EMD.shape, x_TD.dtype
     N, array = T * P, jax.ShapeDtypeStruct
     order_N, starts = triton.call(
-        kernels.sort, picks_TP.reshape(-1), grid=(E,),
-        out=(array((N,), jnp.int32), array((E + 1,), jnp.int32)), warps=4, stages=1, N=N, E=E, CHUNK=min(triton.power_of_2(N), 1024),
-    )  # fmt: skip
+        kernels.sort,
+        picks_TP.reshape(-1),
+        out=(array((N,), jnp.int32), array((E + 1,), jnp.int32)),
+        grid=(E,),
+        warps=4,
+        stages=1,
+        N=N,
+        E=E,
+        CHUNK=min(triton.power_of_2(N), 1024),
+    )
     _, first, second = next(row for row in TILES if row[0] * E >= N)
     hidden_NM = triton.call(
         kernels.gate_up, x_TD, gate_up_EDCM, order_N, starts, out=array((N, M), kind),

@@ -248,7 +248,7 @@ def test_a_query_sees_the_blocks_up_to_its_own(length: int, start: int, count: i
             assert seen[0, t, s] == (shown[s] and k < (p // length + 1) * length)
 
 
-@pytest.mark.parametrize("name", [name for name in TABLES["attention"] if name != "cudnn"])
+@pytest.mark.parametrize("name", ["xla", "reference"])
 def test_attention_under_a_mask_for_each_query(name: str, monkeypatch: pytest.MonkeyPatch):
     """Each query apart, with its own visible keys, gives the same."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
