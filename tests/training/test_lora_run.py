@@ -126,7 +126,7 @@ def test_three_steps_equal_those_of_torch(recorded):
         update, moments = optimizer.update(gradient, moments, factors)
         return optax.apply_updates(factors, update), moments, loss
 
-    factors = factors_at(recorded, "", 0)
+    factors: Any = factors_at(recorded, "", 0)
     moments = optimizer.init(factors)
     for k in range(4):
         near(factors, factors_at(recorded, "", k), 2e-5)
@@ -242,7 +242,7 @@ def test_training_goes_on_from_an_adapter(finished, base, tmp_path):
     mesh = sharding.parse_mesh("1x1")
     subject = load_subject(settings(base, tmp_path / "run", adapter=adapter), mesh)
     stored = adapters.read_factors(adapter, CONFIG)
-    near(subject.trained, stored, 0)
+    near(subject.trained, stored, 0.0)
     other = settings(base, tmp_path / "run", adapter=adapter, lora=LoraConfig(rank=4))
     with pytest.raises(ValueError, match="has 3 modules of rank .4., but lora.targets"):
         load_subject(other, mesh)
