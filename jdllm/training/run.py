@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from jdllm.runtime import files, processes, sharding, signals
 from jdllm.runtime.progress import Bar
 from jdllm.tokenizer import FILES, load_tokenizer
 from jdllm.train import step as train
+from jdllm.train.memory import plan_step, shown
 from jdllm.train.objective import Batch
 from jdllm.train.optimiser import make_optimizer
 from jdllm.training.config import SFTConfig
@@ -227,17 +229,20 @@ def fit(
             like = args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
             state = manager.restore(start, args=args.Composite(state=like)).state
             processes.say(f"resumed at step {start}")
+        fixed = {
+            "frozen": subject.frozen, "join": subject.join, "optimizer": optimizer,
+            "remat": config.remat,
+        }  # fmt: skip
+        for first in itertools.islice(batches(config, job.rows, mesh, start), 1):
+            device = jax.local_devices()[0].memory_stats() or {}
+            plan = plan_step(state, first, key, **fixed)
+            processes.say(shown(plan, device.get("bytes_limit")))
         leads = processes.is_main()
         metrics = Metrics(config.output / "metrics.jsonl", config.log_every, start, writes=leads)
         bar = Bar(total=steps, initial=start, unit="step", mininterval=1.0, disable=not leads)
         with metrics.file, bar, interruptible() as asked:
-            bar.set_postfix_str("compiling")
             for step, batch in enumerate(batches(config, job.rows, mesh, start), start + 1):
-                state, values = train.train_step(
-                    state, batch, key,
-                    frozen=subject.frozen, join=subject.join, optimizer=optimizer,
-                    remat=config.remat,
-                )  # fmt: skip
+                state, values = train.train_step(state, batch, key, **fixed)
                 metrics.add(step, values)
                 bar.update()
                 bar.set_postfix({k: f"{v:.4f}" for k, v in metrics.last.items()}, refresh=False)

@@ -22,8 +22,9 @@ from jdllm.model.model import Model, forward, named
 from jdllm.runtime import files, sharding
 from jdllm.store import checkpoint
 from jdllm.tokenizer import copy_tokenizer
+from jdllm.train.memory import TrainPlan, held, shown
 from jdllm.train.optimiser import Recipe
-from jdllm.train.step import beside, train_step
+from jdllm.train.step import beside, create_state, train_step
 from jdllm.training import run
 from jdllm.training.config import SFTConfig
 from jdllm.training.subject import load_subject
@@ -173,6 +174,27 @@ def test_a_checkpoint_holds_factors_their_moments_and_what_they_belong_to(finish
     facts = json.loads((folder / "run" / "metadata").read_text())
     assert set(facts) == {"run", "base", "rank", "alpha", "modules", "training_text"}
     assert (facts["rank"], facts["alpha"]) == (4, 8)
+
+
+def test_a_plan_is_said_before_the_start(base, tmp_path, capsys):
+    """Parts are what the arrays hold; the total with XLA's scratch is what the program takes."""
+    config = settings(base, tmp_path / "run", recipe=Recipe(steps=1), lora=LoraConfig(rank=4))
+    run.fine_tune(config)
+    said = capsys.readouterr().err
+    assert said.index("GB on each device") < said.index("1/1")
+    rows = [line.split() for line in said.splitlines() if re.match("  [a-z]", line)]
+    assert [row[0] for row in rows] == [
+        "frozen", "trained", "moments", "gradients", "logits", "activations", "total",
+    ]  # fmt: skip
+    subject = load_subject(config, sharding.parse_mesh("1x1"))
+    sizes = [sum(x.nbytes for x in jax.tree.leaves(t)) for t in (subject.frozen, subject.trained)]
+    assert sizes[1] == 3 * 4 * (32 + 32) * 4  # q, k, v; A and B; rank 4
+    state = create_state(subject.trained, optax.adam(1.0), sharding.parse_mesh("1x1"))
+    found = [held(subject.frozen.params), held(state.trained), held(state.moments)]
+    assert found == [*sizes, 2 * sizes[1] + 4]
+    plan = TrainPlan(2_000_000_000, 0, 0, 0, 0, 1_000_000)
+    assert shown(plan, 2_001_000_000).endswith("2.001  fits in 2.001")
+    assert shown(plan, 2_000_000_000).endswith("2.001  does not fit in 2.000")
 
 
 class Killed(Exception):
