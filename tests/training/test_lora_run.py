@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from jdllm import LLM
-from jdllm.convert import adapters
+from jdllm.convert import adapters, commands
 from jdllm.load import BUNDLED, load_model
 from jdllm.model.config import NAMED
 from jdllm.model.lora import Factors, LoraConfig
@@ -195,6 +195,18 @@ def test_a_plan_is_said_before_the_start(base, tmp_path, capsys):
     plan = TrainPlan(2_000_000_000, 0, 0, 0, 0, 1_000_000)
     assert shown(plan, 2_001_000_000).endswith("2.001  fits in 2.001")
     assert shown(plan, 2_000_000_000).endswith("2.001  does not fit in 2.000")
+
+
+def test_any_checkpoint_is_exported_as_an_adapter(finished, tmp_path, capsys):
+    for step, words in ((5, []), (4, ["step=4"])):
+        output = tmp_path / str(step)
+        commands.main(["export", f"source={finished.output}", f"output={output}", *words])
+        found = {p.name: p.read_bytes() for p in sorted(output.iterdir())}
+        assert (found == saved(finished.output)) == (step == 5)
+        assert len(adapters.read_factors(output, CONFIG)) == 3
+    with pytest.raises(SystemExit):
+        commands.main(["export", f"source={finished.output}", f"output={tmp_path / 'x'}", "step=3"])
+    assert "step=3 is not among the checkpoints" in capsys.readouterr().err
 
 
 class Killed(Exception):
