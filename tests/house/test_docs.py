@@ -15,7 +15,7 @@ import pytest
 from lm_eval._cli import HarnessCLI
 
 from jdllm.checkup import DoctorConfig
-from jdllm.convert.commands import ConvertConfig, ExportConfig
+from jdllm.convert.commands import ConvertConfig, ExportConfig, MergeConfig
 from jdllm.convert.families import COMMANDS, FAMILIES
 from jdllm.convert.plan import PlanConfig, with_model
 from jdllm.evaluation.bench import BenchConfig
@@ -42,6 +42,7 @@ CONFIGS = {
     "jdllm.sweep": SweepConfig,
     "jdllm.tune": TuneConfig,
     "jdllm.convert export": ExportConfig,
+    "jdllm.convert merge": MergeConfig,
     "jdllm.convert plan": PlanConfig,
 } | {f"jdllm.convert {family}": ConvertConfig for family in COMMANDS}
 
@@ -51,7 +52,7 @@ CONFIGS = {
 NEEDS = {
     r"(GSAI-ML|inclusionAI|Dream-org|apple|Qwen)/|plan\.yaml|preset=llada"
     rf"|jdllm\.convert ({'|'.join(COMMANDS)})\b": "download",
-    r"FOLDER|FILE|OUTPUT|(chats|prompt)\.(jsonl|txt)|my_tasks|models/mine": "of yours",
+    r"FOLDER|FILE|OUTPUT|(chats|prompt)\.(jsonl|txt)|my_tasks|models/mine|runs/mine/": "of yours",
     r"mesh=(?!1x1)[0-9]+x": "devices",
     r"random:llada-8b|jdllm\.sft": "GPU",
 }

@@ -2,7 +2,12 @@
 
 import dataclasses
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +245,41 @@ def test_a_killed_run_ends_in_the_same_bits(finished, base, tmp_path, monkeypatc
     assert saved(config.output) == saved(finished.output)
     last = json.loads((config.output / "checkpoints" / "5" / "run" / "metadata").read_text())
     assert first == last  # the name of the run, too
+
+
+@pytest.mark.slow
+def test_kills_in_the_middle_of_a_save(base, tmp_path):
+    """kill -9 whenever a checkpoint is being written: the run still ends in the same bits."""
+    words = [
+        sys.executable, "-m", "jdllm.sft", f"model={base}", "task=sudoku", "examples=12",
+        "length=96", "batch=4", "recipe.steps=12", "recipe.learning_rate=1e-2", "mesh=1x1",
+        "save_every=2", "log_every=1", "lora.rank=4", "lora.dropout=0.1", "lora.base=int8",
+    ]  # fmt: skip
+    root = str(Path(__file__).resolve().parents[2])
+    cache = str(jax.config.jax_compilation_cache_dir)
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache, "PYTHONPATH": root}
+
+    def start(output: Path) -> subprocess.Popen[bytes]:
+        quiet = subprocess.DEVNULL
+        return subprocess.Popen(
+            [*words, f"output={output}"], env=environment, stdout=quiet, stderr=quiet
+        )
+
+    whole, output, torn = tmp_path / "whole", tmp_path / "run", 0
+    assert start(whole).wait(300) == 0
+    for _ in range(4):
+        process = start(output)
+        partial = set[Path]()
+        while process.poll() is None and not partial:
+            time.sleep(0.0005)
+            partial = set((output / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        torn += any(path.exists() for path in partial)
+    assert torn > 0
+    assert start(output).wait(300) == 0
+    assert lines(output) == lines(whole)
+    assert saved(output) == saved(whole)
 
 
 def test_a_changed_run_is_refused_by_name(finished, base, tmp_path):
