@@ -87,12 +87,14 @@ class Objective:
         if not 0 < self.low < self.high <= 1:
             raise ValueError(
                 f"noise levels from {self.low} to {self.high} must rise within (0, 1]; "
-                "set noise_low and noise_high"
+                "set loss.low and loss.high"
             )
         if not 0 < self.cart < 1:
-            raise ValueError(f"cart={self.cart} must be between 0 and 1")
+            raise ValueError(f"loss.cart={self.cart} must be between 0 and 1")
         if not 0 <= self.confidence < float("inf"):
-            raise ValueError(f"confidence={self.confidence} must be 0 (off) or a number above it")
+            raise ValueError(
+                f"loss.confidence={self.confidence} must be 0 (off) or a number above it"
+            )
 
 
 OBJECTIVES: dict[str, Objective] = {

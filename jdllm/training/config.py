@@ -19,6 +19,32 @@ from jdllm.training.rows import parse_padding
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
 
 
+@dataclasses.dataclass(frozen=True)
+class LossArgs:
+    """What is changed of the objective."""
+
+    low: float | None = None
+    """Least share of the response that is masked (default: the objective's)."""
+    high: float | None = None
+    """Largest share of the response that is masked (default: the objective's)."""
+    cart: float | None = None
+    """The p of CART's geometric distribution (default: the objective's)."""
+    cutoff: bool | None = None
+    """Let all responses of a batch end with that of a random row (default: the objective's)."""
+    complementary: bool = False
+    """Feed every row twice, the second time with the other response columns masked."""
+    confidence: float = 0.0
+    """Weight of the entropy of tokens that are right already (LLaDA2.0's CAP); 0 is off."""
+
+    def __post_init__(self):
+        self.adapted(Objective())  # so that levels that cannot be are refused here
+
+    def adapted(self, objective: Objective) -> Objective:
+        """An objective with these changes."""
+        changes = {name: value for name, value in vars(self).items() if value is not None}
+        return dataclasses.replace(objective, **changes)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SFTConfig(ModelArgs):
     """Masked-diffusion fine-tuning."""
@@ -50,22 +76,13 @@ class SFTConfig(ModelArgs):
     """llada, llada-examples, dream, llada2, llada2-plain or blocks; auto goes by the model."""
     normalise: Literal["batch", "micro"] = "batch"
     """What a loss is divided over; micro, as EDIT and d1, depends on accumulation."""
-    noise_low: float | None = None
-    """Least share of the response that is masked (default: the objective's)."""
-    noise_high: float | None = None
-    """Largest share of the response that is masked (default: the objective's)."""
-    complementary: bool = False
-    """Feed every row twice, the second time with the other columns masked."""
-    confidence: float = 0.0
-    """Weight of the entropy of tokens that are right already (LLaDA2.0's CAP); 0 is off."""
-    cutoff: bool | None = None
-    """Let all responses of a batch end with that of a random row (default: the objective's)."""
     batch: int = 8
     """Rows of one update."""
     accumulation: int = 1
     """Micro-batches that an update is split into."""
     epochs: int | None = None
     """Go through the data so often, in place of recipe.steps."""
+    loss: LossArgs = LossArgs()
     recipe: Recipe = Recipe()
     lora: LoraConfig = LoraConfig()
     save_dtype: str = "bfloat16"
@@ -111,9 +128,9 @@ class SFTConfig(ModelArgs):
             known = hint or f"there are auto, {', '.join(OBJECTIVES)}"
             raise ValueError(f"objective={self.objective} is unknown; {known}")
         parse_padding(self.padding)
-        self.adapted(Objective())  # so that levels that cannot be are refused here
-        for name in ("group_by_length", "cutoff") * self.packing:
-            if getattr(self, name):
+        alone = {"group_by_length": self.group_by_length, "loss.cutoff": self.loss.cutoff}
+        for name, on in alone.items():
+            if self.packing and on:
                 raise ValueError(f"{name}=true is for rows of one example: leave packing off")
         _ = self.sources, self.held_out
 
@@ -147,20 +164,8 @@ class SFTConfig(ModelArgs):
 
     def objective_of(self, model: ModelConfig) -> Objective:
         """The objective for a model, with what the settings change; ValueError for a misfit."""
-        return self.adapted(choose(self.objective, model))
-
-    def adapted(self, objective: Objective) -> Objective:
-        """An objective with what the settings change of it."""
-        changes = {
-            "low": self.noise_low,
-            "high": self.noise_high,
-            "cutoff": False if self.packing else self.cutoff,
-            "complementary": self.complementary,
-            "confidence": self.confidence,
-        }
-        return dataclasses.replace(
-            objective, **{name: value for name, value in changes.items() if value is not None}
-        )
+        found = self.loss.adapted(choose(self.objective, model))
+        return dataclasses.replace(found, cutoff=found.cutoff and not self.packing)
 
     @property
     def going_on(self) -> str:

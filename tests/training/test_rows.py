@@ -66,7 +66,7 @@ def test_response_length_ends_a_canvas_after_its_prompt():
 def test_without_padding_a_canvas_ends_with_its_text():
     tokens, learned, example = canvases(texts_of((2, 2), (1, 5)), Layout(8, Padding(())))
     assert tokens[0].tolist() == [1, 1, 2, 8, 0, 0, 0, 0]
-    assert (example >= 0).sum(1).tolist() == [4, 6] == (learned.sum(1) + [2, 1]).tolist()
+    assert np.sum(example >= 0, axis=1).tolist() == [4, 6] == (learned.sum(1) + [2, 1]).tolist()
 
 
 def test_rainbow_padding_is_an_eos_and_then_a_cycle():
@@ -109,7 +109,7 @@ def test_cutoff_ends_all_responses_with_that_of_one_row():
         again, _, _ = canvases(texts, layout, (0, step))
         np.testing.assert_array_equal(tokens, again)
     assert set(seen) == {2, 5, 4}
-    assert ((example >= 0).sum(1) - learned.sum(1)).tolist() == [2, 1, 3]
+    assert (np.sum(example >= 0, axis=1) - learned.sum(1)).tolist() == [2, 1, 3]
 
 
 # Packing
