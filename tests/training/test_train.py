@@ -399,10 +399,55 @@ def test_learning_rate_schedules():
     )
 
 
+def rates(**recipe: Any) -> list[float]:
+    """The rates of 10 updates with the peak 1, and the one after."""
+    found = optimiser.learning_rate(optimiser.Recipe(steps=10, learning_rate=1.0, **recipe))
+    return [float(np.asarray(found(k))) for k in range(11)]
+
+
+def test_rates_that_end_above_zero_and_shares_of_the_steps():
+    assert rates(schedule="constant") == [1.0] * 11
+    falling = [1.0] * 8 + [0.75, 0.5, 0.5]
+    cooled = rates(schedule="constant", cooldown=0.2, floor=0.5, warmup=0.1)
+    np.testing.assert_allclose(cooled, [0.0, *falling[1:8], 1.0, 0.75, 0.5], atol=1e-6)
+    np.testing.assert_allclose(rates(floor=0.5), 1 - 0.5 * np.arange(11) / 10, atol=1e-6)
+    assert rates(schedule="cosine", floor=0.1)[-1] == pytest.approx(0.1)
+    assert rates(warmup=0.3) == rates(warmup=3)
+
+
+def test_adamw_of_transformers():
+    """Against its two lines by hand; moments are those of optax."""
+    recipe = optimiser.Recipe(
+        steps=5, learning_rate=0.1, weight_decay=0.2, clip=1e9, epsilon=0.5, optimizer="adamw_hf"
+    )
+    rng = np.random.default_rng(0)
+    params = {"matrix": jnp.asarray(rng.normal(size=(2, 3))), "scale": jnp.ones(2)}
+    own = {name: np.asarray(x, np.float64) for name, x in params.items()}
+    m, v = ({name: np.zeros_like(x) for name, x in own.items()} for _ in range(2))
+    optimizer = optimiser.make_optimizer(recipe)
+    state = optimizer.init(params)
+    for step in range(3):
+        gradient = {name: rng.normal(size=x.shape) for name, x in own.items()}
+        update, state = optimizer.update(jax.tree.map(jnp.asarray, gradient), state, params)
+        params: Any = optax.apply_updates(params, update)
+        lr = 0.1 * (1 - step / 5)
+        for name, g in gradient.items():
+            m[name] = 0.9 * m[name] + 0.1 * g
+            v[name] = 0.999 * v[name] + 0.001 * g * g
+            size = lr * np.sqrt(1 - 0.999 ** (step + 1)) / (1 - 0.9 ** (step + 1))
+            own[name] = own[name] - size * m[name] / (np.sqrt(v[name]) + 0.5)
+            own[name] -= lr * 0.2 * own[name] * (g.ndim > 1)
+            np.testing.assert_allclose(params[name], own[name], rtol=1e-5)
+    found = optax.tree_utils.tree_get(state, "mu")
+    np.testing.assert_allclose(found["matrix"], m["matrix"], rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("wrong", "rule"),
     [
-        ({"schedule": "step"}, "schedule=step must be one of linear, cosine"),
+        ({"schedule": "step"}, "schedule=step must be one of linear, cosine, constant"),
+        ({"cooldown": 1.5}, "cooldown=1.5 must be between 0 and 1"),
+        ({"floor": -0.1}, "floor=-0.1 must be between 0 and 1"),
         ({"steps": 0}, "steps=0"),
         ({"warmup": 11, "steps": 10}, "warmup=11"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0"),
