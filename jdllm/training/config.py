@@ -8,7 +8,7 @@ from jdllm.arguments import ModelArgs
 from jdllm.load import compute_dtype
 from jdllm.model.config import ModelConfig
 from jdllm.model.lora import LoraConfig
-from jdllm.runtime.cli import Presets
+from jdllm.runtime.fields import Presets
 from jdllm.runtime.hints import asked, nearest
 from jdllm.train.objective import OBJECTIVES, Objective, choose
 from jdllm.train.optimiser import Recipe
