@@ -76,40 +76,45 @@ PRESETS: dict[str, Settings] = {
 
 NOTES: dict[str, Note] = {
     "edit-llada": Note(
-        "EDIT's SFT, arXiv 2512.00670", "the adapter whose gradient dynamics EDIT reads",
-        "990 of 1000 rows trained, which 10 are held out is not the same; moments were bfloat16",
+        "EDIT, arXiv 2512.00670", "the adapter whose gradient dynamics EDIT reads",
+        "trains on all 1000 rows, not on 990; its moments were bfloat16",
     ),
     "d1-sft": Note(
-        "d1's SFT, arXiv 2504.12216", "the adapter before diffu-GRPO",
-        "it keeps the checkpoint of least eval loss; choose it by eval_data",
+        "d1, arXiv 2504.12216", "the adapter before diffu-GRPO",
+        "it keeps the checkpoint of least eval loss: choose it by `eval_data`",
     ),
     "llada-sft": Note(
         "LLaDA, arXiv 2502.09992", "LLaDA-8B-Instruct",
-        "its 4.5M pairs are not published: name data; the rate is from the paper's text",
+        "its 4.5M pairs are not published: name `data`; the peak rate is not confirmed",
     ),
     "dllm-llada": Note(
-        "dllm, examples/llada", "its LoRA run", "per device it has 4 rows; here 32 in all",
+        "dllm, examples/llada", "dllm's LoRA run", "it has 4 rows per device, this 32 in all",
     ),
     "dream-coder-sft": Note(
-        "Dream-Coder, run_sft.sh and sft_trainer.yaml", "Dream-Coder-Instruct",
-        "convert lingcoder to prompt and response yourself: name data",
+        "Dream-Coder, run_sft.sh", "Dream-Coder-Instruct",
+        "name `data`; betas, decay and warm-up are defaults of a copy of Dream's configuration",
     ),
     "dream-sft": Note(
-        "Dream's blog", "Dream-Instruct", "its 1.8M pairs, batch and rates are not published",
+        "Dream's blog", "Dream-Instruct",
+        "its 1.8M pairs, batch and rates are not published; three epochs are not confirmed",
     ),
     "llada2-sft": Note(
-        "inclusionAI's dFactory", "its gsm8k example",
+        "inclusionAI's dFactory", "its gsm8k example of LLaDA2.0-mini",
         "no result is published; flash has a batch of 16",
     ),
-    "nemo-llada-lora": Note(
-        "NeMo Automodel, LLaDA example", "its LoRA run", "no result is published",
-    ),
+    "nemo-llada-lora": Note("NeMo Automodel", "its LoRA run of LLaDA", "no result is published"),
     "nemo-llada2-lora": Note(
-        "NeMo Automodel, LLaDA2 example", "its LoRA run, plain masked diffusion",
-        "no result is published; its MLP targets are the dense ones",
+        "NeMo Automodel", "its LoRA run of LLaDA2.1, plain masked diffusion",
+        "no result is published",
     ),
     "rainbow": Note(
-        "Rainbow Padding, arXiv 2510.03680", "one epoch of LoRA on 0.5M examples",
-        "data, rank and rates were not found: name data",
+        "arXiv 2510.03680", "one epoch of LoRA with rainbow padding",
+        "data, rank and rates were not found: name `data`",
     ),
 }  # fmt: skip
+
+
+def table() -> str:
+    """The presets as docs/training.md lists them."""
+    rows = [f"| {k} | {n.reproduces} | {n.source} | {n.unknown} |" for k, n in NOTES.items()]
+    return "\n".join(rows)
