@@ -165,18 +165,22 @@ def encode_examples(
     with tqdm(desc="encoding", unit=" examples", unit_scale=True, mininterval=1.0) as bar:
         for chunk in batched(examples, CHUNK):
             any_there = True
+            own: list[int] = []  # of this chunk: one array of it is smaller than one per example
+            flags: list[bool] = []
             for columns in encoded(tokenizer, chunk, config, counts):
                 parts = list(windows(columns, length, response_length, first))
                 counts.dropped += not parts
                 kept = sum(len(part) - len(first) * columns[1][0] for part, _, _ in parts)
                 counts.cut += bool(parts) and kept < len(columns[0])
                 for part, marks, start in parts:
-                    ids.append(np.array(part, kind))
-                    learned.append(np.array(marks, bool))
+                    own += part
+                    flags += marks
                     sizes.append(len(part))
                     answers.append(start)
+            ids.append(np.array(own, kind))
+            learned.append(np.array(flags, bool))
             bar.update(len(chunk))
-    if not ids:
+    if not answers:
         left = f"{counts.dropped} prompts leave none within length={length}"
         reason = left if any_there else "it is empty"
         raise ValueError(f"no example has room for a response in the training text: {reason}")

@@ -21,8 +21,8 @@ from jdllm.training.encode import Texts, cached_texts, encode_examples, fingerpr
 from jdllm.training.rows import Layout, Order, Rows, choose_padding, make_rows
 from jdllm.training.subject import Subject, load_subject, result
 
-# Settings that a resumed run may change; on another mesh sums are ordered differently, so its loss
-# curve goes on alike, but not bit for bit.
+# Settings that a resumed run may change; on another mesh or accumulation sums are ordered
+# differently, so its loss curve goes on alike, but not bit for bit.
 FREE = {
     "output", "allow_unknown", "save_every", "log_every", "mesh", "preset", "logger", "eval_data",
     "eval_every", "sample_prompt", "sample_every",
@@ -73,9 +73,10 @@ def settle(config: SFTConfig, digests: dict[str, str] | None = None) -> None:
         except (ValueError, KeyError, AttributeError):
             raise ValueError(f"{path} is not of a training run; name another output") from None
         new = flatten(facts)
+        free = FREE | ({"accumulation"} if config.normalise == "batch" else set())
         changed = [
             f"{name}={new[name]} (there {old[name]})"
-            for name in sorted(new.keys() & old.keys() - FREE)
+            for name in sorted(new.keys() & old.keys() - free)
             if new[name] != old[name]
         ]
         if digests is not None and not changed and isinstance(texts, dict):
