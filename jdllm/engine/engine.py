@@ -257,7 +257,9 @@ class Engine:
             return None
         idle = [(0, 0, 0)] * (self.config.lanes - len(chunks))
         slot, start, stop = np.array([*chunks, *idle], np.int32).T
-        return Chunks(slot, start, stop, rounded(max(max(stop - start), 1)))
+        longest = int(max(stop - start))
+        width = self.config.chunk if longest <= self.config.chunk else rounded(longest)
+        return Chunks(slot, start, stop, width)
 
 
 def rounded(columns: int) -> int:

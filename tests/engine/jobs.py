@@ -12,7 +12,7 @@ from jdllm.engine import Engine, EngineConfig, Job, Outcome, Progress
 from jdllm.llm import LLM
 from jdllm.parity import make_setup
 
-SMALL = EngineConfig(slots=3, columns=64, page=8, rounds=2, chunk=8, lanes=2)
+SMALL = EngineConfig(slots=3, columns=32, page=8, rounds=2, chunk=8, lanes=2)
 
 
 @dataclasses.dataclass
