@@ -6,6 +6,7 @@ host reads a dispatch when the next one is on its way, so the device never waits
 
 import dataclasses
 import threading
+import time
 from collections import deque
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jdllm.batches import bucket
 from jdllm.decode.setup import Setup
 from jdllm.engine import rounds
 from jdllm.engine.job import Job, Outcome, Progress, State
@@ -32,7 +34,7 @@ class EngineConfig:
     columns: int = 0
     """The longest canvas (default: the model's own length)."""
     page: int = 0
-    """Columns of a page of the cache, whole blocks (default: the least from 64 on)."""
+    """Columns of a page of the cache, whole blocks (default: the least from 32 on)."""
     pages: int = 0
     """Pages of the cache (default: as many as all slots with the longest canvas would take)."""
     rounds: int = 4
@@ -55,7 +57,7 @@ class EngineConfig:
     def filled(self, model: Model, block: int) -> "EngineConfig":
         """With what was left open, for blocks of `block` columns. ValueError where pages or chunks
         would cut a block."""
-        page = self.page or -(-64 // block) * block
+        page = self.page or -(-32 // block) * block
         columns = -(-(self.columns or model.config.max_length) // page) * page
         if model.config.block_causal and (page % block or self.chunk % block):
             raise ValueError(
@@ -78,8 +80,9 @@ class Flight:
 class Engine:
     """One model and its cache. All but `submit`, `stop` and `busy` belong to one thread."""
 
-    def __init__(self, model: Model, config: EngineConfig = EngineConfig()):
+    def __init__(self, model: Model, config: EngineConfig | None = None):
         self.model = model
+        config = config or EngineConfig()
         self.config = config = config.filled(model, model.config.block_causal or 32)
         shape = (config.pages + 1, config.page, model.config.kv_heads, model.config.head_dim)
         zeros = jax.jit(
@@ -101,7 +104,11 @@ class Engine:
             PagePool(config.pages), config.page, config.slots, config.rounds, config.chunk,
             config.lanes, self._catch_up, self._save,
         )  # fmt: skip
-        self.dispatches = 0
+        self.calls = 0
+        """Model calls so far, as last seen."""
+        self.compile_seconds = 0.0
+        """Spent on dispatches of shapes and rules that this engine has not had before."""
+        self._known: set[Any] = set()
 
     def submit(self, job: Job) -> None:
         """A job from any thread. ValueError, at once, where it could never run."""
@@ -114,6 +121,11 @@ class Engine:
     def busy(self) -> bool:
         """Whether anything is waiting, running or in flight."""
         return bool(self._inbox or self.scheduler.waiting or self.scheduler.running or self._flying)
+
+    @property
+    def load(self) -> int:
+        """Jobs that wait or run."""
+        return len(self._inbox) + len(self.scheduler.waiting) + len(self.scheduler.running)
 
     def serve(self) -> None:
         """Works until `stop`, waiting where there is nothing to do; then ends what has begun."""
@@ -160,11 +172,14 @@ class Engine:
         for job in turn.arrived:
             one = job.saved if job.saved is not None else self._row(job)
             slots, job.saved = rounds.put_row(slots, job.slot, one), None
-        orders = self._orders(turn)
+        orders, start = self._orders(turn), time.perf_counter()
         self._slots[setup], self._pool, report = rounds.run(
             self.model, setup, slots, self._pool, orders, self.config.rounds, self.config.lanes
         )
-        self.dispatches += 1
+        key = setup, orders.width, orders.chunks and orders.chunks.width
+        if key not in self._known:
+            self._known.add(key)
+            self.compile_seconds += time.perf_counter() - start
         return Flight(report, list(jobs))
 
     def postprocess(self) -> None:
@@ -172,9 +187,10 @@ class Engine:
         flights, self._flying = self._flying, []
         for flight in flights:
             report = flight.report
-            done, failed, nfe, first = jax.device_get(
-                (report.done, report.failed, report.nfe, report.first)
+            calls, done, failed, nfe, first = jax.device_get(
+                (report.calls, report.done, report.failed, report.nfe, report.first)
             )
+            self.calls += int(calls)
             canvases: Any = None
             for slot, job in enumerate(flight.jobs):
                 if job is None or job.state is not State.RUNNING:
@@ -229,16 +245,15 @@ class Engine:
         """The row of a new job."""
         tokens = np.full((1, self.config.columns), self.model.config.pad_id, np.int32)
         tokens[0, : job.end] = job.canvas
-        facts = jnp.array([job.prompt], jnp.int32), jnp.array([job.end], jnp.int32)
-        return rounds.begin(
-            self.model, job.setup, tokens, *facts, job.key[None], jnp.zeros(1, bool)
-        )
+        prompt, end = jnp.array([job.prompt], jnp.int32), jnp.array([job.end], jnp.int32)
+        no = jnp.zeros(1, bool)
+        return rounds.begin(self.model, job.setup, tokens, prompt, end, job.key[None], no)
 
     def _orders(self, turn: Turn) -> Orders:
         """A turn as arrays."""
         config, jobs = self.config, turn.group.jobs
         longest = max((job.end for job in jobs if job), default=1)
-        width = min(-(-rounded(longest) // config.page) * config.page, config.columns)
+        width = min(-(-bucket(longest) // config.page) * config.page, config.columns)
         table: Any = np.zeros((len(jobs), width // config.page), np.int32)
         granted: Any = np.zeros(len(jobs), np.int32)
         ready: Any = np.zeros(len(jobs), bool)
@@ -258,13 +273,8 @@ class Engine:
         idle = [(0, 0, 0)] * (self.config.lanes - len(chunks))
         slot, start, stop = np.array([*chunks, *idle], np.int32).T
         longest = int(max(stop - start))
-        width = self.config.chunk if longest <= self.config.chunk else rounded(longest)
+        width = self.config.chunk if longest <= self.config.chunk else bucket(longest)
         return Chunks(slot, start, stop, width)
-
-
-def rounded(columns: int) -> int:
-    """A length that many share, so that few programs are compiled: powers of two from 32 on."""
-    return max(32, 1 << (int(columns) - 1).bit_length())
 
 
 def finish(job: Job, reason: Any) -> None:

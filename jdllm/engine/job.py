@@ -2,7 +2,7 @@
 
 import dataclasses
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -37,6 +37,26 @@ class Outcome(Progress):
 
     reason: Literal["done", "cancelled", "failed"]
     """failed: the model gave something that is no number."""
+
+
+def make_canvas(
+    prompt: Sequence[int], setup: Setup, mask_id: int, given: Mapping[int, int] | None = None
+) -> np.ndarray:
+    """The canvas of a prompt: behind it masks, but for what is `given` by column from there on."""
+    canvas = np.full(setup.canvas_length(len(prompt)), mask_id, np.int32)
+    canvas[: len(prompt)] = prompt
+    for column, token in (given or {}).items():
+        canvas[len(prompt) + column] = token
+    return canvas
+
+
+def shared(setup: Setup) -> Setup:
+    """The rules without the canvas's length, which is a fact of each row: equal ones share slots.
+
+    A step of a prefix cache feeds so many columns, so there the length stays.
+    """
+    fixed = setup.plan.kind == "prefix" or setup.block_lengths
+    return setup if fixed else dataclasses.replace(setup, gen_length=setup.block_length)
 
 
 Listener = Callable[[Progress], None]

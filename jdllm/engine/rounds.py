@@ -82,6 +82,8 @@ class Orders:
 class Report:
     """What the host reads of a dispatch, one dispatch later."""
 
+    calls: jax.Array
+    """int32: model calls made."""
     done: jax.Array
     failed: jax.Array
     nfe: jax.Array
@@ -158,20 +160,28 @@ def run(
     def again(_: int, carry: Any) -> Any:
         return play(model, setup, *carry, orders, lanes)
 
-    slots, cache = jax.lax.fori_loop(0, rounds, again, (slots, cache))
-    report = reported(slots)
+    calls = jnp.array(orders.chunks is not None, jnp.int32)
+    slots, cache, calls = jax.lax.fori_loop(0, rounds, again, (slots, cache, calls))
+    report = reported(slots, calls)
     if cache is not None:
         pool = placed(model, (cache.keys, cache.values))
     return widened(model, setup, slots, whole), pool, report
 
 
 def play(
-    model: Model, setup: Setup, slots: Slots, cache: Any, orders: Orders, lanes: int
-) -> tuple[Slots, Any]:
-    """One round of every row."""
+    model: Model,
+    setup: Setup,
+    slots: Slots,
+    cache: Any,
+    calls: jax.Array,
+    orders: Orders,
+    lanes: int,
+) -> tuple[Slots, Any, jax.Array]:
+    """One round of every row, and the number of model calls so far."""
     slots, commits_B = leave(setup, slots, orders.ready)
-    slots, cache = open_blocks(model, setup, slots, cache, orders, lanes)
-    return step(model, setup, slots, cache, orders.ready, commits_B)
+    slots, cache, full = open_blocks(model, setup, slots, cache, orders, lanes)
+    slots, cache, some = step(model, setup, slots, cache, orders.ready, commits_B)
+    return slots, cache, calls + full + some
 
 
 def leave(setup: Setup, slots: Slots, ready_B: jax.Array) -> tuple[Slots, jax.Array]:
@@ -198,21 +208,24 @@ def between(setup: Setup, rows: Rows, leaving_B: jax.Array) -> Rows:
 
 def open_blocks(
     model: Model, setup: Setup, slots: Slots, cache: Any, orders: Orders, lanes: int
-) -> tuple[Slots, Any]:
-    """Rows between blocks begin the next one, where it has its pages.
+) -> tuple[Slots, Any, Any]:
+    """Rows between blocks begin the next one, where it has its pages; and whether that took a call.
 
-    Under a plan of full passes at most `lanes` rows have theirs in a round, in a call of their own;
-    those that have waited longest come first.
+    Under a plan of full passes at most `lanes` rows have theirs in a round, in a call of their own,
+    which waits for as many of them, or for half of all rows; who has waited longest comes first.
     """
     plan, rows = setup.plan, slots.rows
     _, last_B = setup.block_span(rows.prompt, rows.block)
     room_B = jnp.minimum(last_B, rows.end) <= orders.granted
     due_B = orders.ready & ~rows.done & (rows.first == rows.last) & room_B
     if not (plan.refreshes or plan.varies):
-        return dataclasses.replace(slots, rows=enter_block(setup, rows, due_B)), cache
+        return dataclasses.replace(slots, rows=enter_block(setup, rows, due_B)), cache, 0
     wants_B = due_B | (orders.ready & active(setup, rows) & plan.full(rows.step, rows.block))
     lanes = min(lanes, len(wants_B))
-    turn_F, which_F = jax.lax.top_k(jnp.where(wants_B, slots.waited + 1, 0), lanes)
+    live = jnp.sum(orders.ready & ~rows.done)
+    enough = jnp.sum(wants_B) >= jnp.minimum(lanes, (live + 1) // 2)
+    turns_B = jnp.where(wants_B & enough, slots.waited + 1, 0)
+    turn_F, which_F = jax.lax.top_k(turns_B, lanes)
     chosen_B = jnp.zeros_like(wants_B).at[which_F].set(turn_F > 0)
     rows = enter_block(setup, rows, due_B & chosen_B)
     waited_B = jnp.where(wants_B & ~chosen_B, slots.waited + 1, 0)
@@ -228,7 +241,8 @@ def open_blocks(
         slots = jax.tree.map(lambda x, new: x.at[back_F].set(new, mode="drop"), slots, some)
         return slots, theirs and dataclasses.replace(theirs, table=orders.table)
 
-    return jax.lax.cond(jnp.any(turn_F > 0), full, lambda carry: carry, (slots, cache))
+    some = jnp.any(turn_F > 0)
+    return *jax.lax.cond(some, full, lambda carry: carry, (slots, cache)), some
 
 
 def step(
@@ -238,15 +252,22 @@ def step(
     cache: Any,
     ready_B: jax.Array,
     commits_B: jax.Array,
-) -> tuple[Slots, Any]:
-    """A step of all rows that are in a block, and the commits of those that have finished one."""
+) -> tuple[Slots, Any, jax.Array]:
+    """A step of all rows that are in a block, and the commits of those that have finished one; and
+    whether there was any."""
     rows = slots.rows
     turn_B = ready_B & active(setup, rows) & ~setup.plan.full(rows.step, rows.block)
     commits = commits_B if setup.plan.kind == "block" else None
-    slots, cache = called(model, setup, slots, cache, Call(turn_B, commits_B=commits, apart=True))
-    rows = slots.rows
-    rows = dataclasses.replace(rows, nfe=rows.nfe + commits_B, dirty=rows.dirty & ~commits_B)
-    return dataclasses.replace(slots, rows=between(setup, rows, commits_B)), cache
+
+    def go(carry: tuple[Slots, Any]) -> tuple[Slots, Any]:
+        call = Call(turn_B, commits_B=commits, apart=True)
+        slots, cache = called(model, setup, *carry, call)
+        rows = slots.rows
+        rows = dataclasses.replace(rows, nfe=rows.nfe + commits_B, dirty=rows.dirty & ~commits_B)
+        return dataclasses.replace(slots, rows=between(setup, rows, commits_B)), cache
+
+    some = jnp.any(turn_B | commits_B)
+    return *jax.lax.cond(some, go, lambda carry: carry, (slots, cache)), some
 
 
 def called(model: Model, setup: Setup, slots: Slots, cache: Any, call: Call) -> tuple[Slots, Any]:
@@ -284,11 +305,11 @@ def read(model: Model, setup: Setup, rows: Rows, cache: Any, chunks: Chunks) -> 
     return dataclasses.replace(theirs, table=cache.table)
 
 
-def reported(slots: Slots) -> Report:
+def reported(slots: Slots, calls: jax.Array) -> Report:
     """Copies of what the host may want to see."""
     rows = slots.rows
     return Report(
-        rows.done, slots.failed, rows.nfe, rows.first, rows.tokens, rows.open,
+        calls, rows.done, slots.failed, rows.nfe, rows.first, rows.tokens, rows.open,
         slots.filled_at, slots.chance,
     )  # fmt: skip
 
@@ -302,7 +323,12 @@ def by_column(model: Model, setup: Setup, slots: Slots) -> Any:
         tokens = jax.ShapeDtypeStruct((B, columns), jnp.int32)
         keys = jax.ShapeDtypeStruct((B,), slots.rows.keys.dtype)
         return jax.eval_shape(
-            lambda *given: begin(model, setup, *given), tokens, ints, ints, keys, flags
+            lambda a, b, c, d, e: begin(model, setup, a, b, c, d, e),
+            tokens,
+            ints,
+            ints,
+            keys,
+            flags,
         )
 
     return jax.tree.map(lambda a, b: a.shape != b.shape, shapes(128), shapes(256))

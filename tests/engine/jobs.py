@@ -4,11 +4,10 @@ import dataclasses
 from typing import Any
 
 import jax
-import numpy as np
 
 from jdllm import DecodeConfig
 from jdllm.decode import Setup
-from jdllm.engine import Engine, EngineConfig, Job, Outcome, Progress
+from jdllm.engine import Engine, EngineConfig, Job, Outcome, Progress, make_canvas, shared
 from jdllm.llm import LLM
 from jdllm.parity import make_setup
 
@@ -37,10 +36,9 @@ def setup_of(llm: LLM, **options: Any) -> Setup:
 
 def make(llm: LLM, setup: Setup, prompt: list[int], seed: int = 0, **facts: Any) -> Job:
     """A job with its own row's key, as `LLM` makes them."""
-    end = setup.canvas_length(len(prompt))
-    canvas = np.array([*prompt, *[llm.config.mask_id] * (end - len(prompt))], np.int32)
+    canvas = make_canvas(prompt, setup, llm.config.mask_id)
     key = jax.random.fold_in(jax.random.key(0), seed)
-    return Job(canvas, len(prompt), setup, key, **{"listener": Told(), **facts})
+    return Job(canvas, len(prompt), shared(setup), key, **{"listener": Told(), **facts})
 
 
 def canvas(job: Job) -> tuple[list[int], int]:

@@ -10,11 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jdllm import DecodeConfig
-from jdllm.engine import Engine, Job
+from jdllm.engine import Engine, Engines, Job
 from jdllm.llm import LLM
 from jdllm.model.model import assemble, named
 from tests.engine.jobs import SMALL, canvas, make, run, setup_of
-from tests.support.tiny_models import canvases, random_prompts, tiny
+from tests.support.models import on_mesh, random_arrays
+from tests.support.tiny_models import TINY, canvases, random_prompts, tiny
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "block, edited": ("blocks", {"threshold": 0.5, "edit.threshold": 0.4}),
@@ -184,3 +185,18 @@ def test_any_load(plan, pages: int):
 @given(PLAN, st.integers(4, 9))
 def test_very_many_loads(plan, pages: int):
     check_load(plan, pages)
+
+
+@pytest.mark.parametrize("mesh", ["2x2"])
+def test_replicas_and_split_models_give_the_same(mesh: str):
+    """Two engines of two devices each; two layers, so that keys depend on what attention sees."""
+    config = dataclasses.replace(TINY, layers=2, heads=4, kv_heads=2, head_dim=8, block_causal=4)
+    arrays = random_arrays(config, seed=1, sharpness=3.0)
+    single, split = (LLM(on_mesh(config, arrays, m)) for m in ("1x1", mesh))
+    jobs = [make(split, setup_of(split, **FULL), prompt) for prompt in PROMPTS]
+    engines = Engines(split.model, SMALL)
+    for job in jobs:
+        engines.submit(job)
+    engines.drain()
+    assert len(engines.engines) == 2 and all(engine.calls for engine in engines.engines)
+    same_as_alone(single, FULL, jobs)
