@@ -211,7 +211,8 @@ class Engine:
                     job.listener(Progress(*progress))
                     continue
                 self._leave(job, bool(failed[slot]), canvases[0][slot])
-                job.listener(Outcome(*progress, "failed" if failed[slot] else "done"))
+                reason: Any = "failed" if failed[slot] else "done"
+                job.listener(Outcome(*progress, reason=reason))
 
     def _leave(self, job: Job, failed: bool, tokens: np.ndarray) -> None:
         """A job has ended on the device: its pages are free, or kept for their beginnings."""

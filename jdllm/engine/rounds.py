@@ -157,8 +157,8 @@ def run(
     if orders.chunks is not None:
         cache = read(model, setup, slots.rows, cache, orders.chunks)
 
-    def again(_: int, carry: Any) -> Any:
-        return play(model, setup, *carry, orders, lanes)
+    def again(_: int, carry: tuple[Slots, Any, jax.Array]) -> tuple[Slots, Any, jax.Array]:
+        return play(model, setup, carry, orders, lanes)
 
     calls = jnp.array(orders.chunks is not None, jnp.int32)
     slots, cache, calls = jax.lax.fori_loop(0, rounds, again, (slots, cache, calls))
@@ -171,13 +171,12 @@ def run(
 def play(
     model: Model,
     setup: Setup,
-    slots: Slots,
-    cache: Any,
-    calls: jax.Array,
+    carry: tuple[Slots, Any, jax.Array],
     orders: Orders,
     lanes: int,
 ) -> tuple[Slots, Any, jax.Array]:
-    """One round of every row, and the number of model calls so far."""
+    """One round of every row: the slots, the cache, and the number of model calls so far."""
+    slots, cache, calls = carry
     slots, commits_B = leave(setup, slots, orders.ready)
     slots, cache, full = open_blocks(model, setup, slots, cache, orders, lanes)
     slots, cache, some = step(model, setup, slots, cache, orders.ready, commits_B)
