@@ -5,6 +5,7 @@ host reads a dispatch when the next one is on its way, so the device never waits
 """
 
 import dataclasses
+import logging
 import threading
 import time
 from collections import deque
@@ -84,31 +85,40 @@ class Engine:
         self.model = model
         config = config or EngineConfig()
         self.config = config = config.filled(model, model.config.block_causal or 32)
-        shape = (config.pages + 1, config.page, model.config.kv_heads, model.config.head_dim)
-        zeros = jax.jit(
-            lambda: rounds.placed(
-                model,
-                (
-                    tuple(jnp.zeros(shape, model.dtype) for _ in range(model.config.layers)),
-                    tuple(jnp.zeros(shape, model.dtype) for _ in range(model.config.layers)),
-                ),
-            )
-        )
-        self._pool: rounds.Pool = zeros()
+        self._pool = rounds.empty_pool(model, config.pages + 1, config.page)
         self._slots: dict[Setup, Slots] = {}
         self._flying: list[Flight] = []
         self._inbox: deque[Job] = deque()
         self._wake = threading.Condition()
         self._stopping = False
-        self.scheduler = Scheduler(
-            PagePool(config.pages), config.page, config.slots, config.rounds, config.chunk,
-            config.lanes, self._catch_up, self._save,
-        )  # fmt: skip
+        self.scheduler = self._scheduler()
         self.calls = 0
         """Model calls so far, as last seen."""
         self.compile_seconds = 0.0
         """Spent on dispatches of shapes and rules that this engine has not had before."""
         self._known: set[Any] = set()
+
+    def _scheduler(self) -> Scheduler:
+        config = self.config
+        return Scheduler(
+            PagePool(config.pages), config.page, config.slots, config.rounds, config.chunk,
+            config.lanes, self._catch_up, self._save,
+        )  # fmt: skip
+
+    def _reset(self) -> None:
+        """Begins anew with what has not begun; what was running has failed."""
+        running, waiting = self.scheduler.running, self.scheduler.waiting
+        self._flying, self._slots = [], {}
+        self._pool = rounds.empty_pool(self.model, self.config.pages + 1, self.config.page)
+        self.scheduler = self._scheduler()
+        for job in running:
+            job.state = State.OVER
+            finish(job, "failed")
+        for job in waiting:
+            if job.saved is None:
+                self.scheduler.add(job)
+            else:
+                finish(job, "failed")
 
     def submit(self, job: Job) -> None:
         """A job from any thread. ValueError, at once, where it could never run."""
@@ -134,7 +144,11 @@ class Engine:
                 self._wake.wait_for(lambda: self._stopping or self.busy)
             if not self.busy:
                 return
-            self.step()
+            try:
+                self.step()
+            except Exception:  # of the device: what was on it is lost, and nothing else
+                logging.getLogger(__name__).exception("a dispatch failed")
+                self._reset()
 
     def stop(self) -> None:
         """`serve` returns once nothing is left to do."""
@@ -168,7 +182,8 @@ class Engine:
     def run(self, turn: Turn) -> Flight:
         """Sends a dispatch on its way."""
         setup, jobs = turn.group.setup, turn.group.jobs
-        slots = self._slots.pop(setup) if setup in self._slots else self._empty(setup)
+        dials = next((job.dials for job in turn.arrived), {})
+        slots = self._slots.pop(setup) if setup in self._slots else self._empty(setup, dials)
         for job in turn.arrived:
             one = job.saved if job.saved is not None else self._row(job)
             slots, job.saved = rounds.put_row(slots, job.slot, one), None
@@ -208,11 +223,11 @@ class Engine:
                 settled = job.end if done[slot] else job.first
                 progress: Any = (*seen, max(0, settled - job.prompt), int(nfe[slot]))
                 if not done[slot]:
-                    job.listener(Progress(*progress))
+                    tell(job, Progress(*progress))
                     continue
                 self._leave(job, bool(failed[slot]), canvases[0][slot])
                 reason: Any = "failed" if failed[slot] else "done"
-                job.listener(Outcome(*progress, reason=reason))
+                tell(job, Outcome(*progress, reason=reason))
 
     def _leave(self, job: Job, failed: bool, tokens: np.ndarray) -> None:
         """A job has ended on the device: its pages are free, or kept for their beginnings."""
@@ -234,13 +249,14 @@ class Engine:
         if job not in group.arrived:
             job.saved = rounds.take_row(self._slots[group.setup], job.slot)
 
-    def _empty(self, setup: Setup) -> Slots:
-        """Slots of a group, with nobody in them."""
+    def _empty(self, setup: Setup, dials: dict[str, float]) -> Slots:
+        """Slots of a group, with nobody in them; `dials` are those of any of its jobs."""
         B, T = self.config.slots, self.config.columns
         keys = jax.random.split(jax.random.key(0), B)
         ones = jnp.ones(B, jnp.int32)
         tokens = jnp.full((B, T), self.model.config.pad_id, jnp.int32)
-        return rounds.begin(self.model, setup, tokens, ones, ones, keys, ones > 0)
+        numbers = {name: jnp.full(B, value, jnp.float32) for name, value in dials.items()}
+        return rounds.begin(self.model, setup, tokens, ones, ones, keys, ones > 0, numbers)
 
     def _row(self, job: Job) -> Slots:
         """The row of a new job."""
@@ -248,7 +264,8 @@ class Engine:
         tokens[0, : job.end] = job.canvas
         prompt, end = jnp.array([job.prompt], jnp.int32), jnp.array([job.end], jnp.int32)
         no = jnp.zeros(1, bool)
-        return rounds.begin(self.model, job.setup, tokens, prompt, end, job.key[None], no)
+        dials = {name: jnp.full(1, value, jnp.float32) for name, value in job.dials.items()}
+        return rounds.begin(self.model, job.setup, tokens, prompt, end, job.key[None], no, dials)
 
     def _orders(self, turn: Turn) -> Orders:
         """A turn as arrays."""
@@ -282,10 +299,17 @@ def finish(job: Job, reason: Any) -> None:
     """Tells a job's owner that it is over before its canvas was read."""
     tokens = job.canvas[job.prompt :]
     nothing = np.zeros(len(tokens))
-    job.listener(
-        Outcome(tokens, nothing == 0, nothing.astype(np.int32), nothing.astype(np.float32), 0, 0,
-                reason)
-    )  # fmt: skip
+    steps, chance = nothing.astype(np.int32), nothing.astype(np.float32)
+    tell(job, Outcome(tokens, nothing == 0, steps, chance, 0, 0, reason))
+
+
+def tell(job: Job, event: Progress) -> None:
+    """Tells a job's owner; one who cannot listen loses his job, and nobody else anything."""
+    try:
+        job.listener(event)
+    except Exception:
+        logging.getLogger(__name__).exception("a listener failed")
+        job.cancelled = True
 
 
 def check(job: Job, config: EngineConfig) -> None:

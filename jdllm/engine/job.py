@@ -50,15 +50,6 @@ def make_canvas(
     return canvas
 
 
-def shared(setup: Setup) -> Setup:
-    """The rules without the canvas's length, which is a fact of each row: equal ones share slots.
-
-    A step of a prefix cache feeds so many columns, so there the length stays.
-    """
-    fixed = setup.plan.kind == "prefix" or setup.block_lengths
-    return setup if fixed else dataclasses.replace(setup, gen_length=setup.block_length)
-
-
 Listener = Callable[[Progress], None]
 """Is told of a job's progress, in the engine's thread; the last call has an Outcome."""
 
@@ -80,7 +71,9 @@ class Job:
     prompt: int
     """Columns of the prompt."""
     setup: Setup
-    """How to decode; its gen_length may be any: the canvas says where the row ends."""
+    """How to decode, as `dials.shared` gives it; the canvas says where the row ends."""
+    dials: dict[str, float]
+    """The row's own numbers in it, as `dials.shared` gives them."""
     key: jax.Array
     """Random key, from which all draws come."""
     listener: Listener

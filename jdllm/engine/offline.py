@@ -10,8 +10,9 @@ import numpy as np
 
 from jdllm.batches import bucket
 from jdllm.decode.setup import Setup
+from jdllm.engine.dials import shared
 from jdllm.engine.engine import EngineConfig, servable
-from jdllm.engine.job import Job, Outcome, Progress, make_canvas, shared
+from jdllm.engine.job import Job, Outcome, Progress, make_canvas
 from jdllm.engine.replicas import Engines
 from jdllm.model.model import Model
 
@@ -68,7 +69,7 @@ def decode_all(
 
     for i, row in enumerate(rows):
         canvas = make_canvas(row, setup, model.config.mask_id)
-        engines.submit(Job(canvas, len(row), shared(setup), keys[i], partial(ended, i)))
+        engines.submit(Job(canvas, len(row), *shared(setup), keys[i], partial(ended, i)))
     start, compiled = time.perf_counter(), 0.0
     while engines.busy:
         engines.step()

@@ -20,6 +20,7 @@ from jdllm.decode.loop import active, enter_block, judge_block
 from jdllm.decode.rows import Rows
 from jdllm.decode.setup import Setup
 from jdllm.decode.step import block_step
+from jdllm.engine.dials import turned
 from jdllm.model.cache import PagedCache
 from jdllm.model.model import Model
 from jdllm.runtime import sharding
@@ -35,6 +36,8 @@ class Slots:
     """Rows with what the engine notes of them. An empty slot holds a row that is done."""
 
     rows: Rows
+    dials: dict[str, jax.Array]
+    """float32 [B] each: the rows' own numbers in the rules (dials.py)."""
     waited: jax.Array
     """int32 [B]: rounds for which the row has waited for a full pass."""
     filled_at: jax.Array
@@ -96,6 +99,17 @@ class Report:
     chance: jax.Array
 
 
+def empty_pool(model: Model, pages: int, page: int) -> Pool:
+    """A pool that holds zeros, where it lies."""
+    config = model.config
+
+    def zeros() -> tuple[jax.Array, ...]:
+        shape = (pages, page, config.kv_heads, config.head_dim)
+        return tuple(jnp.zeros(shape, model.dtype) for _ in range(config.layers))
+
+    return jax.jit(lambda: placed(model, (zeros(), zeros())))()
+
+
 @partial(jax.jit, static_argnames=("setup",))
 def begin(
     model: Model,
@@ -105,6 +119,7 @@ def begin(
     end_B: jax.Array,
     keys_B: jax.Array,
     done_B: jax.Array,
+    dials: dict[str, jax.Array],
 ) -> Slots:
     """Rows before their first block. With a block cache the reading of the prompt counts as one
     evaluation, in however many chunks it is done."""
@@ -122,7 +137,7 @@ def begin(
         stop=setup.stop.start(tokens_BT),
         inputs=model.embed(tokens_BT) if setup.smooth else None,
     )  # fmt: skip
-    return Slots(rows, zero_B, jnp.zeros((B, T), jnp.int32), jnp.zeros((B, T)), no_B)
+    return Slots(rows, dials, zero_B, jnp.zeros((B, T), jnp.int32), jnp.zeros((B, T)), no_B)
 
 
 @partial(jax.jit, donate_argnames="slots")
@@ -271,7 +286,7 @@ def step(
 
 def called(model: Model, setup: Setup, slots: Slots, cache: Any, call: Call) -> tuple[Slots, Any]:
     """The slots after a block step, with what it has shown noted."""
-    before = slots.rows
+    before, setup = slots.rows, turned(setup, slots.dials)
     rows, cache, seen, decision = block_step(model, setup, before, cache, call)
     hidden = seen.hidden_BND.reshape(len(call.active_B), -1)
     bad_B = call.active_B & ~jnp.all(jnp.isfinite(hidden), axis=1)
@@ -322,7 +337,7 @@ def by_column(model: Model, setup: Setup, slots: Slots) -> Any:
         tokens = jax.ShapeDtypeStruct((B, columns), jnp.int32)
         keys = jax.ShapeDtypeStruct((B,), slots.rows.keys.dtype)
         return jax.eval_shape(
-            lambda a, b, c, d, e: begin(model, setup, a, b, c, d, e),
+            lambda a, b, c, d, e: begin(model, setup, a, b, c, d, e, slots.dials),
             tokens,
             ints,
             ints,

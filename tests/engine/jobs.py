@@ -38,7 +38,7 @@ def make(llm: LLM, setup: Setup, prompt: list[int], seed: int = 0, **facts: Any)
     """A job with its own row's key, as `LLM` makes them."""
     canvas = make_canvas(prompt, setup, llm.config.mask_id)
     key = jax.random.fold_in(jax.random.key(0), seed)
-    return Job(canvas, len(prompt), shared(setup), key, **{"listener": Told(), **facts})
+    return Job(canvas, len(prompt), *shared(setup), key, **{"listener": Told(), **facts})
 
 
 def canvas(job: Job) -> tuple[list[int], int]:

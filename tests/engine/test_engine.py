@@ -200,3 +200,15 @@ def test_replicas_and_split_models_give_the_same(mesh: str):
     engines.drain()
     assert len(engines.engines) == 2 and all(engine.calls for engine in engines.engines)
     same_as_alone(single, FULL, jobs)
+
+
+def test_rows_of_other_temperatures_and_thresholds_share_a_program():
+    """Each is as alone; only what is off or on tells groups apart."""
+    llm, jobs = tiny("blocks", 1.5), []
+    ways = [{"temperature": t, "threshold": b} for t, b in ((0.3, 0.5), (0.9, 0.4), (0.6, 0.7))]
+    for prompt, way in zip(PROMPTS, ways, strict=False):
+        jobs.append(make(llm, setup_of(llm, **FULL | way | {"top_p": way["threshold"]}), prompt))
+    engine = run(llm, jobs)
+    assert len(engine.scheduler.groups) == 1
+    for job, way in zip(jobs, ways, strict=True):
+        same_as_alone(llm, FULL | way | {"top_p": way["threshold"]}, [job])
