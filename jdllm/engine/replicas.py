@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from jdllm.engine.engine import Engine, EngineConfig
+from jdllm.engine.engine import Engine, EngineConfig, check
 from jdllm.engine.job import Job
 from jdllm.model.model import Model
 
@@ -64,6 +64,15 @@ class Engines:
     def load(self) -> int:
         """Jobs that wait or run."""
         return sum(engine.load for engine in self.engines)
+
+    @property
+    def alive(self) -> bool:
+        """Whether all that were started still work."""
+        return all(thread.is_alive() for thread in self._threads)
+
+    def check(self, job: Job) -> None:
+        """ValueError, with its reason, for a job that could never run."""
+        check(job, self.config)
 
     def submit(self, job: Job) -> None:
         """A job from any thread. ValueError, at once, where it could never run."""
