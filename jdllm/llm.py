@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from jdllm.decode import (
     decode,
     read_prefix,
 )
+from jdllm.engine.offline import decode_all, pays
 from jdllm.kernels.choose import parse
 from jdllm.load import choose_mesh, load_model, locate
 from jdllm.model.cache import Cache
@@ -45,6 +46,15 @@ from jdllm.tokenizer import Message, encode_prompts, load_tokenizer, read_length
 from jdllm.viz import trace
 
 Prompt = str | Sequence[int] | Sequence[Message]
+
+
+EngineUse = Literal["auto", "on", "off"]
+
+
+def row_keys(seed: int, numbers: Sequence[int] | np.ndarray) -> jax.Array:
+    """The random keys of rows, by their numbers (`batches.row_seeds`)."""
+    base = jax.random.key(seed)
+    return jax.vmap(lambda n: jax.random.fold_in(base, n))(np.asarray(numbers, np.uint32))
 
 
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
@@ -104,8 +114,10 @@ class LLM:
         tokenizer: Any | None = None,
         defaults: DecodeConfig | None = None,
         verifier: Model | None = None,
+        engine: EngineUse = "auto",
     ):
         self.model = model
+        self.engine: EngineUse = engine
         self.config: ModelConfig = model.config
         self.mesh: Mesh = model.mesh
         self.tokenizer = tokenizer
@@ -124,6 +136,7 @@ class LLM:
         allow_unknown: Sequence[str] = (),
         kernel: str = "auto",
         adapter: str | Path | None = None,
+        engine: EngineUse = "auto",
     ) -> Self:
         """Loads whatever `model=` may be: bundled, a folder, random:<name>, a Hugging Face id.
 
@@ -131,8 +144,9 @@ class LLM:
         except that a CPU computes in float32. `verifier` is a causal model of the same tokenizer,
         which rule=verify asks; `allow_unknown` keys of a published config.json to ignore. `kernel`
         forces implementations (`kernels.choose.parse`). `adapter` is a folder with a LoRA adapter
-        in PEFT's files. ValueError or OSError, in one sentence, where there is no such model or
-        adapter, or it does not fit.
+        in PEFT's files. With `engine` rows that end make room for others at once; auto does so
+        where that pays (docs/engine.md). ValueError or OSError, in one sentence, where there is no
+        such model or adapter, or it does not fit.
         """
         parse(kernel)  # before anything is loaded
         mesh = choose_mesh(mesh, model, dtype, allow_unknown) if isinstance(mesh, str) else mesh
@@ -143,7 +157,8 @@ class LLM:
             tokenizer, defaults = load_tokenizer(folder), DecodeConfig(**read_lengths(folder))
         found = load_model(model, mesh, dtype, seed, allow_unknown, adapter)
         second = load_model(verifier, mesh, dtype, seed, allow_unknown) if verifier else None
-        return cls(dataclasses.replace(found, kernel=kernel), tokenizer, defaults, second)
+        model_ = dataclasses.replace(found, kernel=kernel)
+        return cls(model_, tokenizer, defaults, second, engine)
 
     def resolve(self, config: DecodeConfig | None = None, gen_length: int = 128) -> DecodeConfig:
         """`config` with open lengths filled from the model's own defaults, then `gen_length`."""
@@ -228,6 +243,9 @@ class LLM:
         rows, gen_length = self.encode(prompts, chat), config.gen_length or 0
         setup = self._with_stops(self._setup(config, rows), stop)
         seeds = row_seeds(rows, samples)
+        if not watch and self._continuous(setup, len(rows), batch_size):
+            yield from self._stream_continuously(rows, seeds, config, setup, batch_size, stop)
+            return
         replicas, lengths = self.mesh.shape["data"], [len(row) for row in rows]
         batches = plan_batches(lengths, batch_size, replicas)
         tall = heights(batches, lengths, replicas)
@@ -259,6 +277,31 @@ class LLM:
             saved = len(index) * shared.length
             yield Batch(index, completions, int(forwards), spent, compiling, saved)
             spent, compiling = 0.0, 0.0
+
+    def _continuous(self, setup: Setup, rows: int, batch_size: int) -> bool:
+        """Whether the engine decodes so many rows."""
+        if self.engine == "auto":
+            return pays(self.model, setup, rows, batch_size)
+        return self.engine == "on"
+
+    def _stream_continuously(
+        self,
+        rows: list[list[int]],
+        seeds: list[int],
+        config: DecodeConfig,
+        setup: Setup,
+        batch_size: int,
+        stop: Sequence[str],
+    ) -> Iterator[Batch]:
+        """Batches of the rows that ended together, whenever some did."""
+        for found in decode_all(self.model, setup, rows, row_keys(config.seed, seeds), batch_size):
+            completions = [
+                complete(tokens[: config.gen_length], nfe, self.config, self.tokenizer, stop)
+                for tokens, nfe in zip(found.tokens, found.nfe, strict=True)
+            ]
+            yield Batch(
+                found.index, completions, found.calls, found.seconds, found.compile_seconds, 0
+            )
 
     def _setup(self, config: DecodeConfig, rows: Sequence[Sequence[int]]) -> Setup:
         """What a resolved `config` means here; ValueError where it cannot serve the prompts."""
@@ -316,9 +359,7 @@ class LLM:
             tokens[slot, len(row) : setup.canvas_length(len(row))] = self.config.mask_id
             lengths[slot], numbers[slot], idle[slot] = len(row), seed, False
             which[slot] = begun[1][i] if begun else 0
-        base = jax.random.key(config.seed)
-        keys = jax.vmap(lambda n: jax.random.fold_in(base, n))(numbers)
-        arrays = (tokens, lengths, keys, idle, which)
+        arrays = (tokens, lengths, row_keys(config.seed, numbers), idle, which)
         *placed, which = processes.device_put(arrays, sharding.by_row(self.mesh))
         return Request(*placed, prefixes=Prefixes(begun[0], which) if begun else None)
 

@@ -16,7 +16,10 @@ FLOORS: list[list[str]] = [
     ["model"],
     ["unmask", "stop", "store"],
     ["decode", "train", "batches", "score"],
-    ["tokenizer", "parity", "tasks", "convert", "load", "convert.plan", "convert.commands"],
+    [
+        "tokenizer", "parity", "engine", "tasks", "convert", "load", "convert.plan",
+        "convert.commands",
+    ],
     ["viz", "completion", "llm", "arguments", "training", "evaluation", "generation", "checkup"],
     [
         "eval", "bench", "sweep", "tune", "generate", "sft", "doctor", "launch", "harness",
