@@ -138,7 +138,7 @@ def test_positions_and_slots_are_two_things(model: Model):
     expected = states(model, tokens, order, mask)
     slots = columns(2, T, 4)
     positions = jnp.concatenate([columns(2, 4), order], 1)
-    seen = Mask(positions * 0 + jnp.arange(T + 4) >= 4, positions, "blocks", BLOCK)
+    seen = Mask(positions * 0 + jnp.arange(T + 4) >= 4, positions, kind="blocks", size=BLOCK)
     found = model(model.embed(tokens), order, seen, model.empty_cache(2, T + 4).at(slots))
     np.testing.assert_allclose(found.hidden, expected, atol=1e-5)
     assert found.cache is not None and found.cache.slots is None
