@@ -160,7 +160,9 @@ def _rest(work: Work, layers: int) -> int:
     moe = work.config.moe
     if moe and len(moe.dense_layers) < work.config.layers:
         moe = dataclasses.replace(moe, dense_layers=())
-    some = share(dataclasses.replace(work.config, layers=layers, moe=moe), work.mesh)
+    # Frozen weights in the compute dtype: a CPU would widen them all, and keep both.
+    some = dataclasses.replace(work.config, layers=layers, moe=moe, dtype=work.dtype)
+    some = share(some, work.mesh)
     static = dataclasses.replace(abstract(some), params=None, dtype=work.dtype)
     if work.lora.rank:
         trained: Any = {}
