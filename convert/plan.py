@@ -14,6 +14,7 @@ from jdllm.decode.memory import Planner
 from jdllm.load import compute_dtype
 from jdllm.model.config import NAMED, ModelConfig, count_parameters, is_converted
 from jdllm.model.lora import LoraConfig
+from jdllm.model.transformer import Remat
 from jdllm.runtime import sharding
 from jdllm.runtime.machine import read_memory
 from jdllm.store import checkpoint
@@ -45,8 +46,8 @@ class PlanConfig:
     lora: LoraConfig = LoraConfig()
     accumulation: int = 1
     """Micro-batches of a training step."""
-    remat: bool = False
-    """Whether training computes layers again in the backward pass."""
+    remat: Remat = "none"
+    """What training computes again in the backward pass: products (all but them) or layers."""
     json: bool = False
     """Print one JSON object, in bytes, instead of the table."""
 
@@ -55,7 +56,8 @@ class PlanConfig:
             raise ValueError("batch and length must be 1 or more, and memory more than 0")
         if self.accumulation < 1 or self.batch % self.accumulation:
             raise ValueError(f"accumulation={self.accumulation} must divide batch={self.batch}")
-        if not self.train and (self.remat or self.accumulation > 1 or self.lora.base != "stored"):
+        changed = self.remat != "none" or self.lora.base != "stored"
+        if not self.train and (changed or self.accumulation > 1):
             raise ValueError("remat, accumulation and lora.base are of training; add train=true")
 
 

@@ -21,6 +21,7 @@ from jdllm.model.linear import Module, modules
 from jdllm.model.lora import Adapter, Factors, LoraConfig, find, shapes
 from jdllm.model.model import abstract, named
 from jdllm.model.quantise import quantise_params
+from jdllm.model.transformer import Remat
 from jdllm.runtime import sharding
 from jdllm.train.objective import LOGIT_BYTES, Batch, Objective
 from jdllm.train.optimiser import Recipe, make_optimizer
@@ -97,7 +98,7 @@ class Work:
     accumulation: int = 1
     dtype: str = "bfloat16"
     """What is computed in."""
-    remat: bool = False
+    remat: Remat = "none"
 
 
 def plan_training(work: Work) -> TrainPlan:

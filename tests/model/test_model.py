@@ -1,6 +1,7 @@
 """The model's seams: a pytree, masks from the caller, slots of a cache, probes, forced kernels."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -159,8 +160,8 @@ def test_a_cache_is_told_where_to_write(model: Model):
 # ---------------------------------------------------------------- probes
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_probes_are_products_by_name(model: Model, remat: bool):
+@pytest.mark.parametrize("remat", ["none", "layers"])
+def test_probes_are_products_by_name(model: Model, remat: Any):
     mask, x = Mask(jnp.full(2, T)), model.embed(ids(2, T))
     asked = ("layers.*.attention.out", "layers.0.mlp.gate_up")
 

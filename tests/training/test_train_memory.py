@@ -51,10 +51,10 @@ def real(config: ModelConfig, settings: LoraConfig, rows: int, columns: int, **m
 @pytest.mark.parametrize(
     ("settings", "remat", "layers"),
     [
-        (LoraConfig(rank=8), False, 3),
-        pytest.param(LoraConfig(rank=8, base="int8"), True, 7, marks=pytest.mark.slow),
-        pytest.param(LoraConfig(), False, 7, marks=pytest.mark.slow),
-        pytest.param(LoraConfig(), True, 7, marks=pytest.mark.slow),
+        (LoraConfig(rank=8), "none", 3),
+        pytest.param(LoraConfig(rank=8, base="int8"), "layers", 7, marks=pytest.mark.slow),
+        pytest.param(LoraConfig(), "none", 7, marks=pytest.mark.slow),
+        pytest.param(LoraConfig(), "layers", 7, marks=pytest.mark.slow),
     ],
 )
 def test_the_plan_is_what_the_real_step_needs(settings, remat, layers, monkeypatch):
@@ -98,7 +98,7 @@ def test_bad_input_is_one_sentence(words, message, capsys):
 
 
 def test_settings_of_training_belong_to_training(capsys):
-    for words in (["remat=true"], ["train=true", "accumulation=3"]):
+    for words in (["remat=layers"], ["train=true", "accumulation=3"]):
         with pytest.raises(SystemExit) as ended:
             commands.main(["plan", "tiny", *words])
         assert ended.value.code == 2
