@@ -118,6 +118,22 @@ def test_all_that_watches_goes_on_after_a_kill(tiny, tmp_path, chats, monkeypatc
     assert (whole.output / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_micro_batches(tiny, tmp_path, chats, monkeypatch):
+    """To 1e-4 of each loss; not where micro-batches have divisors of their own."""
+    whole = settings(tiny, tmp_path / "whole", data=str(chats))
+    run.fine_tune(whole)
+    broken = dataclasses.replace(whole, output=tmp_path / "broken")
+    stopped(broken, 2, monkeypatch)
+    run.fine_tune(dataclasses.replace(broken, accumulation=4))
+    one, two = (lines(config.output / "metrics.jsonl") for config in (whole, broken))
+    for name in ("loss", "nll", "gradient_norm"):
+        np.testing.assert_allclose([a[name] for a in one], [b[name] for b in two], rtol=1e-4)
+    micro = dataclasses.replace(whole, output=tmp_path / "micro", normalise="micro")
+    stopped(micro, 2, monkeypatch)
+    assert "accumulation=2 (there 1)" in refusal(dataclasses.replace(micro, accumulation=2))
+
+
 @pytest.mark.parametrize(
     ("facts", "objective"),
     [
