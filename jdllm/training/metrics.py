@@ -143,6 +143,11 @@ class Metrics:
         if self.logger:
             self.logger.log(step, values)
 
+    def pause(self) -> None:
+        """Tells that time went by without a step, so that it is not measured as steps' time."""
+        self.flush()
+        self.before = None
+
     def shown(self) -> dict[str, str]:
         """What the bar shows."""
         found = {k: f"{self.last[k]:.4f}" for k in ("loss", "nll") if k in self.last}
