@@ -77,6 +77,7 @@ READERS: tuple[tuple[tuple[str, ...], Callable[[Any], Any], str], ...] = (
         "rule=quota, origin or allowance, and rule=threshold with steps",
     ),
     (("eps",), lambda c: c.schedule == "timesteps", "schedule=timesteps"),
+    (("gaussian.peak", "gaussian.width"), lambda c: c.schedule == "gaussian", "schedule=gaussian"),
     (
         ("remasking", "credit.alpha", "logits_eos_inf"),
         lambda c: c.rule != "verify",
@@ -215,8 +216,34 @@ CONFLICTS: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "align=True counts equal blocks from column 0; leave out block_lengths={c.block_lengths}",
     ),
     (
-        lambda c: c.block_lengths and c.parity != "none",
+        lambda c: c.block_lengths and c.parity not in ("none", "edit"),
         "parity={c.parity} has blocks of one length; leave out block_lengths={c.block_lengths}",
+    ),
+    (
+        lambda c: c.exit.aims and c.cache not in (None, "none"),
+        "exit.mode={c.exit.mode} was never compared with cache={c.cache}, which feeds a block "
+        "alone; set cache=none, or a mode that reads logits",
+    ),
+    (
+        lambda c: c.exit.on and c.edit.on,
+        "exit.mode={c.exit.mode} leaves blocks whose tokens edit.threshold={c.edit.threshold} may "
+        "still replace; use one of them",
+    ),
+    (
+        lambda c: c.exit.on and c.parity not in ("none", "edit"),
+        "exit.mode={c.exit.mode} is EDIT's; set parity=none or edit, not parity={c.parity}",
+    ),
+    (
+        lambda c: c.exit.on and c.rule == "verify",
+        "exit.mode={c.exit.mode} counts the steps of blocks; rule=verify has none, use rule=quota",
+    ),
+    (
+        lambda c: c.parity == "edit" and c.schedule != "gaussian",
+        "parity=edit has EDIT's schedule; set schedule=gaussian, not {c.schedule}",
+    ),
+    (
+        lambda c: c.parity == "edit" and c.cache not in (None, "none"),
+        "parity=edit has no cache; set cache=none, not cache={c.cache}",
     ),
     (
         lambda c: c.stop_fill and c.stop != "eos_block",
@@ -232,7 +259,8 @@ def check_ranges(settings: Any, prefix: str = "") -> None:
     """
     for name, (low, high) in settings.ranges.items():
         value = getattr(settings, name)
-        if value is not None and not low <= value <= high:
+        values = value if isinstance(value, tuple) else () if value is None else (value,)
+        if not all(low <= one <= high for one in values):
             raise ValueError(
                 f"{prefix}{name}={value} is out of range: it must lie in [{low}, {high}]"
             )

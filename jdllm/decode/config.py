@@ -19,20 +19,31 @@ from jdllm.decode.checks import (
     check_read,
     refuse_old_names,
 )
-from jdllm.decode.groups import Credit, Dinfer, Edit, Smooth, Verify, Vicinity
+from jdllm.decode.groups import Credit, Dinfer, Edit, Exit, Gaussian, Smooth, Verify, Vicinity
 from jdllm.decode.presets import PRESETS, Settings, preset_settings
 from jdllm.decode.rules import CONFIDENCES, SELECTIONS, STOPS, WHOLE_RULES
 from jdllm.model.config import ModelConfig
 from jdllm.runtime.fields import check_fields, flatten, leaves, replaced
 
 if TYPE_CHECKING:
-    RuleName = ConfidenceName = StopName = str
+    type RuleName = str
+    type ConfidenceName = str
+    type StopName = str
 else:  # the names in the tables, so that a new row is a new choice
     RuleName = Literal[*SELECTIONS, *WHOLE_RULES]
     ConfidenceName = Literal[*CONFIDENCES]
     StopName = Literal[*STOPS]
 Parity = Literal[
-    "none", "llada", "fast_dllm", "dinfer", "dream", "fast_dream", "llada2", "sglang", "apd"
+    "none",
+    "llada",
+    "fast_dllm",
+    "dinfer",
+    "dream",
+    "fast_dream",
+    "llada2",
+    "sglang",
+    "apd",
+    "edit",
 ]
 
 
@@ -79,8 +90,11 @@ class DecodeConfig:
 
     remasking: ConfidenceName = "low_confidence"
     """What ranks positions: their token's probability, chance, place, margin or entropy."""
-    schedule: Literal["masks", "columns", "timesteps"] = "masks"
-    """quota, origin: how `steps` spread over a block's masks, its columns, or Dream's times."""
+    schedule: Literal["masks", "columns", "timesteps", "gaussian"] = "masks"
+    """quota, origin: how `steps` spread over a block's masks, its columns, or Dream's times, or as
+    EDIT has them, most of them early in a block."""
+    gaussian: Gaussian = Gaussian()
+    """schedule=gaussian: its peak and width."""
     steps: int | None = None
     """quota, origin, allowance: steps in all, spread evenly over blocks (default: one token each).
     More than there are columns are made only where `parity` copies a reference that makes them.
@@ -135,6 +149,8 @@ class DecodeConfig:
     """eos_block: every later column becomes eos (dInfer's early_stop)."""
     stable_steps: int | None = None
     """A block is filled once its predictions stayed the same for so many steps."""
+    exit: Exit = Exit()
+    """EDIT and its rivals: a block is left early, by a signal."""
     max_forwards: int | None = None
     """A row ends after so many model evaluations."""
 
@@ -212,7 +228,7 @@ class DecodeConfig:
         if top_k_first is None and self.top_p is not None and self.top_k is not None:
             top_k_first = causal
         cache = self.cache or ("block" if causal else "dual")
-        if self.rule == "verify" or self.parity in ("llada", "dream"):
+        if self.rule == "verify" or self.exit.aims or self.parity in ("llada", "dream", "edit"):
             cache = "none"
         return dataclasses.replace(
             self,
@@ -239,6 +255,8 @@ class DecodeConfig:
             return None
         if self.schedule == "columns":  # those of each block; LLaDA2's limit is the whole canvas
             return max(min(steps, gen // self.minimal_topk), 1)
+        if self.schedule == "gaussian":  # in proportion to the columns of each block
+            return min(steps, gen)
         if steps % blocks:
             raise ValueError(
                 f"steps={steps} must be a multiple of the {blocks} blocks of "

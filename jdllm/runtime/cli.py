@@ -21,7 +21,7 @@ from typing import Any, Literal
 import tyro
 
 from jdllm.runtime import signals
-from jdllm.runtime.fields import NUMBERS, nested
+from jdllm.runtime.fields import SEVERAL, nested
 from jdllm.runtime.hints import asked, nearest, nearest_choices, nearest_settings
 
 WORD = re.compile(r"[A-Za-z_][\w.-]*=")
@@ -56,13 +56,14 @@ def _read_truth(word: str) -> bool:
 
 @REGISTRY.primitive_rule
 def _numbers(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
-    """Tuples of integers, as one word with commas."""
-    if info.type != NUMBERS:
+    """Tuples of numbers, as one word with commas."""
+    if info.type not in SEVERAL:
         return None
+    kind, name = SEVERAL[info.type][0], SEVERAL[info.type][0].__name__.upper()
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
-        metavar="INT,INT,...",
-        instance_from_str=lambda words: tuple(int(word) for word in words[0].split(",") if word),
+        metavar=f"{name},{name},...",
+        instance_from_str=lambda words: tuple(kind(word) for word in words[0].split(",") if word),
         is_instance=lambda value: isinstance(value, tuple),
         str_from_instance=lambda value: [",".join(map(str, value))],
     )
@@ -248,6 +249,8 @@ def command(settings: Any, module: str) -> str:
     """The command line that gives these settings: what is not the default, as words."""
     words = []
     for name, value in _changed(settings):
+        if isinstance(value, tuple) and not any(isinstance(each, str) for each in value):
+            value = ",".join(map(str, value))
         several = isinstance(value, tuple)
         text = " ".join(shlex.quote(str(each)) for each in (value if several else (value,)))
         words.append(f"--{name} {text}" if several else f"{name}={text}")

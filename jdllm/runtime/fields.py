@@ -15,7 +15,11 @@ KINDS: dict[Any, tuple[type, str]] = {
     NoneType: (NoneType, "None"),
 }
 """Declared type -> what a value must be an instance of, and the words for it."""
-NUMBERS = tuple[int, ...]
+SEVERAL: dict[Any, tuple[Any, str]] = {
+    tuple[int, ...]: (int, "a tuple of integers"),
+    tuple[float, ...]: (float, "a tuple of numbers"),
+}
+"""Declared type of several values -> the type of each, and the words for it."""
 
 
 def nested(config: type, prefix: str = "") -> Iterator[tuple[str, type]]:
@@ -70,7 +74,7 @@ def check_fields(settings: Any, prefix: str = "") -> None:
 
     ValueError that names the field behind `prefix`, its value and what it must be. A whole number
     may stand for a float; True and False are no numbers. Types that KINDS does not list, but for
-    Literals, dataclasses and tuples of integers, pass.
+    Literals, dataclasses and tuples of numbers, pass.
     """
     for name, kinds in _declared(type(settings)):
         value = getattr(settings, name)
@@ -85,7 +89,7 @@ def _declared(owner: type) -> list[tuple[str, tuple[Any, ...]]]:
     """Fields that can be checked, and the types that each may have."""
     found = []
     for name, hint in get_type_hints(owner).items():
-        whole = get_origin(hint) is Literal or hint == NUMBERS or not get_args(hint)
+        whole = get_origin(hint) is Literal or hint in SEVERAL or not get_args(hint)
         union = (hint,) if whole else get_args(hint)
         if get_origin(hint) is not ClassVar and all(map(_known, union)):
             found.append((name, union))
@@ -93,7 +97,7 @@ def _declared(owner: type) -> list[tuple[str, tuple[Any, ...]]]:
 
 
 def _known(kind: Any) -> bool:
-    return kind in KINDS or get_origin(kind) is Literal or kind == NUMBERS or _is_group(kind)
+    return kind in KINDS or get_origin(kind) is Literal or kind in SEVERAL or _is_group(kind)
 
 
 def _is_group(kind: Any) -> bool:
@@ -103,8 +107,8 @@ def _is_group(kind: Any) -> bool:
 def _fits(value: Any, kind: Any) -> bool:
     if _is_group(kind):
         return isinstance(value, kind)
-    if kind == NUMBERS:
-        return isinstance(value, tuple) and all(_fits(one, int) for one in value)
+    if kind in SEVERAL:
+        return isinstance(value, tuple) and all(_fits(one, SEVERAL[kind][0]) for one in value)
     if get_origin(kind) is Literal:
         return isinstance(value, str) and value in get_args(kind)
     if isinstance(value, bool) and kind is not bool:
@@ -115,6 +119,6 @@ def _fits(value: Any, kind: Any) -> bool:
 def _words(kind: Any) -> tuple[str, ...]:
     if _is_group(kind):
         return (f"{kind.__name__}(...)",)
-    if kind == NUMBERS:
-        return ("a tuple of integers",)
+    if kind in SEVERAL:
+        return (SEVERAL[kind][1],)
     return get_args(kind) if get_origin(kind) is Literal else (KINDS[kind][1],)

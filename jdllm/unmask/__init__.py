@@ -22,6 +22,7 @@ from jdllm.unmask.schedule import (
     CarryOver,
     Columns,
     Each,
+    Gaussian,
     Masks,
     Pace,
     Schedule,
@@ -42,8 +43,8 @@ from jdllm.unmask.view import Draw, Verify, View
 
 __all__ = [
     "Allowance", "Argmax", "Carry", "CarryOver", "Columns", "Confidence", "Credit", "Decision",
-    "Draw", "Each", "Edit", "EntropyBound", "Factor", "Gumbel", "Hierarchy", "Leftmost", "Margin",
-    "Masks", "NegativeEntropy", "Pace", "Probability", "Quota", "Random", "Rule", "Schedule",
-    "Selection", "Share", "Tempered", "Threshold", "Timesteps", "Unmasker", "Verify", "View",
-    "Warp", "split_quota",
+    "Draw", "Each", "Edit", "EntropyBound", "Factor", "Gaussian", "Gumbel", "Hierarchy",
+    "Leftmost", "Margin", "Masks", "NegativeEntropy", "Pace", "Probability", "Quota", "Random",
+    "Rule", "Schedule", "Selection", "Share", "Tempered", "Threshold", "Timesteps", "Unmasker",
+    "Verify", "View", "Warp", "split_quota",
 ]  # fmt: skip
