@@ -8,6 +8,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral
+from pathlib import Path
 from typing import Any, Self
 
 import jax
@@ -122,14 +123,16 @@ class LLM:
         verifier: str | None = None,
         allow_unknown: Sequence[str] = (),
         kernel: str = "auto",
+        adapter: str | Path | None = None,
     ) -> Self:
         """Loads whatever `model=` may be: bundled, a folder, random:<name>, a Hugging Face id.
 
         `mesh` is a Mesh or text such as "4x1" (data x model). `dtype` auto keeps the stored one,
         except that a CPU computes in float32. `verifier` is a causal model of the same tokenizer,
         which rule=verify asks; `allow_unknown` keys of a published config.json to ignore. `kernel`
-        forces implementations (`kernels.choose.parse`). ValueError or OSError, in one sentence,
-        where there is no such model or it does not fit.
+        forces implementations (`kernels.choose.parse`). `adapter` is a folder with a LoRA adapter
+        in PEFT's files. ValueError or OSError, in one sentence, where there is no such model or
+        adapter, or it does not fit.
         """
         parse(kernel)  # before anything is loaded
         mesh = choose_mesh(mesh, model, dtype, allow_unknown) if isinstance(mesh, str) else mesh
@@ -138,7 +141,7 @@ class LLM:
         tokenizer, defaults = None, DecodeConfig()
         if folder:
             tokenizer, defaults = load_tokenizer(folder), DecodeConfig(**read_lengths(folder))
-        found = load_model(model, mesh, dtype, seed, allow_unknown)
+        found = load_model(model, mesh, dtype, seed, allow_unknown, adapter)
         second = load_model(verifier, mesh, dtype, seed, allow_unknown) if verifier else None
         return cls(dataclasses.replace(found, kernel=kernel), tokenizer, defaults, second)
 

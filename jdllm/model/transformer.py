@@ -157,7 +157,7 @@ class Attention(nnx.Module):
         queries, keys = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
         mask = ("batch", *[None] * (visible.ndim - 1))
         inputs = (queries, keys, keys, mask)
-        run = sharding.per_shard(attend, self.out[...], inputs, queries)
+        run = sharding.per_shard(attend, self.out, inputs, queries)
         return run(q_BTHK, k_BSGK, v_BSGK, visible)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jdllm.arguments import ModelArgs
 from jdllm.load import compute_dtype
-from jdllm.train.step import Recipe
+from jdllm.train.optimiser import Recipe
 from jdllm.training.data import parse_mixture
 
 SAVE_DTYPES = ("float32", "bfloat16", "float16")

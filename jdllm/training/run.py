@@ -22,6 +22,8 @@ from jdllm.runtime.progress import Bar
 from jdllm.store import checkpoint
 from jdllm.tokenizer import FILES, copy_tokenizer, load_tokenizer
 from jdllm.train import step as train
+from jdllm.train.objective import Batch
+from jdllm.train.optimiser import make_optimizer
 from jdllm.training.config import SFTConfig
 from jdllm.training.data import (
     Rows,
@@ -120,15 +122,13 @@ def load_rows(config: SFTConfig, model: ModelConfig, source: Path) -> Rows:
     return cached_rows(config.output / "cache", key, build)
 
 
-def batches(
-    config: SFTConfig, rows: Rows, mesh: jax.sharding.Mesh, start: int
-) -> Iterator[train.Batch]:
+def batches(config: SFTConfig, rows: Rows, mesh: jax.sharding.Mesh, start: int) -> Iterator[Batch]:
     """Batches [A, B, ...] from step `start` on, rows split over the data axis."""
     shape = config.accumulation, split_rows(config, mesh)
     by_row = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "data"))
     for step in range(start, config.recipe.steps):
         index = batch_index(len(rows.tokens), config.batch, step, config.seed)
-        yield train.Batch(*rows.place(index.reshape(shape), by_row))
+        yield Batch(*rows.place(index.reshape(shape), by_row))
 
 
 class Metrics:
@@ -213,7 +213,7 @@ def fit(
             for step, batch in enumerate(batches(config, rows, mesh, start), start + 1):
                 state, values = train.train_step(
                     state, batch, key,
-                    model=model, optimizer=optimizer, remat=config.remat,
+                    frozen=model, optimizer=optimizer, remat=config.remat,
                 )  # fmt: skip
                 metrics.add(step, values)
                 bar.update()
@@ -233,7 +233,7 @@ def write_model(
 ) -> None:
     """Writes the trained weights as `dtype`, with the tokenizer from `source`, or nothing."""
     with processes.shared_folder(folder) as partial:
-        params = jax.tree.map(lambda x: x.astype(dtype), state.params)
+        params = jax.tree.map(lambda x: x.astype(dtype), state.trained)
         config = dataclasses.replace(model.config, dtype=dtype)
         checkpoint.save_model(partial, dataclasses.replace(model, config=config, params=params))
         if processes.is_main():
@@ -297,7 +297,7 @@ def fine_tune(config: SFTConfig) -> None:
         if job is None:
             processes.say(f"{final} is there already: this run is finished, nothing to do")
             return
-        optimizer = train.make_optimizer(config.recipe)
+        optimizer = make_optimizer(config.recipe)
         mesh, bare = job.model.mesh, dataclasses.replace(job.model, params=None)
         state = train.create_state(job.model.params, optimizer, mesh)
         state = fit(config, job.rows, bare, state, optimizer, mesh)

@@ -28,7 +28,7 @@ from jdllm.runtime import cli, files, sharding, signals
 from jdllm.runtime.launch import free_port
 from jdllm.store import checkpoint
 from jdllm.tokenizer import copy_tokenizer, load_tokenizer
-from jdllm.train.step import Recipe
+from jdllm.train.optimiser import Recipe
 from jdllm.training import run
 from jdllm.training.config import SFTConfig
 

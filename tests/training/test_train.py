@@ -5,6 +5,7 @@ gradients are compared at rtol 1e-4 of their largest entry unless a test says ot
 """
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from jdllm.model.config import NAMED
 from jdllm.model.model import forward
 from jdllm.runtime import sharding
 from jdllm.store import checkpoint
+from jdllm.train import objective, optimiser
 from jdllm.train import step as train
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "edit" / "sft_loss.npz"
@@ -28,7 +30,7 @@ CONFIG = dataclasses.replace(
     mask_id=63, eos_id=62, pad_id=62, stop_ids=(62, 61),
 )  # fmt: skip
 KEY = jax.random.key(7)
-RECIPE = train.Recipe(steps=10, learning_rate=1e-2, warmup=2, schedule="cosine", clip=0.5)
+RECIPE = optimiser.Recipe(steps=10, learning_rate=1e-2, warmup=2, schedule="cosine", clip=0.5)
 
 
 def one_device():
@@ -48,10 +50,10 @@ def make_batch(accumulation: int = 1, rows: int = 4, columns: int = 24, seed: in
     tokens = rng.integers(0, 60, (*shape, columns)).astype(np.int32)
     prompts = rng.integers(3, 9, shape).astype(np.int32)
     lengths = rng.choice([columns - 6, columns], shape).astype(np.int32)
-    return train.Batch(jnp.asarray(tokens), jnp.asarray(prompts), jnp.asarray(lengths))
+    return objective.Batch(jnp.asarray(tokens), jnp.asarray(prompts), jnp.asarray(lengths))
 
 
-def micro(batch: train.Batch, index: int) -> train.Batch:
+def micro(batch: objective.Batch, index: int) -> objective.Batch:
     return jax.tree.map(lambda x: x[index], batch)
 
 
@@ -68,10 +70,10 @@ def close(a, b, rtol: float = 1e-4):
         np.testing.assert_allclose(x, y, rtol=0, atol=rtol * max(np.abs(y).max(), 1e-12))
 
 
-def plain_loss(params, model, batch: train.Batch, key):
+def plain_loss(params, model, batch: objective.Batch, key):
     """The objective spelled out with whole logits, from corrupt's draws: loss and mean nll."""
     model = dataclasses.replace(model, params=params)
-    noisy, masked, t = train.corrupt(key, batch, CONFIG.mask_id)
+    noisy, masked, t = objective.corrupt(key, batch, CONFIG.mask_id)
     columns = jnp.arange(noisy.shape[1])
     logits = forward(model, noisy, columns < batch.lengths[:, None])
     picked = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.tokens[..., None], axis=-1)
@@ -80,7 +82,11 @@ def plain_loss(params, model, batch: train.Batch, key):
     return jnp.sum(nll / t[:, None]) / divisor, jnp.sum(nll) / jnp.sum(masked)
 
 
-loss_of = jax.jit(train.batch_loss, static_argnums=4)
+@partial(jax.jit, static_argnames="remat")
+def loss_of(params, model, batch, key, remat=False):
+    return objective.batch_loss(train.all_parameters(params, model), batch, key, remat)
+
+
 plain_gradient = jax.jit(jax.value_and_grad(plain_loss, has_aux=True))
 
 
@@ -94,8 +100,8 @@ def test_loss_equals_the_reference(case):
     ids, labels = golden["input_ids"], golden["labels"]
     rows, columns = ids.shape
     prompts = golden.get("prompt_lengths", np.zeros(rows, int))
-    batch = train.Batch(*map(jnp.asarray, (ids, prompts, np.full(rows, columns))))
-    response = train.response_columns(batch)
+    batch = objective.Batch(*map(jnp.asarray, (ids, prompts, np.full(rows, columns))))
+    response = objective.response_columns(batch)
     assert response.size - response.sum() == golden["num_prompt_tokens"]
     masked = jnp.asarray(labels != -100)
     assert not (masked & ~response).any()
@@ -103,29 +109,29 @@ def test_loss_equals_the_reference(case):
     nll = optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(golden["logits"]), ids)
     t = golden["t"]
     np.testing.assert_array_equal(t, t[:, :1].repeat(columns, 1))
-    loss = train.weighted_loss(nll, masked, jnp.asarray(t[:, 0]), response)
+    loss = objective.weighted_loss(nll, masked, jnp.asarray(t[:, 0]), response)
     np.testing.assert_allclose(loss, golden["loss"], rtol=1e-5)
     if masked.any():
         np.testing.assert_allclose(nll[masked].mean(), golden["unscaled_loss_logged"], rtol=1e-5)
     if "t_drawn" in golden:
         drawn = jnp.asarray(golden["t_drawn"], jnp.float32)
-        np.testing.assert_allclose(train.corrupt(KEY, batch, 0, drawn)[2], t[:, 0], rtol=1e-6)
+        np.testing.assert_allclose(objective.corrupt(KEY, batch, 0, drawn)[2], t[:, 0], rtol=1e-6)
 
 
 def test_padding_is_trained_on_and_counted():
     """Padding inside the canvas has loss and is in the divisor; hidden columns are in neither."""
     nll, t = jnp.ones((1, 10)), jnp.array([0.5])
-    batch = train.Batch(jnp.full((1, 10), 62), jnp.array([4]), jnp.array([8]))
-    response = train.response_columns(batch)
+    batch = objective.Batch(jnp.full((1, 10), 62), jnp.array([4]), jnp.array([8]))
+    response = objective.response_columns(batch)
     np.testing.assert_array_equal(np.flatnonzero(response), [4, 5, 6, 7])
     only_padding = jnp.zeros((1, 10), bool).at[0, 7].set(True)
-    assert train.weighted_loss(nll, only_padding, t, response) == pytest.approx(1 / 0.5 / 4)
+    assert objective.weighted_loss(nll, only_padding, t, response) == pytest.approx(1 / 0.5 / 4)
 
 
 def test_batch_loss_is_the_objective_spelled_out(model):
     params = model.params
     batch = micro(make_batch(), 0)
-    got = loss_of(params, model, batch, KEY, False)
+    got = loss_of(params, model, batch, KEY)
     want, _ = plain_gradient(params, model, batch, KEY)
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
@@ -135,7 +141,7 @@ def test_hidden_columns_change_nothing(model):
     batch = micro(make_batch(rows=2), 0)
     batch = dataclasses.replace(batch, lengths=jnp.array([18, 18]))
     other = dataclasses.replace(batch, tokens=batch.tokens.at[:, 18:].set(5))
-    first, second = (loss_of(params, model, b, KEY, False)[0]
+    first, second = (loss_of(params, model, b, KEY)[0]
                      for b in (batch, other))  # fmt: skip
     assert first == second
 
@@ -146,20 +152,20 @@ def test_hidden_columns_change_nothing(model):
 def test_prompt_and_hidden_columns_are_never_masked():
     batch = micro(make_batch(rows=64, columns=40), 0)
     for seed in range(5):
-        noisy, masked, _ = train.corrupt(jax.random.key(seed), batch, CONFIG.mask_id)
-        assert not (masked & ~train.response_columns(batch)).any()
+        noisy, masked, _ = objective.corrupt(jax.random.key(seed), batch, CONFIG.mask_id)
+        assert not (masked & ~objective.response_columns(batch)).any()
         np.testing.assert_array_equal(noisy, jnp.where(masked, CONFIG.mask_id, batch.tokens))
-    noisy, masked, _ = train.corrupt(KEY, batch, CONFIG.mask_id, jnp.ones(64))
-    np.testing.assert_array_equal(masked, train.response_columns(batch))
+    noisy, masked, _ = objective.corrupt(KEY, batch, CONFIG.mask_id, jnp.ones(64))
+    np.testing.assert_array_equal(masked, objective.response_columns(batch))
 
 
 def test_masking_rate_follows_t():
     """A row's rate is binomial around its own t: within 5 standard deviations."""
     rows, columns, prompt = 64, 4096, 96
-    batch = train.Batch(
+    batch = objective.Batch(
         jnp.zeros((rows, columns), jnp.int32), jnp.full(rows, prompt), jnp.full(rows, columns)
     )
-    _, masked, t = train.corrupt(KEY, batch, 1)
+    _, masked, t = objective.corrupt(KEY, batch, 1)
     count = columns - prompt
     rate = np.asarray(masked.sum(1)) / count
     assert (np.abs(rate - t) < 5 * np.sqrt(np.asarray(t * (1 - t)) / count) + 1 / count).all()
@@ -169,13 +175,13 @@ def test_masking_rate_follows_t():
 
 def test_t_is_mapped_to_its_range_and_may_be_fixed():
     batch = micro(make_batch(rows=3), 0)
-    _, _, t = train.corrupt(KEY, batch, 63, jnp.array([0.0, 0.5, 1.0]))
+    _, _, t = objective.corrupt(KEY, batch, 63, jnp.array([0.0, 0.5, 1.0]))
     np.testing.assert_allclose(t, [1e-3, 0.5005, 1.0], rtol=1e-6)
 
 
 def test_corruption_is_a_function_of_the_key():
     batch = micro(make_batch(), 0)
-    first, again, other = (train.corrupt(k, batch, 63) for k in (KEY, KEY, jax.random.key(8)))
+    first, again, other = (objective.corrupt(k, batch, 63) for k in (KEY, KEY, jax.random.key(8)))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     assert (first[0] != other[0]).any() and (first[2] != other[2]).all()
 
@@ -191,10 +197,10 @@ def test_chunked_cross_entropy_equals_the_plain_one(model, monkeypatch, columns_
     hidden = jax.random.normal(KEY, (rows, columns, CONFIG.embed))
     tokens = micro(make_batch(rows=rows), 0).tokens
     weights = jax.random.uniform(KEY, tokens.shape)
-    monkeypatch.setattr(train, "LOGIT_BYTES", int(rows * columns_a_chunk * CONFIG.vocab * 4))
+    monkeypatch.setattr(objective, "LOGIT_BYTES", int(rows * columns_a_chunk * CONFIG.vocab * 4))
 
     def chunked(params, hidden):
-        nll = train.cross_entropy(dataclasses.replace(model, params=params), hidden, tokens)
+        nll = objective.cross_entropy(dataclasses.replace(model, params=params), hidden, tokens)
         return jnp.sum(nll * weights), nll
 
     def plain(params, hidden):
@@ -213,9 +219,9 @@ def test_chunked_cross_entropy_equals_the_plain_one(model, monkeypatch, columns_
 def test_no_logits_array_exceeds_the_limit(model, monkeypatch):
     params = model.params
     limit = 4 * 6 * CONFIG.vocab * 4
-    monkeypatch.setattr(train, "LOGIT_BYTES", limit)
+    monkeypatch.setattr(objective, "LOGIT_BYTES", limit)
     batch = micro(make_batch(), 0)
-    gradient = jax.grad(lambda p: train.batch_loss(p, model, batch, KEY, False)[0])
+    gradient = jax.grad(lambda p: loss_of.__wrapped__(p, model, batch, KEY)[0])
     text = str(jax.make_jaxpr(gradient)(params))
     assert f"f32[4,6,{CONFIG.vocab}]" in text and f"f32[4,24,{CONFIG.vocab}]" not in text
 
@@ -232,8 +238,8 @@ def test_accumulation_is_the_mean_of_separate_gradients(model):
     parts = [plain_gradient(params, model, micro(batch, i), keys[i]) for i in range(3)]
     mean = jax.tree.map(lambda *x: sum(x) / 3, *[gradient for _, gradient in parts])
     state = fresh_state(params, optimizer)
-    new, metrics = train.train_step(state, batch, KEY, model=model, optimizer=optimizer)
-    close(jax.tree.map(jnp.subtract, params, new.params), mean, rtol=1e-3)
+    new, metrics = train.train_step(state, batch, KEY, frozen=model, optimizer=optimizer)
+    close(jax.tree.map(jnp.subtract, params, new.trained), mean, rtol=1e-3)
     loss, nll = np.mean([np.asarray(both) for both, _ in parts], axis=0)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
     np.testing.assert_allclose(metrics["nll"], nll, rtol=1e-5)
@@ -243,15 +249,15 @@ def test_accumulation_is_the_mean_of_separate_gradients(model):
 def test_train_step_equals_a_plain_loop(model):
     """Four updates of clip, AdamW and schedule, against optax called by hand."""
     params = model.params
-    optimizer = train.make_optimizer(RECIPE)
+    optimizer = optimiser.make_optimizer(RECIPE)
     state = fresh_state(params, optimizer)
-    rate = train.learning_rate(RECIPE)
+    rate = optimiser.learning_rate(RECIPE)
     adam = optax.scale_by_adam(b1=RECIPE.beta1, b2=RECIPE.beta2, eps=RECIPE.epsilon)
     moments = adam.init(params)
     mine = params
     for step in range(4):
         batch = make_batch(seed=step)
-        state, metrics = train.train_step(state, batch, KEY, model=model, optimizer=optimizer)
+        state, metrics = train.train_step(state, batch, KEY, frozen=model, optimizer=optimizer)
         key = jax.random.split(jax.random.fold_in(KEY, step), 1)[0]
         (loss, _), gradient = plain_gradient(mine, model, micro(batch, 0), key)
         np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-4)
@@ -264,19 +270,19 @@ def test_train_step_equals_a_plain_loop(model):
         mine = jax.tree.map(lambda p, u, d, k=scale: p + k * (u + d), mine, update, decay)
         assert state.step == step + 1
     # Adam divides by the root of tiny second moments, which enlarges rounding: 1e-3, not 1e-4.
-    close(state.params, mine, rtol=1e-3)
+    close(state.trained, mine, rtol=1e-3)
 
 
 def test_bfloat16_compute_keeps_float32_masters(model):
     params = model.params
-    optimizer = train.make_optimizer(RECIPE)
+    optimizer = optimiser.make_optimizer(RECIPE)
     losses = {}
     for dtype in ("float32", "bfloat16"):
         state, metrics = train.train_step(
             fresh_state(params, optimizer), make_batch(), KEY,
-            model=dataclasses.replace(model, dtype=dtype), optimizer=optimizer,
+            frozen=dataclasses.replace(model, dtype=dtype), optimizer=optimizer,
         )  # fmt: skip
-        for leaf in jax.tree.leaves((state.params, state.moments)):
+        for leaf in jax.tree.leaves((state.trained, state.moments)):
             assert leaf.dtype == jnp.float32 or leaf.ndim == 0
         assert all(value.dtype == jnp.float32 for value in metrics.values())
         losses[dtype] = float(metrics["loss"])
@@ -286,15 +292,15 @@ def test_bfloat16_compute_keeps_float32_masters(model):
 
 def test_masters_of_bfloat16_weights_are_float32(model):
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params)
-    state = fresh_state(half, train.make_optimizer(RECIPE))
-    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.params))
+    state = fresh_state(half, optimiser.make_optimizer(RECIPE))
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.trained))
 
 
 def test_remat_gives_the_same_gradients(model):
     params = model.params
     batch = micro(make_batch(), 0)
-    value = jax.jit(jax.value_and_grad(train.batch_loss, has_aux=True), static_argnums=4)
-    plain, again = (value(params, model, batch, KEY, remat) for remat in (False, True))
+    value = jax.jit(jax.value_and_grad(loss_of, has_aux=True), static_argnames="remat")
+    plain, again = (value(params, model, batch, KEY, remat=remat) for remat in (False, True))
     np.testing.assert_allclose(plain[0], again[0], rtol=1e-6)
     close(plain[1], again[1], rtol=1e-5)
 
@@ -305,7 +311,7 @@ def test_mesh_gives_the_same_step(model, caplog):
     optimizer = optax.sgd(1.0, momentum=0.9)
     batch = make_batch(accumulation=2)
     state = fresh_state(params, optimizer)
-    one, metrics_one = train.train_step(state, batch, KEY, model=model, optimizer=optimizer)
+    one, metrics_one = train.train_step(state, batch, KEY, frozen=model, optimizer=optimizer)
     mesh = sharding.parse_mesh("2x2")
     places = list(checkpoint.placements(CONFIG, mesh).values())
     leaves, tree = jax.tree.flatten(params)
@@ -315,28 +321,28 @@ def test_mesh_gives_the_same_step(model, caplog):
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "data"))
     batch = jax.device_put(batch, rows)
     layout = jax.tree.map(lambda x: x.sharding, state)
-    many, metrics = train.train_step(state, batch, KEY, model=model, optimizer=optimizer)
-    close(many.params, one.params, rtol=1e-5)
+    many, metrics = train.train_step(state, batch, KEY, frozen=model, optimizer=optimizer)
+    close(many.trained, one.trained, rtol=1e-5)
     for name, value in metrics.items():
         np.testing.assert_allclose(value, metrics_one[name], rtol=1e-5)
     kept = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), many, layout)
     assert all(jax.tree.leaves(kept))
-    for leaf, place in zip(jax.tree.leaves(many.params), places, strict=True):
+    for leaf, place in zip(jax.tree.leaves(many.trained), places, strict=True):
         assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
     with jax.log_compiles(True):
-        train.train_step(many, batch, KEY, model=model, optimizer=optimizer)
+        train.train_step(many, batch, KEY, frozen=model, optimizer=optimizer)
     assert not [record for record in caplog.messages if "Compiling jit(train_step)" in record]
 
 
 def test_loss_falls_on_a_tiny_overfit(model):
     params = model.params
-    recipe = train.Recipe(steps=60, learning_rate=1e-2, weight_decay=0.0)
-    optimizer = train.make_optimizer(recipe)
+    recipe = optimiser.Recipe(steps=60, learning_rate=1e-2, weight_decay=0.0)
+    optimizer = optimiser.make_optimizer(recipe)
     state = fresh_state(params, optimizer)
     batch = make_batch(rows=2, columns=16)
     nll = []
     for _ in range(60):
-        state, metrics = train.train_step(state, batch, KEY, model=model, optimizer=optimizer)
+        state, metrics = train.train_step(state, batch, KEY, frozen=model, optimizer=optimizer)
         nll.append(float(metrics["nll"]))
     assert np.mean(nll[-10:]) < 0.5 * np.mean(nll[:10])
 
@@ -345,16 +351,16 @@ def test_loss_falls_on_a_tiny_overfit(model):
 
 
 def test_learning_rate_schedules():
-    linear = train.learning_rate(train.Recipe(steps=10, learning_rate=1.0))
+    linear = optimiser.learning_rate(optimiser.Recipe(steps=10, learning_rate=1.0))
     np.testing.assert_allclose(
         [np.asarray(linear(k)) for k in range(11)], 1 - np.arange(11) / 10, atol=1e-6
     )
-    warm = train.learning_rate(train.Recipe(steps=12, learning_rate=2.0, warmup=4))
+    warm = optimiser.learning_rate(optimiser.Recipe(steps=12, learning_rate=2.0, warmup=4))
     np.testing.assert_allclose(
         [np.asarray(warm(k)) for k in (0, 1, 4, 8, 12)], [0, 0.5, 2, 1, 0], atol=1e-6
     )
-    cosine = train.learning_rate(
-        train.Recipe(steps=12, learning_rate=2.0, warmup=4, schedule="cosine")
+    cosine = optimiser.learning_rate(
+        optimiser.Recipe(steps=12, learning_rate=2.0, warmup=4, schedule="cosine")
     )
     want = [0, 0.5, 2, 1 + np.cos(np.pi / 4), 1, 0]
     np.testing.assert_allclose(
@@ -374,13 +380,13 @@ def test_learning_rate_schedules():
 )
 def test_impossible_recipes_are_refused(wrong, rule):
     with pytest.raises(ValueError, match=rule):
-        train.Recipe(**wrong)
+        optimiser.Recipe(**wrong)
 
 
 def test_only_matrices_decay():
     """Without a gradient AdamW moves nothing but the decayed weights."""
-    recipe = train.Recipe(steps=10, learning_rate=0.1, weight_decay=0.5)
-    optimizer = train.make_optimizer(recipe)
+    recipe = optimiser.Recipe(steps=10, learning_rate=0.1, weight_decay=0.5)
+    optimizer = optimiser.make_optimizer(recipe)
     params = {"matrix": jnp.ones((2, 2)), "scale": jnp.ones(2)}
     zero = jax.tree.map(jnp.zeros_like, params)
     update: Any
