@@ -164,8 +164,8 @@ class Exit:
     """EDIT and its rivals: a block is left, and the rest of it filled, once a signal is calm."""
 
     ranges: ClassVar[Ranges] = {
-        "threshold": (-INFINITY, INFINITY), "patience": (1, INFINITY), "required": (1, INFINITY),
-        "polish": (0, INFINITY), "temperature": (1e-6, INFINITY),
+        "patience": (1, INFINITY), "required": (1, INFINITY), "polish": (0, INFINITY),
+        "temperature": (1e-6, INFINITY),
     }  # fmt: skip
 
     mode: ExitName = "off"
@@ -182,9 +182,9 @@ class Exit:
     map: MapName = "mean"
     """code, paper: what activations are compared with: a window of the gradient dynamics, or a
     control."""
-    modules: str = ""
-    """code, paper: pattern of the adapted modules that are read (default: all, or the last query).
-    """
+    modules: Literal["all", "last_query"] | None = None
+    """code, paper: the adapted modules that are read (default: code all, paper the query of the
+    last layer)."""
     energy: Energy = "l2"
     """paper: how the rows of a map become one vector."""
     temperature: float | None = None

@@ -115,7 +115,7 @@ def test_random_logits_of_a_large_vocabulary():
 
 
 def test_it_exchanges_a_few_numbers_a_position():
-    """One all-reduce, of four numbers per position and shard, and nothing else."""
+    """One all-reduce, of five numbers per position and shard, and nothing else."""
     grid = sharding.parse_mesh("2x4")
     hidden = jax.ShapeDtypeStruct((B, N, D), jnp.float32, sharding=sharding.by_row(grid))
     head = jax.ShapeDtypeStruct((D, V), jnp.float32, sharding=NamedSharding(grid, P(None, "model")))
@@ -123,7 +123,7 @@ def test_it_exchanges_a_few_numbers_a_position():
     (entry,) = [name for name in computations(text) if name.startswith("main")]
     (found,) = collectives(text, entry)
     assert found.kind == "all-reduce"
-    assert found.elements == 4 * 4 * (B // 2) * N
+    assert found.elements == 4 * 5 * (B // 2) * N
 
 
 @pytest.mark.parametrize(("chunk", "bound"), [(CHUNK, 0.7), (CHUNK // 4, 0.2)])

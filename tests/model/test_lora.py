@@ -1,7 +1,6 @@
 """LoRA's factors beside weights: names, first values, products, dropout, probes, meshes; int8."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
