@@ -23,6 +23,10 @@ class Completion:
     """Model evaluations made while this row was unfinished."""
     finish_reason: Literal["stop", "length"]
     """stop: an end id or a stop string came; length: the canvas was full first."""
+    calls: list[int] = dataclasses.field(default_factory=list)
+    """Model calls of each block that was decoded."""
+    exits: list[int] = dataclasses.field(default_factory=list)
+    """Numbers of the blocks that exit.* left early."""
 
 
 def raw_text(tokenizer: Any, ids: Sequence[int]) -> str:

@@ -28,8 +28,10 @@ from jdllm.decode import (
     decode,
     read_prefix,
 )
+from jdllm.decode.aims import aimed
 from jdllm.kernels.choose import parse
 from jdllm.load import choose_mesh, load_model, locate
+from jdllm.maps import Maps
 from jdllm.model.cache import Cache
 from jdllm.model.config import ModelConfig
 from jdllm.model.model import Model
@@ -104,6 +106,7 @@ class LLM:
         tokenizer: Any | None = None,
         defaults: DecodeConfig | None = None,
         verifier: Model | None = None,
+        adapter: Path | None = None,
     ):
         self.model = model
         self.config: ModelConfig = model.config
@@ -111,6 +114,7 @@ class LLM:
         self.tokenizer = tokenizer
         self.defaults = defaults or DecodeConfig()
         self.verifier = verifier
+        self.maps = Maps(model, adapter)
         self._programs = Programs()
 
     @classmethod
@@ -143,7 +147,8 @@ class LLM:
             tokenizer, defaults = load_tokenizer(folder), DecodeConfig(**read_lengths(folder))
         found = load_model(model, mesh, dtype, seed, allow_unknown, adapter)
         second = load_model(verifier, mesh, dtype, seed, allow_unknown) if verifier else None
-        return cls(dataclasses.replace(found, kernel=kernel), tokenizer, defaults, second)
+        found = dataclasses.replace(found, kernel=kernel)
+        return cls(found, tokenizer, defaults, second, Path(adapter) if adapter else None)
 
     def resolve(self, config: DecodeConfig | None = None, gen_length: int = 128) -> DecodeConfig:
         """`config` with open lengths filled from the model's own defaults, then `gen_length`."""
@@ -226,7 +231,8 @@ class LLM:
         """
         config = self.resolve(config)
         rows, gen_length = self.encode(prompts, chat), config.gen_length or 0
-        setup = self._with_stops(self._setup(config, rows), stop)
+        setup, aims = self._with_stops(self._setup(config, rows), stop), self.maps.aims(config.exit)
+        setup = aimed(setup, aims) if aims else setup
         seeds = row_seeds(rows, samples)
         replicas, lengths = self.mesh.shape["data"], [len(row) for row in rows]
         batches = plan_batches(lengths, batch_size, replicas)
@@ -237,22 +243,28 @@ class LLM:
         for index, height in zip(batches, tall, strict=True):
             chosen = [rows[i] for i in index], [seeds[i] for i in index]
             request = self._request(*chosen, config, setup, height, shared.of(index))
+            request = dataclasses.replace(request, aims=aims)
             slots = deal(len(index), height, replicas)
             program, compile_seconds = self._program(request, setup, watch is not None)
             compiling, start = compiling + compile_seconds, time.perf_counter()
             found = program(self.model, request, self.verifier)
             for state in found if watch else [found]:
-                seen = state.rows.tokens, state.rows.nfe, state.forwards, state.trace
-                tokens, nfe, forwards, kept = processes.gather(seen)
+                own = state.rows
+                seen = own.tokens, own.nfe, own.calls, own.exits, state.forwards, state.trace
+                tokens, nfe, calls, exits, forwards, kept = processes.gather(seen)
                 spent += time.perf_counter() - start
                 for i, slot in zip(index, slots, strict=True):
                     if watch:
                         watch(i, self._record(kept, slot, int(forwards), len(rows[i]), setup))
                 start = time.perf_counter()
             completions = [
-                complete(
-                    tokens[s][len(rows[i]) :][:gen_length], int(nfe[s]), self.config,
-                    self.tokenizer, stop,
+                dataclasses.replace(
+                    complete(
+                        tokens[s][len(rows[i]) :][:gen_length], int(nfe[s]), self.config,
+                        self.tokenizer, stop,
+                    ),
+                    calls=calls[s][calls[s] > 0].tolist(),
+                    exits=np.flatnonzero(exits[s]).tolist(),
                 )
                 for i, s in zip(index, slots, strict=True)
             ]  # fmt: skip

@@ -3,8 +3,9 @@
 import dataclasses
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from jdllm.decode.aims import MAPS
 from jdllm.decode.checks import INFINITY, Ranges, check_group, check_read
-from jdllm.decode.rules import EXITS, MAPS
+from jdllm.decode.rules import EXITS
 from jdllm.stop.dynamics import Energy
 from jdllm.stop.exit import Curve
 

@@ -58,16 +58,6 @@ EXITS: dict[str, tuple[Callable[["DecodeConfig"], stops.Signal], Finish]] = {
     "sched": (lambda c: stops.SchED(c.exit.curve), ((1.0,), (1,), (0,))),
 }
 """decode.exit.mode: the signal, and its usual threshold, patience and polish."""
-MAPS: dict[str, str] = {
-    "mean": "the mean update over the whole run (EDIT)",
-    "late": "the mean update over the last tenth of the run",
-    "ema": "a moving average of the updates",
-    "momentum": "the mean of the first moment alone",
-    "weights": "the adapter's own B",
-    "shuffled": "the mean update with its rows shuffled",
-    "gaussian": "random numbers",
-}
-"""decode.exit.map: what activations are compared with."""
 
 
 def drift(config: "DecodeConfig") -> stops.Drift:

@@ -16,8 +16,9 @@ from jdllm.decode.start import start
 from jdllm.decode.work import State, Work
 from jdllm.parity import make_setup
 from jdllm.parity.edit import counted
-from jdllm.stop import Drift, Exit
-from jdllm.stop.rule import rules_of, with_rule
+from jdllm.stop import Drift, Exit, Stops
+from jdllm.stop.rule import with_rule
+from jdllm.unmask import Gaussian
 from tests.support.edit_goldens import SCENARIOS, aims_of, recorded, settings_of, tiny_model
 
 LOSES = {"long_block_std5", "long_block_exit", "polish_clipped"}
@@ -28,7 +29,9 @@ DEFAULT = {"two_blocks_span2", "uneven_blocks", "polish_clipped", "cfg_scale1"}
 def counts_of(run: dict[str, np.ndarray]) -> tuple[tuple[int, ...], ...]:
     """The tokens that each step of each block asked for; after an exit, what the formula says."""
     config = settings_of(run)
-    table = make_setup(config, tiny_model(run).config).schedule.table()
+    schedule = make_setup(config, tiny_model(run).config).schedule
+    assert isinstance(schedule, Gaussian) and config.block_length
+    table = schedule.table()
     lengths = config.block_lengths or (config.block_length,) * len(run["exit_steps"])
     found, place = [], 0
     for block, (length, calls) in enumerate(zip(lengths, run["exit_steps"], strict=True)):
@@ -68,6 +71,7 @@ def prepare(run: dict[str, np.ndarray], loses: bool) -> tuple[Any, Setup, Reques
 
 def value_of(setup: Setup, state: State) -> float:
     stop = setup.stop
+    assert isinstance(stop, Stops)
     place = [isinstance(rule, Exit) for rule in stop.rules].index(True)
     return float(state.rows.stop[place]["value"][0])
 
@@ -113,4 +117,3 @@ def test_edit_replays_the_recorded_run(name: str):
     assert state.rows.calls[0].tolist() == run["exit_steps"].tolist()
     assert state.rows.tokens[0].tolist() == run["x_final"].tolist()
     assert int(np.sum(state.rows.tokens[0] == model.config.mask_id)) == int(run["masks_left"])
-    assert any(isinstance(rule, Exit) for rule in rules_of(setup.stop))

@@ -106,8 +106,10 @@ def test_dynamics_statistics_are_the_recorded_ones(name: str, dtype: str):
             )
             mine = statistics(m, v, eps).astype(jnp.float32)
             theirs = run["stats_rank0"][t - 1, number]
-            exact = {"rtol": 0, "atol": 0} if dtype == "bfloat16" else {"rtol": 1e-5, "atol": 1e-7}
-            np.testing.assert_allclose(mine, theirs, **exact)
+            exact = dtype == "bfloat16"
+            np.testing.assert_allclose(
+                mine, theirs, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-7
+            )
 
 
 def test_dynamics_statistics_by_module():
