@@ -149,7 +149,7 @@ def shown(
         opened_B=rows.opened,
         block_B=rows.block,
         steps_B=setup.steps_of(rows.block),
-        finishing_B=rows.due >= 0,
+        due_B=rows.due,
         margin_BT=on_canvas(margin(view, excluded)) if asks.margin else None,
         entropy_BT=on_canvas(entropy(view.logits_BNV)) if asks.entropy else None,
         probes=seen.probes,

@@ -177,11 +177,11 @@ class Exit:
         recent_BS = jnp.arange(calm_BS.shape[1]) >= calm_BS.shape[1] - span_B[:, None]
         count_B = jnp.sum(calm_BS & recent_BS, axis=1)
         exits_B = (count_B >= of_block(self.required, look.block_B)) & (view.step_B >= span_B)
-        exits_B &= ~look.finishing_B
+        exits_B &= look.due_B < 0
         calls_B = jnp.clip(look.steps_B - view.step_B, 0, of_block(self.polish, look.block_B))
         tokens_BT = view.tokens_BT
         if not self.leaves_open:
-            tokens_BT = fill_block(view, exits_B & (calls_B == 0))
+            tokens_BT = fill_block(view, (exits_B & (calls_B == 0)) | (look.due_B == 1))
         kept = {"calm": calm_BS, "signal": memory, "value": value_B}
         return Verdict(tokens_BT, none_B, none_B, kept, jnp.where(exits_B, calls_B, -1))
 

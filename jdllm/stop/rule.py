@@ -52,8 +52,8 @@ class Look:
     """The number of the row's block."""
     steps_B: jax.Array
     """Steps that the schedule has for the block."""
-    finishing_B: jax.Array
-    """Rows whose block is already being finished."""
+    due_B: jax.Array
+    """Calls, this one included, in which the block was to be finished; -1 where none said so."""
     margin_BT: jax.Array | None = None
     """How far the logit of each open column's best token exceeds the second best."""
     entropy_BT: jax.Array | None = None

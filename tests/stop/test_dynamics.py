@@ -46,7 +46,7 @@ def test_dynamics_replay_the_recorded_checks(temperature: str, aims: dict[str, A
         settled = ~CHECK[f"mask/t{step}"] & (np.arange(length) >= prompt)
         look = Look(
             settled_BT=jnp.asarray(settled), opened_B=jnp.array([width]), block_B=jnp.array([0]),
-            steps_B=jnp.array([9]), finishing_B=jnp.array([False]), probes=activations(step),
+            steps_B=jnp.array([9]), due_B=jnp.array([-1]), probes=activations(step),
             window_BW=jnp.arange(length)[None], aims=aims,
         )  # fmt: skip
         view = stop_view(tokens, prompt, BLOCK, step_B=jnp.array([step + 1]), look=look)
