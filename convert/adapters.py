@@ -104,7 +104,7 @@ def _facts(folder: Path) -> dict[str, Any]:
         raise ValueError(f"adapter={folder} holds no {CONFIG}{hint or ': it is no PEFT adapter'}")
     try:
         facts = json.loads(path.read_text())
-        facts["r"], facts["lora_alpha"]
+        float(facts["lora_alpha"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} describes no LoRA adapter: {error}") from None
     for key, values in INERT.items():

@@ -16,8 +16,9 @@ from tqdm import tqdm
 from jdllm.convert.export import export
 from jdllm.convert.families import COMMANDS, Source, open_source
 from jdllm.convert.fetch import converted_folder, fetch
+from jdllm.convert.merge import merge
 from jdllm.convert.plan import PlanConfig, find_plan, shown_plan, with_model
-from jdllm.load import enable_compilation_cache
+from jdllm.load import BUNDLED, enable_compilation_cache
 from jdllm.runtime import cli, files
 from jdllm.store import checkpoint
 from jdllm.store.checkpoint import LazyArray
@@ -53,6 +54,22 @@ class ExportConfig:
     """Store weights in this dtype (default: as in the source)."""
     shard_bytes: int = 5_000_000_000
     """Largest size of one safetensors file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeConfig:
+    """Adds a LoRA adapter to the weights of its base and writes the whole model."""
+
+    source: str
+    """The base: bundled, a converted folder, or a Hugging Face folder or id."""
+    adapter: Path
+    """A folder with an adapter in PEFT's files."""
+    output: Path
+    """Folder to write, as the other conversions do."""
+    dtype: Dtype | None = None
+    """Store weights in this dtype (default: as in the source)."""
+    allow_unknown: tuple[str, ...] = ()
+    """Keys of config.json to ignore although their meaning is not known here."""
 
 
 def convert(source: Source, tokenizer_files: Path, output: Path) -> None:
@@ -97,6 +114,15 @@ def run_export(words: Sequence[str]) -> None:
     print(f"wrote {config.output}", file=sys.stderr)
 
 
+def run_merge(words: Sequence[str]) -> None:
+    """The subcommand merge."""
+    config = cli.parse(MergeConfig, words, f"{PROG} merge")
+    files.refuse_existing(config.output)
+    folder = BUNDLED if config.source == "bundled" else fetch(config.source)
+    merge(folder, config.adapter, config.output, config.dtype, config.allow_unknown)
+    print(f"wrote {config.output}", file=sys.stderr)
+
+
 def run_plan(words: Sequence[str]) -> None:
     """The subcommand plan."""
     config = cli.parse(PlanConfig, with_model(words), f"{PROG} plan")
@@ -108,6 +134,7 @@ def run_plan(words: Sequence[str]) -> None:
 # What the words of each subcommand set.
 CONFIGS: dict[str, type] = {command: ConvertConfig for command in COMMANDS} | {
     "export": ExportConfig,
+    "merge": MergeConfig,
     "plan": PlanConfig,
 }
 
@@ -117,4 +144,6 @@ def main(words: Sequence[str] | None = None) -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs a traceback before it raises
     commands = {command: partial(run_convert, command) for command in COMMANDS}
     with cli.one_sentence("nothing was written; the same command starts again"):
-        cli.dispatch(commands | {"export": run_export, "plan": run_plan}, words, PROG)
+        cli.dispatch(
+            commands | {"export": run_export, "merge": run_merge, "plan": run_plan}, words, PROG
+        )

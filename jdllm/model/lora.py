@@ -207,10 +207,14 @@ class LoraConfig:
             raise ValueError(f"lora.{changed[0]} does nothing without lora.rank; add lora.rank=16")
 
     @property
+    def scale_alpha(self) -> float:
+        """Alpha, or its default."""
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
+    @property
     def scale(self) -> float:
         """What the product of the factors is multiplied with."""
-        alpha = 2.0 * self.rank if self.alpha is None else self.alpha
-        return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        return self.scale_alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 def find(names: Iterable[str], targets: str) -> list[str]:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from jdllm.model.lora import Adapter
 from jdllm.model.model import Model
 from jdllm.runtime import processes, sharding
 from jdllm.train.objective import Batch, batch_loss
@@ -25,6 +26,17 @@ type Join = Callable[[Any, Model, jax.Array | None], Model]
 def all_parameters(params: Any, frozen: Model, _: jax.Array | None = None) -> Model:
     """The Join of full fine-tuning: of `frozen` only what is static counts."""
     return dataclasses.replace(frozen, params=params)
+
+
+def beside(factors: Any, frozen: Model, dropout: jax.Array | None = None) -> Model:
+    """The Join of LoRA: `factors` {module name: Factors} beside the frozen weights.
+
+    `frozen` has an Adapter without factors, which says how much is dropped out.
+    """
+    adapter = frozen.adapter or Adapter({})
+    keys = dropout if adapter.dropout else None
+    adapter = dataclasses.replace(adapter, factors=factors, keys=keys)
+    return dataclasses.replace(frozen, adapter=adapter)
 
 
 @jax.tree_util.register_dataclass

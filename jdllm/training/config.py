@@ -5,6 +5,7 @@ from pathlib import Path
 
 from jdllm.arguments import ModelArgs
 from jdllm.load import compute_dtype
+from jdllm.model.lora import LoraConfig
 from jdllm.train.optimiser import Recipe
 from jdllm.training.data import parse_mixture
 
@@ -34,10 +35,11 @@ class SFTConfig(ModelArgs):
     accumulation: int = 1
     """Micro-batches that an update is split into."""
     recipe: Recipe = Recipe()
+    lora: LoraConfig = LoraConfig()
     save_dtype: str = "bfloat16"
     """Dtype of the weights in output/model."""
     dtype: str = "auto"
-    """Compute dtype; auto is bfloat16, on a CPU float32. Weights and moments stay float32."""
+    """Compute dtype; auto is bfloat16, on a CPU float32. What trains stays float32."""
     remat: bool = False
     """Compute layers again in the backward pass: less memory, a third more time."""
     seed: int = 0
@@ -61,6 +63,11 @@ class SFTConfig(ModelArgs):
             raise ValueError(
                 f"accumulation={self.accumulation} must divide batch={self.batch}: "
                 "micro-batches have equal size"
+            )
+        if self.adapter is not None and not self.lora.rank:
+            raise ValueError(
+                f"adapter={self.adapter} is trained on with lora.rank= alone; to train all "
+                "parameters, first add it to its base: python -m jdllm.convert merge"
             )
         if self.save_dtype not in SAVE_DTYPES:
             names = ", ".join(SAVE_DTYPES)

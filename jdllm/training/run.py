@@ -14,13 +14,11 @@ import jax
 import optax
 import orbax.checkpoint as ocp
 
-from jdllm.load import choose_mesh, compute_dtype, load_model, locate
+from jdllm.load import choose_mesh, locate
 from jdllm.model.config import ModelConfig, count_parameters, require_trainable
-from jdllm.model.model import Model
 from jdllm.runtime import files, processes, sharding, signals
 from jdllm.runtime.progress import Bar
-from jdllm.store import checkpoint
-from jdllm.tokenizer import FILES, copy_tokenizer, load_tokenizer
+from jdllm.tokenizer import FILES, load_tokenizer
 from jdllm.train import step as train
 from jdllm.train.objective import Batch
 from jdllm.train.optimiser import make_optimizer
@@ -34,6 +32,14 @@ from jdllm.training.data import (
     file_pairs,
     fingerprint,
     generated_pairs,
+)
+from jdllm.training.subject import (
+    Subject,
+    load_subject,
+    new_run,
+    refuse_other,
+    result,
+    write_result,
 )
 
 # Settings that a resumed run may change; on another mesh sums are ordered differently, so its loss
@@ -182,19 +188,32 @@ def interruptible() -> contextlib.AbstractContextManager[Callable[[], BaseExcept
     return signals.deferred("saving after this step; once more ends at once")
 
 
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Everything that training needs, loaded and checked."""
+
+    subject: Subject
+    rows: Rows
+    tokenizer: Path
+    facts: dict[str, Any]
+    """What every checkpoint says besides its state; a run goes on only where they agree."""
+
+
 def fit(
     config: SFTConfig,
-    rows: Rows,
-    model: Model,
+    job: Job,
     state: train.TrainState,
     optimizer: optax.GradientTransformation,
-    mesh: jax.sharding.Mesh,
 ) -> train.TrainState:
     """Runs the remaining steps, saving as it goes; picks up the newest checkpoint in the output.
 
     A checkpoint is a state of the run: its metrics are on disk before it is, and its name says
-    after how many updates it was taken. Orbax writes it beside and renames it when it is complete.
+    after how many updates it was taken, which is also where the data goes on. Orbax writes it
+    beside, with the facts of the job, and renames it when it is complete. ValueError where the
+    newest one is of another base, target list or data.
     """
+    subject, facts, args = job.subject, job.facts | {"run": new_run()}, ocp.args
+    mesh = subject.frozen.mesh
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
     key = processes.device_put(jax.random.key(config.seed), sharding.replicated(mesh))
     folder = config.output.absolute() / "checkpoints"
@@ -202,18 +221,22 @@ def fit(
     with ocp.CheckpointManager(folder, options=options) as manager:
         start = int(processes.broadcast_text(str(manager.latest_step() or 0)))
         if start:
-            like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-            state = manager.restore(start, args=ocp.args.StandardRestore(like))
+            found = manager.restore(start, args=args.Composite(run=args.JsonRestore()))
+            refuse_other(folder / str(start), found.run, job.facts)
+            facts["run"] = found.run["run"]
+            like = args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
+            state = manager.restore(start, args=args.Composite(state=like)).state
             processes.say(f"resumed at step {start}")
         leads = processes.is_main()
         metrics = Metrics(config.output / "metrics.jsonl", config.log_every, start, writes=leads)
         bar = Bar(total=steps, initial=start, unit="step", mininterval=1.0, disable=not leads)
         with metrics.file, bar, interruptible() as asked:
             bar.set_postfix_str("compiling")
-            for step, batch in enumerate(batches(config, rows, mesh, start), start + 1):
+            for step, batch in enumerate(batches(config, job.rows, mesh, start), start + 1):
                 state, values = train.train_step(
                     state, batch, key,
-                    frozen=model, optimizer=optimizer, remat=config.remat,
+                    frozen=subject.frozen, join=subject.join, optimizer=optimizer,
+                    remat=config.remat,
                 )  # fmt: skip
                 metrics.add(step, values)
                 bar.update()
@@ -221,33 +244,12 @@ def fit(
                 ended = asked()
                 if step % config.save_every == 0 or step == steps or ended:
                     metrics.flush()
-                    manager.save(step, args=ocp.args.StandardSave(state), force=True)
+                    parts = {"state": args.StandardSave(state), "run": args.JsonSave(facts)}
+                    manager.save(step, args=args.Composite(**parts), force=True)
                 if ended:
                     raise ended
             metrics.flush()
     return state
-
-
-def write_model(
-    folder: Path, model: Model, state: train.TrainState, dtype: str, source: Path
-) -> None:
-    """Writes the trained weights as `dtype`, with the tokenizer from `source`, or nothing."""
-    with processes.shared_folder(folder) as partial:
-        params = jax.tree.map(lambda x: x.astype(dtype), state.trained)
-        config = dataclasses.replace(model.config, dtype=dtype)
-        checkpoint.save_model(partial, dataclasses.replace(model, config=config, params=params))
-        if processes.is_main():
-            copy_tokenizer(source, partial)
-    processes.say(f"wrote {folder}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """Everything that training needs, loaded and checked."""
-
-    model: Model
-    rows: Rows
-    tokenizer: Path
 
 
 def prepare(config: SFTConfig) -> Job | None:
@@ -258,7 +260,7 @@ def prepare(config: SFTConfig) -> Job | None:
     finished = False
     if processes.is_main():
         settle(config)
-        finished = (config.output / "model").exists()
+        finished = result(config).exists()
     if processes.broadcast_text("finished" * finished):
         return None
     if not config.output.is_dir():  # process 0 has made it
@@ -266,7 +268,8 @@ def prepare(config: SFTConfig) -> Job | None:
             f"output={config.output} is not there for process {jax.process_index()}; name a folder "
             "on a disk that all processes share"
         )
-    mesh = choose_mesh(config.mesh, config.model, "float32", config.allow_unknown, copies=4)
+    dtype, copies = ("auto", 1) if config.lora.rank else ("float32", 4)  # of the weights
+    mesh = choose_mesh(config.mesh, config.model, dtype, config.allow_unknown, copies)
     processes.say(f"{processes.describe()}, {sharding.describe(mesh)}")
     split_rows(config, mesh)
     if config.data is not None:
@@ -274,15 +277,17 @@ def prepare(config: SFTConfig) -> Job | None:
     source = locate(config.tokenizer or config.model, config.allow_unknown)
     if source is None:
         raise ValueError(f"model={config.model} has no tokenizer of its own; add tokenizer=bundled")
-    model = load_model(config.model, mesh, "float32", config.seed, config.allow_unknown)
-    dtype = compute_dtype(config.dtype, "bfloat16")
-    model = dataclasses.replace(model, dtype=dtype, kernel=config.kernel)
-    require_trainable(model.config)
-    rows = processes.main_first(lambda: load_rows(config, model.config, source))
+    subject = load_subject(config, mesh)
+    model = subject.frozen.config
+    require_trainable(model)
+    rows = processes.main_first(lambda: load_rows(config, model, source))
     if processes.is_main():
         settle(config, rows)
-    processes.say(f"{len(rows.tokens)} examples, {count_parameters(model.config):,} parameters")
-    return Job(model, rows, source)
+    trained = sum(leaf.size for leaf in jax.tree.leaves(subject.trained))
+    processes.say(
+        f"{len(rows.tokens)} examples, {count_parameters(model):,} parameters, {trained:,} trained"
+    )
+    return Job(subject, rows, source, subject.facts | {"training_text": rows.digest()})
 
 
 @processes.joined()
@@ -291,14 +296,14 @@ def fine_tune(config: SFTConfig) -> None:
 
     ValueError or OSError, in one sentence, where the input or the disk is at fault.
     """
-    final = config.output / "model"
+    final = result(config)
     with files.alone(config.output) if processes.is_main() else contextlib.nullcontext():
         job = prepare(config)
         if job is None:
             processes.say(f"{final} is there already: this run is finished, nothing to do")
             return
         optimizer = make_optimizer(config.recipe)
-        mesh, bare = job.model.mesh, dataclasses.replace(job.model, params=None)
-        state = train.create_state(job.model.params, optimizer, mesh)
-        state = fit(config, job.rows, bare, state, optimizer, mesh)
-        write_model(final, bare, state, config.save_dtype, job.tokenizer)
+        subject = job.subject
+        state = train.create_state(subject.trained, optimizer, subject.frozen.mesh)
+        state = fit(config, job, state, optimizer)
+        write_result(config, subject, state.trained, job.tokenizer)

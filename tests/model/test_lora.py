@@ -108,9 +108,12 @@ def test_a_rank_above_the_width_is_refused(models):
 
 
 def test_settings_are_checked():
-    for wrong in ({"rank": -1}, {"rank": 1, "alpha": 0.0}, {"rank": 1, "dropout": 1.0}):
-        with pytest.raises(ValueError, match="lora."):
-            LoraConfig(**wrong)
+    with pytest.raises(ValueError, match="lora.rank=-1 must be"):
+        LoraConfig(rank=-1)
+    with pytest.raises(ValueError, match="lora.alpha=0.0 must be"):
+        LoraConfig(rank=1, alpha=0.0)
+    with pytest.raises(ValueError, match="lora.dropout=1.0 must be"):
+        LoraConfig(rank=1, dropout=1.0)
     with pytest.raises(ValueError, match="lora.targets does nothing without lora.rank"):
         LoraConfig(targets="all")
     assert LoraConfig(rank=4).scale == 2
@@ -242,7 +245,9 @@ def test_the_same_logits_on_a_mesh(models, name):
     ranks = {n: f.rank for n, f in adapted.adapter.factors.items()}
     places = lora.placements(own, ranks, split.mesh)
     factors = {
-        n: Factors(*(jax.device_put(getattr(f, s), places[n][s]) for s in "ab"), f.scale)
+        n: Factors(
+            jax.device_put(f.a, places[n]["a"]), jax.device_put(f.b, places[n]["b"]), f.scale
+        )
         for n, f in adapted.adapter.factors.items()
     }
     shards = {s: getattr(factors["layers.0.attention.out"], s) for s in "ab"}
