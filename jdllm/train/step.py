@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jdllm.model.lora import Adapter
 from jdllm.model.model import Model
 from jdllm.runtime import processes, sharding
+from jdllm.train.dynamics import Dynamics
 from jdllm.train.objective import Batch, batch_loss
 
 type Join = Callable[[Any, Model, jax.Array | None], Model]
@@ -48,15 +49,23 @@ class TrainState:
     """Parameters, or factors: a pytree of float32 arrays."""
     moments: Any
     step: jax.Array
+    dynamics: Dynamics | None = None
+    """Means of the optimiser's updates, where they are asked for."""
 
 
-def create_state(trained: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def create_state(
+    trained: Any,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    dynamics: Callable[[Any], Dynamics] | None = None,
+) -> TrainState:
     """A fresh TrainState: float32 master weights, zero moments (placed alike), step 0.
 
     Scalars are put on the mesh here, so that the second step finds the first one's program.
     """
     master = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
-    state = TrainState(master, optimizer.init(master), jnp.zeros((), jnp.int32))
+    watched = dynamics(master) if dynamics else None
+    state = TrainState(master, optimizer.init(master), jnp.zeros((), jnp.int32), watched)
     return jax.tree.map(
         lambda x: x if x.ndim else processes.device_put(x, sharding.replicated(mesh)), state
     )
@@ -95,4 +104,5 @@ def train_step(
     update, moments = optimizer.update(gradient, state.moments, state.trained)
     trained: Any = optax.apply_updates(state.trained, update)
     metrics = {"loss": loss, "nll": plain, "gradient_norm": optax.tree.norm(gradient)}
-    return TrainState(trained, moments, state.step + 1), metrics
+    dynamics = state.dynamics and state.dynamics.updated(moments)
+    return TrainState(trained, moments, state.step + 1, dynamics), metrics

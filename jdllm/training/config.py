@@ -8,6 +8,7 @@ from jdllm.load import compute_dtype
 from jdllm.model.lora import LoraConfig
 from jdllm.train.optimiser import Recipe
 from jdllm.training.data import parse_mixture
+from jdllm.training.dynamics import DynamicsConfig
 
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -36,6 +37,7 @@ class SFTConfig(ModelArgs):
     """Micro-batches that an update is split into."""
     recipe: Recipe = Recipe()
     lora: LoraConfig = LoraConfig()
+    dynamics: DynamicsConfig = DynamicsConfig()
     save_dtype: str = "bfloat16"
     """Dtype of the weights in output/model."""
     dtype: str = "auto"
@@ -68,6 +70,11 @@ class SFTConfig(ModelArgs):
             raise ValueError(
                 f"adapter={self.adapter} is trained on with lora.rank= alone; to train all "
                 "parameters, first add it to its base: python -m jdllm.convert merge"
+            )
+        if self.dynamics.names and not self.lora.rank:
+            raise ValueError(
+                f"dynamics.windows={self.dynamics.windows} are averages over LoRA's B; set "
+                "lora.rank= too"
             )
         if self.save_dtype not in SAVE_DTYPES:
             names = ", ".join(SAVE_DTYPES)

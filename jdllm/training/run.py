@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from jdllm.runtime import files, processes, sharding, signals
 from jdllm.runtime.progress import Bar
 from jdllm.tokenizer import FILES, load_tokenizer
 from jdllm.train import step as train
+from jdllm.train.dynamics import Dynamics
 from jdllm.train.objective import Batch
 from jdllm.train.optimiser import make_optimizer
 from jdllm.training.config import SFTConfig
@@ -33,6 +35,7 @@ from jdllm.training.data import (
     fingerprint,
     generated_pairs,
 )
+from jdllm.training.dynamics import LOG, Log, draw_heat_maps
 from jdllm.training.subject import (
     Subject,
     load_subject,
@@ -230,6 +233,10 @@ def fit(
         leads = processes.is_main()
         metrics = Metrics(config.output / "metrics.jsonl", config.log_every, start, writes=leads)
         bar = Bar(total=steps, initial=start, unit="step", mininterval=1.0, disable=not leads)
+        watched = None
+        if state.dynamics and leads:
+            epsilon = config.recipe.epsilon
+            watched = Log(config.output / LOG, config.log_every, start, epsilon)
         with metrics.file, bar, interruptible() as asked:
             bar.set_postfix_str("compiling")
             for step, batch in enumerate(batches(config, job.rows, mesh, start), start + 1):
@@ -239,11 +246,15 @@ def fit(
                     remat=config.remat,
                 )  # fmt: skip
                 metrics.add(step, values)
+                if watched:
+                    watched.add(step, state.moments)
                 bar.update()
                 bar.set_postfix({k: f"{v:.4f}" for k, v in metrics.last.items()}, refresh=False)
                 ended = asked()
                 if step % config.save_every == 0 or step == steps or ended:
                     metrics.flush()
+                    if watched:
+                        watched.flush()
                     parts = {"state": args.StandardSave(state), "run": args.JsonSave(facts)}
                     manager.save(step, args=args.Composite(**parts), force=True)
                 if ended:
@@ -304,6 +315,11 @@ def fine_tune(config: SFTConfig) -> None:
             return
         optimizer = make_optimizer(config.recipe)
         subject = job.subject
-        state = train.create_state(subject.trained, optimizer, subject.frozen.mesh)
+        names, recipe, begin = config.dynamics.names, config.recipe, None
+        if names:
+            begin = partial(Dynamics.of, steps=recipe.steps, epsilon=recipe.epsilon, windows=names)
+        state = train.create_state(subject.trained, optimizer, subject.frozen.mesh, begin)
         state = fit(config, job, state, optimizer)
-        write_result(config, subject, state.trained, job.tokenizer)
+        write_result(config, subject, state.trained, job.tokenizer, state.dynamics)
+        if names and processes.is_main():
+            draw_heat_maps(config.output)
