@@ -70,14 +70,17 @@ class Dynamics:
         cls, trained: Any, steps: int, epsilon: float, windows: tuple[str, ...] = tuple(WINDOWS)
     ) -> "Dynamics":
         """Dynamics before the first update of what trains, which holds `Factors` by module."""
-        zeros = {name: jnp.zeros_like(b, jnp.float32) for name, b in b_of(trained).items()}
-        if not zeros:
+        own = b_of(trained)
+        if not own:
             raise ValueError(
                 "gradient dynamics are those of LoRA's B and nothing of that kind trains; set "
                 "lora.rank=, or dynamics.windows= to nothing"
             )
         return cls(
-            totals={name: dict(zeros) for name in windows},
+            totals={
+                window: {name: jnp.zeros_like(b, jnp.float32) for name, b in own.items()}
+                for window in windows
+            },
             weights={name: jnp.zeros(()) for name in windows},
             count=jnp.zeros((), jnp.int32),
             steps=steps,

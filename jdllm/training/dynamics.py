@@ -91,7 +91,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def write_maps(folder: Path, dynamics: Dynamics, facts: Mapping[str, Any]) -> None:
     """Writes every window's map into an adapter's folder, on one of several processes."""
-    maps = processes.gather({name: flattened(own) for name, own in dynamics.maps().items()})
+    found = processes.gather({name: flattened(own) for name, own in dynamics.maps().items()})
+    maps = {name: found[name] for name in WINDOWS if name in found}  # a pytree forgets the order
     own = {
         "updates": int(processes.gather(dynamics.count)), "steps": dynamics.steps,
         "epsilon": dynamics.epsilon, "windows": list(maps), "layout": "[outputs, rank]",
@@ -113,7 +114,8 @@ def heat_maps(path: Path, statistic: str = "update_norm") -> bytes | None:
     parts: dict[str, dict[int, list[float]]] = {}
     for name in lines[0]["modules"]:
         if found := MODULE.fullmatch(name):
-            values = [line["modules"][name][statistic] or math.nan for line in lines]
+            values = [line["modules"][name][statistic] for line in lines]
+            values = [math.nan if value is None else value for value in values]
             parts.setdefault(found[2], {})[int(found[1])] = values
     canvas = Figure(figsize=(4.2 * len(parts), 4.2), dpi=100, layout="constrained")
     panels = np.atleast_1d(canvas.subplots(1, len(parts), sharey=True))
