@@ -35,19 +35,19 @@ RENAMED: dict[str, str] = {
 }  # fmt: skip
 """What settings were called before they had groups -> what they are called now."""
 
-BY_THRESHOLD = ("threshold", "hierarchy", "allowance")
+BY_THRESHOLD = ("threshold", "hierarchy", "allowance", "klass")
 SMOOTH = ("threshold", "hierarchy")
 COUNTLESS = ("factor", "hierarchy", "entropy_bound", "verify")
 NOT_IN_INDEL = (
     "temperature", "top_p", "top_k", "credit.alpha", "edit.penalty", "smooth.weight",
     "logits_eos_inf", "confidence_eos_eot_inf", "steps", "tokens_per_step",
 )  # fmt: skip
-BY_PROBABILITY = ("factor", "hierarchy", "allowance")
+BY_PROBABILITY = ("factor", "hierarchy", "allowance", "klass")
 
 
 def _counts(c: Any) -> bool:
     """Whether a schedule spreads steps."""
-    by_steps = c.rule in ("quota", "origin") or (c.rule == "threshold" and c.steps)
+    by_steps = c.rule in ("quota", "origin", "klass") or (c.rule == "threshold" and c.steps)
     return bool(by_steps and not c.tokens_per_step)
 
 
@@ -57,12 +57,13 @@ READERS: tuple[tuple[tuple[str, ...], Callable[[Any], Any], str], ...] = (
     (
         ("threshold",),
         lambda c: c.rule in BY_THRESHOLD,
-        "rule=threshold, hierarchy or allowance",
+        "rule=threshold, hierarchy, allowance or klass",
     ),
     (("edge",), lambda c: c.rule == "threshold", "rule=threshold"),
     (("low_threshold",), lambda c: c.rule == "hierarchy", "rule=hierarchy"),
     (("factor",), lambda c: c.rule == "factor", "rule=factor"),
     (("entropy_bound",), lambda c: c.rule == "entropy_bound", "rule=entropy_bound"),
+    (("klass.kl", "klass.steps"), lambda c: c.rule == "klass", "rule=klass"),
     (("verify.weight", "verify.window"), lambda c: c.rule == "verify", "rule=verify"),
     (
         ("top_k_first",),
@@ -70,11 +71,11 @@ READERS: tuple[tuple[tuple[str, ...], Callable[[Any], Any], str], ...] = (
         "top_p together with top_k",
     ),
     (("alg_temp",), lambda c: c.rule == "quota", "rule=quota"),
-    (("schedule",), _counts, "rule=quota or origin, and rule=threshold with steps"),
+    (("schedule",), _counts, "rule=quota, origin or klass, and rule=threshold with steps"),
     (
         ("minimal_topk",),
         lambda c: _counts(c) or c.rule == "allowance",
-        "rule=quota, origin or allowance, and rule=threshold with steps",
+        "rule=quota, origin, klass or allowance, and rule=threshold with steps",
     ),
     (("eps",), lambda c: c.schedule == "timesteps", "schedule=timesteps"),
     (("gaussian.peak", "gaussian.width"), lambda c: c.schedule == "gaussian", "schedule=gaussian"),
@@ -123,8 +124,9 @@ CONFLICTS: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "back what a preset sets: steps=None",
     ),
     (
-        lambda c: c.tokens_per_step and c.rule not in ("quota", "threshold"),
-        "tokens_per_step={c.tokens_per_step} belongs to rule=quota or threshold, not rule={c.rule}",
+        lambda c: c.tokens_per_step and c.rule not in ("quota", "threshold", "klass"),
+        "tokens_per_step={c.tokens_per_step} belongs to rule=quota, threshold or klass, not "
+        "rule={c.rule}",
     ),
     (
         lambda c: c.rule == "entropy_bound" and c.remasking != "entropy",

@@ -19,7 +19,17 @@ from jdllm.decode.checks import (
     check_read,
     refuse_old_names,
 )
-from jdllm.decode.groups import Credit, Dinfer, Edit, Exit, Gaussian, Smooth, Verify, Vicinity
+from jdllm.decode.groups import (
+    Credit,
+    Dinfer,
+    Edit,
+    Exit,
+    Gaussian,
+    Klass,
+    Smooth,
+    Verify,
+    Vicinity,
+)
 from jdllm.decode.presets import PRESETS, Settings, preset_settings
 from jdllm.decode.rules import CONFIDENCES, SELECTIONS, STOPS, WHOLE_RULES
 from jdllm.model.config import ModelConfig
@@ -76,7 +86,7 @@ class DecodeConfig:
     rule: RuleName = "threshold"
     """Which positions are unmasked in a step; docs/decoding.md tells each."""
     threshold: float | None = None
-    """threshold, hierarchy, allowance: confidence from which a token is taken."""
+    """threshold, hierarchy, allowance, klass: confidence from which a token is taken."""
     edge: Literal["at_least", "above", "slack"] | None = None
     """threshold: >=, > or dInfer's >= min(best - 1e-5, threshold)."""
     low_threshold: float = 0.62
@@ -87,6 +97,8 @@ class DecodeConfig:
     """entropy_bound: nats that the tokens of a step may sum to."""
     verify: Verify = Verify()
     """verify: the mixture with the verifier, and apd's windows."""
+    klass: Klass = Klass()
+    """klass: how still a distribution must stand."""
 
     remasking: ConfidenceName = "low_confidence"
     """What ranks positions: their token's probability, chance, place, margin or entropy."""
@@ -96,8 +108,8 @@ class DecodeConfig:
     gaussian: Gaussian = Gaussian()
     """schedule=gaussian: its peak and width."""
     steps: int | None = None
-    """quota, origin, allowance: steps in all, spread evenly over blocks (default: one token each).
-    More than there are columns are made only where `parity` copies a reference that makes them.
+    """quota, origin, allowance, klass: steps in all, spread evenly over blocks (default: one token
+    each). More than there are columns are made only where `parity` copies a reference that makes them.
     threshold: a floor on the tokens of a step (LLaDA2.0)."""
     tokens_per_step: int | None = None
     """quota: so many tokens in every step, instead of `steps`. threshold: at least so many
@@ -249,7 +261,7 @@ class DecodeConfig:
         More steps than columns could only idle. They are made where a reference makes them.
         """
         steps = self.steps
-        if self.rule in ("quota", "origin", "allowance") and not self.tokens_per_step:
+        if self.rule in ("quota", "origin", "allowance", "klass") and not self.tokens_per_step:
             steps = steps or (gen if self.schedule == "columns" else blocks * block)
         if not steps:
             return None

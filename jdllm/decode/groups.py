@@ -141,6 +141,21 @@ class Dinfer:
 
 
 @dataclasses.dataclass(frozen=True)
+class Klass:
+    """rule=klass: a token is taken once its distribution has stood still."""
+
+    ranges: ClassVar[Ranges] = {"kl": (0, INFINITY), "steps": (1, INFINITY)}
+
+    kl: float = 0.01
+    """What KL(now || before) must stay below."""
+    steps: int = 2
+    """For so many calls in a row."""
+
+    def __post_init__(self):
+        check_group(self, "klass")
+
+
+@dataclasses.dataclass(frozen=True)
 class Gaussian:
     """EDIT's transfer schedule: where in a block most of its tokens are written."""
 

@@ -23,6 +23,7 @@ SELECTIONS: dict[str, Callable[["DecodeConfig"], unmask.Selection]] = {
     "entropy_bound": lambda c: unmask.EntropyBound(c.entropy_bound),
     "origin": lambda c: unmask.Share(),
     "allowance": lambda c: unmask.Allowance(bar(c)),
+    "klass": lambda c: unmask.Threshold(bar(c), "above"),
 }
 """decode.rule: which columns are filled in a step."""
 WHOLE_RULES: dict[str, str] = {"verify": "a causal model decides how much of a draft is kept"}
@@ -104,6 +105,9 @@ def make_rule(config: "DecodeConfig", model: ModelConfig) -> unmask.Rule:
         credit=unmask.Credit(**vars(config.credit)) if config.credit.alpha else None,
         warp=warp,
         edit=edit,
+        klass=unmask.Klass(config.klass.kl, config.klass.steps, model.vocab)
+        if config.rule == "klass"
+        else None,
     )
 
 

@@ -101,6 +101,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("plain", GAUSSIAN | {"exit.mode": "code", "exit.map": "weights", "exit.threshold": (0.8, 0.4),
                           "exit.patience": (2, 1, 3)}),
     ("plain", {"threshold": 0.8, "exit.mode": "prophet", "exit.polish": (2,)}),
+    ("plain", {"rule": "klass", "threshold": 0.3, "klass.kl": 0.5, "klass.steps": 1,
+               "cache": "none", "block_length": 6}),
     ("blocks", EXACT),
     ("blocks", EXACT | {"cache": "none"}),
     ("blocks", {"threshold": 0.5, "edit.threshold": 0.4, "stop": "eos_block"}),

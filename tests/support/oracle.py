@@ -8,7 +8,7 @@ greedy candidates and our own loop (parity=none), not random draws or a referenc
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from fractions import Fraction
 
 import numpy as np
@@ -55,8 +55,18 @@ def runs(places: list[int]) -> list[list[int]]:
     return found
 
 
-def select(c: np.ndarray, open_: list[int], config: DecodeConfig, quota: int, floor: float):
-    """Returns which of the open positions are filled; the lowest index wins ties."""
+def select(
+    c: np.ndarray,
+    open_: list[int],
+    config: DecodeConfig,
+    quota: int,
+    floor: float,
+    still: Collection[int],
+):
+    """Returns which of the open positions are filled; the lowest index wins ties.
+
+    Above a threshold those that stand `still` are.
+    """
     order = sorted(open_, key=lambda i: (-c[i], i))
     threshold = config.threshold or 0.0
     bar = max(-threshold if config.remasking == "entropy" else threshold, floor)
@@ -66,10 +76,11 @@ def select(c: np.ndarray, open_: list[int], config: DecodeConfig, quota: int, fl
         return order[:quota]
     if config.rule == "allowance":
         return [i for r, i in enumerate(order[:quota]) if r == 0 or c[i] >= threshold]
-    if config.rule == "threshold":
+    if config.rule in ("threshold", "klass"):
         if config.edge == "slack":
             bar = min(bar, c[order[0]] - 1e-5)
-        sure = [i for i in order if (c[i] > bar if config.edge == "above" else c[i] >= bar)]
+        above = config.edge == "above" or config.rule == "klass"
+        sure = [i for i in order if i in still and (c[i] > bar if above else c[i] >= bar)]
         return sure if len(sure) >= quota else order[:quota]
     if config.rule == "hierarchy":
         best = [min(run, key=lambda i: (-c[i], i)) for run in runs(open_)]
@@ -160,6 +171,21 @@ class Block:
     clean_calls: int = 0
     finished: bool = False
     exit: PlainExit | None = None
+    chances: np.ndarray | None = None
+    """Distributions of the call before, for KLASS."""
+    calm: np.ndarray | None = None
+    """For how many calls they have stood still."""
+
+    def still(self, logits: np.ndarray, config: DecodeConfig) -> list[int]:
+        """Returns the positions whose distribution has stood still for long enough."""
+        p, before = softmax(logits), self.chances
+        if before is None or self.calm is None:
+            self.calm = np.zeros(len(p), int)
+        else:
+            kl = (p * np.log(np.maximum(p, 1e-300) / before)).sum(-1)
+            self.calm = np.where(kl < config.klass.kl, self.calm + 1, 0)
+        self.chances = p
+        return np.flatnonzero(self.calm >= config.klass.steps).tolist()
 
 
 class Row:
@@ -281,7 +307,8 @@ class Row:
         if config.rule == "verify":
             chosen = self.agreed(own, ids, open_, block.first)
         else:
-            chosen = select(c, open_, config, quota, floor)
+            still = block.still(own, config) if config.rule == "klass" else open_
+            chosen = select(c, open_, config, quota, floor, still)
         for i in chosen:
             new[i] = ids[i]
         if config.edit.threshold is not None:

@@ -77,7 +77,7 @@ class PlainExit:
         p = softmax(logits)
         if mode == "entropy":
             entropy = -(p * np.log(p + 1e-10)).sum(-1)
-            return np.mean([entropy[i] for i in asked] or [0.0]) < threshold
+            return bool(np.mean([entropy[i] for i in asked] or [0.0]) < threshold)
         allowed = np.delete(logits, row.facts.mask_id, axis=1)
         best = np.sort(allowed, axis=1)
         margin = np.mean([best[i, -1] - best[i, -2] for i in asked] or [0.0])
