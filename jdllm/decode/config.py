@@ -109,8 +109,8 @@ class DecodeConfig:
     """schedule=gaussian: its peak and width."""
     steps: int | None = None
     """quota, origin, allowance, klass: steps in all, spread evenly over blocks (default: one token
-    each). More than there are columns are made only where `parity` copies a reference that makes them.
-    threshold: a floor on the tokens of a step (LLaDA2.0)."""
+    each). More than there are columns are made only where `parity` copies a reference that makes
+    them. threshold: a floor on the tokens of a step (LLaDA2.0)."""
     tokens_per_step: int | None = None
     """quota: so many tokens in every step, instead of `steps`. threshold: at least so many
     (LLaDA2.1's num_to_transfer)."""

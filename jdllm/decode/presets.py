@@ -28,7 +28,7 @@ _BLOCKINFER = {
 }  # fmt: skip
 
 _EDIT = {
-    "rule": "quota", "schedule": "gaussian", "cache": "none", "stop": "none", "exit.mode": "code",
+    "rule": "quota", "schedule": "gaussian", "cache": "none", "exit.mode": "code",
 }  # fmt: skip
 # EDIT's files, from the second block on: 1/peak, 1/width, patience and threshold. The first block
 # has 64 columns, 1/4, 1/5, 6 and 0.05; all are finished in two calls.
