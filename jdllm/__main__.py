@@ -24,7 +24,7 @@ COMMANDS = {
     "launch": "starts a command as several processes of this machine",
     "harness": "is lm-eval's own command line, which knows the model jdllm",
     "doctor": "says whether this machine is set up right",
-    "completion": "prints what makes bash complete all of these",
+    "completion": "prints what makes bash or zsh complete all of these",
 }
 # What the words of a command set, as module:name; a name in capitals has those of subcommands.
 # Only what is named is imported, so that this list and a typo take no time.
@@ -42,6 +42,7 @@ CONFIGS: dict[str, str | None] = {
     "doctor": "jdllm.doctor:DoctorConfig",
     "completion": None,
     "completion bash": None,
+    "completion zsh": None,
 }
 
 

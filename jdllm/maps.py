@@ -1,6 +1,7 @@
 """Maps of a loaded adapter: its B, its gradient dynamics on disk, and what exits make of them."""
 
 import functools
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ class Maps:
     def __init__(self, model: Model, folder: Path | None = None):
         self.model, self.folder = model, folder
         self._aims: dict[Exit, dict[str, Aim]] = {}
+        self._digests: dict[Exit, str] = {}
 
     @functools.cached_property
     def factors(self) -> dict[str, np.ndarray]:
@@ -53,6 +55,15 @@ class Maps:
                 make_aims(settings, self.factors, self._window),
             )
         return self._aims[settings]
+
+    def digest(self, settings: Exit) -> str:
+        """What tells these maps from any others."""
+        if settings not in self._digests:
+            digest = hashlib.sha256()
+            for name, x in sorted(self.of(settings).items()):
+                digest.update(name.encode() + np.asarray(x, np.float32).tobytes())
+            self._digests[settings] = digest.hexdigest()[:16]
+        return self._digests[settings]
 
     def alignment(self, settings: Exit) -> dict[str, float]:
         """The cosine of map and B of every module that is read."""

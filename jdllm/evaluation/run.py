@@ -75,7 +75,7 @@ def generated(record: Any, left: str | None, facts: dict[str, Any]) -> Sample:
     return Sample(
         prompt=record.prompt, completion=text, nfe=done.nfe, tokens=len(done.ids),
         seconds=record.cost.seconds, answer=read(text) if read else left,
-        finish_reason=done.finish_reason, **facts,
+        finish_reason=done.finish_reason, calls=done.calls, exits=done.exits, **facts,
     )  # fmt: skip
 
 

@@ -12,7 +12,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from jdllm.runtime.cli import choices, nested, preset_tables
+from jdllm.runtime.fields import nested, preset_tables
+from jdllm.runtime.mistakes import choices
 
 WORDS = {bool: "true|false", int: "INTEGER", float: "NUMBER", Path: "PATH"}
 GROUPS = {

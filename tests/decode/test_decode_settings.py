@@ -233,17 +233,21 @@ def test_values_out_of_range_are_refused(name: str):
 
 
 TYPED: list[tuple[str, Any, str]] = [
-    ("vicinity.before", "3", "vicinity.before='3' must be an integer"),
-    ("block_lengths", (4, 2.5), r"block_lengths=\(4, 2.5\) must be a tuple of integers"),
-    ("gen_length", 8.5, "gen_length=8.5 must be an integer or None"),
-    ("gen_length", True, "gen_length=True must be an integer or None"),
-    ("steps", (4,), r"steps=\(4,\) must be an integer or None"),
+    ("vicinity.before", "3", "vicinity.before='3' must be a whole number"),
+    (
+        "block_lengths",
+        (4, 2.5),
+        r"block_lengths=\(4, 2.5\) must be a list, each item a whole number",
+    ),
+    ("gen_length", 8.5, "gen_length=8.5 must be a whole number or None"),
+    ("gen_length", True, "gen_length=True must be a whole number or None"),
+    ("steps", (4,), r"steps=\(4,\) must be a whole number or None"),
     ("temperature", None, "temperature=None must be a finite number"),
     ("temperature", float("inf"), "temperature=inf must be a finite number"),
     ("temperature", float("nan"), "temperature=nan must be a finite number"),
     ("threshold", "0.9", "threshold='0.9' must be a finite number or None"),
-    ("stop_fill", 1, "stop_fill=1 must be True or False"),
-    ("align", "yes", "align='yes' must be True or False or None"),
+    ("stop_fill", 1, "stop_fill=1 must be true or false"),
+    ("align", "yes", "align='yes' must be true or false or None"),
     ("rule", None, "rule=None must be threshold or"),
     ("cache", 3, "cache=3 must be none or prefix or dual or block or None"),
     ("gen_length", 0, "gen_length=0 is out of range"),
