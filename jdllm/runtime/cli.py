@@ -114,10 +114,16 @@ def expand_presets(config: type, options: Sequence[str], prog: str) -> list[str]
             refuse(f"{prog} knows no {setting}={name}; {hint}")
         prefix = setting.removesuffix("preset")
         table = {prefix + key: value for key, value in tables[setting][name].items()}
-        kept += [f"--{key}={value}" for key, value in table.items() if key not in given]
+        kept += [f"--{key}={as_word(value)}" for key, value in table.items() if key not in given]
         kept += [f"--{setting}={name}"] if setting in fields else []
         given |= set(table)  # decode.preset=NAME counts more than preset=NAME
     return kept
+
+
+def as_word(value: Any) -> Any:
+    """Returns several numbers as one word, anything else as it is."""
+    several = isinstance(value, tuple) and not any(isinstance(each, str) for each in value)
+    return ",".join(map(str, value)) if several else value
 
 
 def to_options(words: Sequence[str]) -> list[str]:
@@ -181,8 +187,7 @@ def command(settings: Any, module: str) -> str:
     """The command line that gives these settings: what is not the default, as words."""
     words = []
     for name, value in _changed(settings):
-        if isinstance(value, tuple) and not any(isinstance(each, str) for each in value):
-            value = ",".join(map(str, value))
+        value = as_word(value)
         several = isinstance(value, tuple)
         text = " ".join(shlex.quote(str(each)) for each in (value if several else (value,)))
         words.append(f"--{name} {text}" if several else f"{name}={text}")
