@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jdllm.decode import DecodeConfig
-from jdllm.evaluation import exit_sweep, exits
+from jdllm.evaluation import edit_folder, exit_sweep, exits
 from jdllm.evaluation.config import EvalConfig, TaskArgs
 from jdllm.evaluation.plans import Plan, read_plan
 from jdllm.evaluation.report import NO_PLOTS, Row, can_plot, write_report
@@ -37,6 +37,9 @@ class SweepConfig(TaskArgs):
     """plan=edit: lengths of completions (default: 128,256,512)."""
     rules: str = ""
     """plan=edit: patterns of rules, with commas: code,paper,step-* (default: all)."""
+    edit_folder: Path | None = None
+    """A folder that EDIT's own eval has left: its accuracies and steps are counted, nothing is run.
+    """
     dry_run: bool = False
     """Say what would be done, without weights: prompts, model calls at most, memory."""
     output: Path = Path("results/sweep")
@@ -44,6 +47,8 @@ class SweepConfig(TaskArgs):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.edit_folder and not self.edit_folder.is_dir():
+            raise ValueError(f"edit_folder={self.edit_folder} is no folder; name one of EDIT's")
         if self.compares_exits:
             self.check_tasks((self.task or exits.TASKS).split(","))
             exit_sweep.planned(self)  # every mistake is found here
@@ -140,6 +145,9 @@ def perform(runs: Sequence[EvalConfig], journal: Journal) -> Iterator[tuple[Eval
 
 def main(config: SweepConfig) -> None:
     """Runs the plan and writes the report."""
+    if config.edit_folder:
+        print(edit_folder.report(config.edit_folder))
+        return
     if not can_plot():
         print(f"note: {NO_PLOTS}", file=sys.stderr)
     enable_compilation_cache()
