@@ -7,7 +7,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from jdllm.runtime import files, processes
 from jdllm.store.dynamics import write_dynamics
 from jdllm.train.dynamics import STATISTICS, WINDOWS, Dynamics, described, flattened
+from jdllm.train.optimiser import Recipe
 
 LOG = "dynamics.jsonl"
 MODULE = re.compile(r"layers\.(\d+)\.(.+)")
@@ -42,6 +43,14 @@ class DynamicsConfig:
     def names(self) -> tuple[str, ...]:
         """The windows that were named."""
         return tuple(name.strip() for name in self.windows.split(",") if name.strip())
+
+    def begin(self, recipe: Recipe) -> Callable[[Any], Dynamics] | None:
+        """What makes the dynamics before the first update; None where no window was named."""
+        if not self.names:
+            return None
+        return functools.partial(
+            Dynamics.of, steps=recipe.steps, epsilon=recipe.epsilon, windows=self.names
+        )
 
 
 class Log:

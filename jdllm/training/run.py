@@ -7,7 +7,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from jdllm.runtime import files, processes, sharding, signals
 from jdllm.runtime.progress import Bar
 from jdllm.tokenizer import FILES, load_tokenizer
 from jdllm.train import step as train
-from jdllm.train.dynamics import Dynamics
 from jdllm.train.objective import Batch
 from jdllm.train.optimiser import make_optimizer
 from jdllm.training.config import SFTConfig
@@ -315,11 +313,9 @@ def fine_tune(config: SFTConfig) -> None:
             return
         optimizer = make_optimizer(config.recipe)
         subject = job.subject
-        names, recipe, begin = config.dynamics.names, config.recipe, None
-        if names:
-            begin = partial(Dynamics.of, steps=recipe.steps, epsilon=recipe.epsilon, windows=names)
+        begin = config.dynamics.begin(config.recipe)
         state = train.create_state(subject.trained, optimizer, subject.frozen.mesh, begin)
         state = fit(config, job, state, optimizer)
         write_result(config, subject, state.trained, job.tokenizer, state.dynamics)
-        if names and processes.is_main():
+        if begin and processes.is_main():
             draw_heat_maps(config.output)
