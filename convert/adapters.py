@@ -25,9 +25,10 @@ from jdllm.convert.families import FAMILIES
 from jdllm.convert.table import apply, sizes, source_shape, undo
 from jdllm.model.config import ModelConfig
 from jdllm.model.linear import linear_of, module_names, modules
-from jdllm.model.lora import Factors, placements, shapes
+from jdllm.model.lora import Factors, LoraConfig, placements, shapes
 from jdllm.model.model import abstract, named
 from jdllm.runtime import files
+from jdllm.store import checkpoint
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -227,7 +228,12 @@ class Scaling:
         return whole(scale * (math.sqrt(rank) if self.rslora else rank))
 
 
-def scaling_of(factors: Mapping[str, Factors]) -> Scaling:
+def scaling_of(lora: LoraConfig) -> Scaling:
+    """What PEFT is told of a run's factors."""
+    return Scaling(lora.rank, lora.scale_alpha, lora.rslora, lora.dropout)
+
+
+def commonest(factors: Mapping[str, Factors]) -> Scaling:
     """The commonest rank and scale."""
     pairs = collections.Counter((part.rank, part.scale) for part in factors.values())
     (rank, scale), _ = pairs.most_common(1)[0]
@@ -285,6 +291,29 @@ def target_pattern(paths: Iterable[str], known: Iterable[str]) -> str:
     raise AssertionError("escaped paths match themselves alone")
 
 
+def run_factors(run: Path, step: int | None) -> tuple[LoraConfig, dict[str, Factors]]:
+    """The settings of a LoRA run, and its factors after `step` updates (default: the newest).
+
+    ValueError where that checkpoint is not there, or the run trains all parameters.
+    """
+    facts = json.loads((run / "config.json").read_text())
+    lora = LoraConfig(**facts.get("lora", {}))
+    if not lora.rank:
+        raise ValueError(f"{run} trains all parameters: export its model/ when it is finished")
+    kept = sorted(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit())
+    if not kept or step not in (None, *kept):
+        raise ValueError(
+            f"step={step} is not among the checkpoints of {run}: {', '.join(map(str, kept))}"
+        )
+    folder = run / "checkpoints" / str(step or kept[-1])
+    names = json.loads((folder / "run" / "metadata").read_text())["modules"]
+
+    def read(name: str) -> Any:
+        return checkpoint.read_array(folder / "state", f"trained.{name}", "float32")
+
+    return lora, {n: Factors(read(f"{n}.a"), read(f"{n}.b"), lora.scale) for n in names}
+
+
 def write_adapter(
     folder: Path,
     config: ModelConfig,
@@ -298,7 +327,7 @@ def write_adapter(
     """
     if config.family not in FAMILIES:
         raise ValueError(f"models of the family {config.family} cannot be exported")
-    scaling, size = scaling or scaling_of(factors), sizes(config)
+    scaling, size = scaling or commonest(factors), sizes(config)
     tensors, ranks, alphas, known = dict[str, np.ndarray](), {}, {}, pieces(config)
     for path, held in known.items():
         if (found := _module(held, factors, size)) is None:

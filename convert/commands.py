@@ -13,12 +13,13 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
+from jdllm.convert.adapters import run_factors, scaling_of, write_adapter
 from jdllm.convert.export import export
 from jdllm.convert.families import COMMANDS, Source, open_source
 from jdllm.convert.fetch import converted_folder, fetch
 from jdllm.convert.merge import merge
 from jdllm.convert.plan import PlanConfig, find_plan, shown_plan, with_model
-from jdllm.load import BUNDLED, enable_compilation_cache
+from jdllm.load import BUNDLED, enable_compilation_cache, read_facts
 from jdllm.runtime import cli, files
 from jdllm.store import checkpoint
 from jdllm.store.checkpoint import LazyArray
@@ -44,16 +45,18 @@ class ConvertConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
-    """Writes a converted model back as a Hugging Face checkpoint."""
+    """Writes a converted model back as a Hugging Face checkpoint, or a LoRA run as PEFT's files."""
 
     source: Path
-    """A folder that this command wrote, or the model/ in one of jdllm.sft."""
+    """A folder that this command wrote, the model/ in one of jdllm.sft, or a LoRA run of it."""
     output: Path
     """Folder to write."""
     dtype: Dtype | None = None
     """Store weights in this dtype (default: as in the source)."""
     shard_bytes: int = 5_000_000_000
     """Largest size of one safetensors file."""
+    step: int | None = None
+    """Of a LoRA run: the checkpoint (default: the newest)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,10 +110,22 @@ def run_convert(command: str, words: Sequence[str]) -> None:
     print(f"wrote {output}", file=sys.stderr)
 
 
+def export_run(config: ExportConfig) -> None:
+    """Writes the factors of a LoRA run's checkpoint as PEFT's files."""
+    lora, factors = run_factors(config.source, config.step)
+    facts = json.loads((config.source / "config.json").read_text())
+    model = read_facts(facts["model"], allow_unknown=facts["allow_unknown"])
+    with files.atomic_folder(config.output) as folder:
+        write_adapter(folder, model, factors, facts["model"], scaling_of(lora))
+
+
 def run_export(words: Sequence[str]) -> None:
     """The subcommand export."""
     config = cli.parse(ExportConfig, words, f"{PROG} export")
-    export(config.source, config.output, config.dtype, config.shard_bytes)
+    if (config.source / "checkpoints").is_dir():
+        export_run(config)
+    else:
+        export(config.source, config.output, config.dtype, config.shard_bytes)
     print(f"wrote {config.output}", file=sys.stderr)
 
 

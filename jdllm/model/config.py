@@ -161,21 +161,6 @@ def count_parameters(config: ModelConfig) -> int:
     return layers + ends + config.embed
 
 
-def require_trainable(config: ModelConfig) -> None:
-    """ValueError for a model that can decode but not be trained."""
-    if config.causal or config.shift_logits:
-        fact = "causal" if config.causal else "shift_logits"
-        raise ValueError(
-            f"a model with {fact}=true predicts token t + 1 in row t of its logits, which training "
-            "does not read yet; use another model"
-        )
-    if config.block_causal is not None:
-        raise ValueError(
-            f"the model attends block by block (block_causal={config.block_causal}), which "
-            "training cannot do yet; use another model"
-        )
-
-
 LLADA_8B = ModelConfig(
     layers=32,
     embed=4096,

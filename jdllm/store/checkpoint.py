@@ -230,6 +230,12 @@ def _shape(leaf: nnx.Param) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
+def read_array(path: Path, name: str, dtype: str) -> np.ndarray:
+    """Returns the whole stored array `name` of the checkpoint at `path`."""
+    store = _open(path.absolute(), name)
+    return _read(store, np.dtype(dtype), (slice(None),) * store.rank)
+
+
 def _restore(path: Path, name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     read: Any = functools.partial(_read, _open(path, name), np.dtype(leaf.dtype))
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, read)

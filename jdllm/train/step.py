@@ -1,4 +1,4 @@
-"""One training step: losses of micro-batches, their mean gradient, one update of what trains.
+"""One training step: one loss of the whole batch, its gradient, one update of what trains.
 
 What trains is a pytree of its own: all parameters, or some factors beside frozen ones. The rest is
 a Model, an argument of the step. A `Join` makes the Model of both that computes.
@@ -18,7 +18,7 @@ from jdllm.model.lora import Adapter
 from jdllm.model.model import Model
 from jdllm.runtime import processes, sharding
 from jdllm.train.dynamics import Dynamics
-from jdllm.train.objective import Batch, batch_loss
+from jdllm.train.objective import HIDDEN, Batch, Noisy, Objective, corrupt, losses
 
 type Join = Callable[[Any, Model, jax.Array | None], Model]
 """From what trains, what is frozen and a dropout key per row [B] (None: no dropout) to a Model."""
@@ -71,38 +71,84 @@ def create_state(
     )
 
 
-@partial(jax.jit, static_argnames=("join", "optimizer", "remat"), donate_argnames=("state",))
+@partial(
+    jax.jit,
+    static_argnames=("objective", "optimizer", "join", "remat", "micro"),
+    donate_argnames=("state",),
+)
 def train_step(
     state: TrainState,
     batch: Batch,
     key: jax.Array,
     *,
     frozen: Model,
+    objective: Objective,
     optimizer: optax.GradientTransformation,
     join: Join = all_parameters,
     remat: bool = False,
+    micro: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimiser update from A micro-batches: `batch` has shapes [A, B, ...].
 
-    The gradient is the mean over the micro-batches. Corruption depends on `key` and the step
-    alone, so a resumed run repeats itself bit for bit. Metrics are float32 scalars.
+    The loss is one sum over the whole batch with one divisor, however the batch is split; with
+    `micro` it is the mean of the micro-batches' own losses, as EDIT and d1 have it. Noise depends
+    on `key`, the examples and their visits alone. Metrics are float32 scalars: loss, nll (plain
+    mean over the masked columns), the gradient's norm before clipping, and how many columns of
+    examples there were.
     """
-    accumulation, rows = batch.tokens.shape[:2]
-    keys = jax.random.split(jax.random.fold_in(key, state.step), accumulation)
+    mask_id = frozen.config.mask_id
+    noisy = jax.vmap(lambda one: corrupt(objective, key, one, mask_id))(batch)
+    counts_A = jnp.sum(noisy.counts, axis=(1, 2))
+    divisor = (
+        counts_A * len(counts_A) if micro else jnp.broadcast_to(counts_A.sum(), counts_A.shape)
+    )
+    divisor_A = jnp.maximum(divisor, 1e-6)  # an empty micro-batch has loss 0
 
-    def loss_of(trained: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        dropout_B = jax.random.split(jax.random.fold_in(key, 1), rows)
-        return batch_loss(join(trained, frozen, dropout_B), batch, key, remat)
+    def loss_of(trained: Any, noisy: Noisy, divisor: jax.Array) -> tuple[jax.Array, jax.Array]:
+        total, plain = losses(objective, join(trained, frozen, noisy.dropout), noisy, remat)
+        return total / divisor, plain
 
-    def add(total: Any, pair: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-        (loss, plain), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.trained, *pair)
+    def add(total: Any, part: tuple[Noisy, jax.Array]) -> tuple[Any, None]:
+        (loss, plain), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.trained, *part)
         return jax.tree.map(jnp.add, total, (gradient, loss, plain)), None
 
     zero = (jax.tree.map(jnp.zeros_like, state.trained), jnp.zeros(()), jnp.zeros(()))
-    total, _ = jax.lax.scan(add, zero, (batch, keys))
-    gradient, loss, plain = jax.tree.map(lambda x: x / accumulation, total)
+    (gradient, loss, plain), _ = jax.lax.scan(add, zero, (noisy, divisor_A))
     update, moments = optimizer.update(gradient, state.moments, state.trained)
     trained: Any = optax.apply_updates(state.trained, update)
-    metrics = {"loss": loss, "nll": plain, "gradient_norm": optax.tree.norm(gradient)}
+    nll = plain / jnp.maximum(jnp.sum(noisy.masked), 1)
+    tokens = jnp.sum(batch.example != HIDDEN, dtype=jnp.float32)
+    metrics = {"loss": loss, "nll": nll, "gradient_norm": optax.tree.norm(gradient)}
+    metrics["tokens"] = tokens
     dynamics = state.dynamics and state.dynamics.updated(moments)
     return TrainState(trained, moments, state.step + 1, dynamics), metrics
+
+
+@partial(jax.jit, static_argnames=("objective", "join", "levels"))
+def held_out(
+    trained: Any,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    frozen: Model,
+    objective: Objective,
+    levels: tuple[float, ...],
+    join: Join = all_parameters,
+) -> tuple[jax.Array, jax.Array]:
+    """Sums of nll over masked columns of `batch` [A, B, ...], and their number, per level [N].
+
+    The masked columns are the same each time: a function of the key, the example and the level.
+    """
+    plain = dataclasses.replace(objective, complementary=False, confidence=0.0)
+    model = join(trained, frozen, None)
+
+    def at(pair: tuple[jax.Array, Batch]) -> tuple[jax.Array, jax.Array]:
+        level, part = pair
+        noisy = corrupt(plain, key, part, frozen.config.mask_id, level)
+        return losses(plain, model, noisy)[1], jnp.sum(noisy.masked)
+
+    def over(level: jax.Array) -> tuple[jax.Array, jax.Array]:
+        parts = jnp.full(len(batch.tokens), level)
+        return jax.tree.map(jnp.sum, jax.lax.map(at, (parts, batch)))
+
+    return jax.lax.map(over, jnp.array(levels))

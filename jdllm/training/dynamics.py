@@ -53,6 +53,13 @@ class DynamicsConfig:
         )
 
 
+def open_log(output: Path, every: int, start: int, dynamics: Dynamics | None) -> "Log":
+    """The log of a run's dynamics; it writes nothing without them, nor on a second process."""
+    if dynamics is None or not processes.is_main():
+        return Log(None, every, start, 0.0)
+    return Log(output / LOG, every, start, dynamics.epsilon)
+
+
 class Log:
     """dynamics.jsonl: STATISTICS of every module, a line every `every` updates.
 
@@ -60,22 +67,23 @@ class Log:
     after step `start`, which the run will write again, and a torn one.
     """
 
-    def __init__(self, path: Path, every: int, start: int, epsilon: float):
+    def __init__(self, path: Path | None, every: int, start: int, epsilon: float):
         self.every, self.path = every, path
         self.describe = jax.jit(functools.partial(described, epsilon=epsilon))
         self.pending: tuple[int, float, dict[str, jax.Array]] | None = None
-        kept = [line for line in read_log(path) if line["step"] <= start]
-        files.write_json_lines(path, kept)
+        if path:
+            kept = [line for line in read_log(path) if line["step"] <= start]
+            files.write_json_lines(path, kept)
 
     def add(self, step: int, moments: Any) -> None:
         """Notes the moments after update `step`."""
-        if step % self.every == 0:
+        if self.path and step % self.every == 0:
             self.flush()
             self.pending = (step, time.time(), self.describe(moments))
 
     def flush(self) -> None:
         """Writes what was noted last; a number that is not finite becomes null."""
-        if self.pending:
+        if self.pending and self.path:
             step, now, found = self.pending
             modules = {
                 name: dict(zip(STATISTICS, map(finite, np.asarray(row).tolist()), strict=True))

@@ -10,10 +10,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jdllm.convert.adapters import Scaling, place, read_factors, write_adapter
+from jdllm.convert.adapters import place, read_factors, scaling_of, write_adapter
 from jdllm.load import compute_dtype, load_model
 from jdllm.model.linear import modules
-from jdllm.model.lora import Adapter, Factors, LoraConfig, find, initial, refuse_dropout
+from jdllm.model.lora import Adapter, Factors, find, initial, refuse_dropout
 from jdllm.model.model import Model, abstract, named
 from jdllm.model.quantise import quantise_params
 from jdllm.runtime import processes
@@ -123,11 +123,6 @@ def write_result(
         checkpoint.save_model(partial, model)
         if processes.is_main():
             copy_tokenizer(tokenizer, partial)
-
-
-def scaling_of(lora: LoraConfig) -> Scaling:
-    """What PEFT is told of the factors."""
-    return Scaling(lora.rank, lora.scale_alpha, lora.rslora, lora.dropout)
 
 
 # What a checkpoint says besides the state

@@ -29,6 +29,7 @@ from jdllm.tasks.puzzles import countdown
 from jdllm.train import objective
 from jdllm.train.step import all_parameters
 from tests.parity import test_traces
+from tests.support.batches import batch_of
 from tests.support.collectives import Collective, in_loops
 from tests.support.models import on_mesh, random_arrays
 from tests.support.recordings import ROOT, Case, has_ties, load, supported
@@ -299,6 +300,8 @@ def test_the_bundled_model_differs_in_near_ties_only(mesh: str):
 
 # One training step
 
+LLADA = objective.OBJECTIVES["llada"]
+
 
 @pytest.mark.parametrize(
     ("name", "mesh"),
@@ -313,17 +316,14 @@ def test_loss_and_gradients(name: str, mesh: str):
     """Within 1e-5 of the loss, and of the largest entry of each weight's gradient, in float32."""
     config = MODELS[name]
     rng = np.random.default_rng(0)
-    batch = objective.Batch(
-        jnp.array(rng.integers(0, 300, (8, 12)), jnp.int32),
-        jnp.array(rng.integers(1, 6, 8), jnp.int32),
-        jnp.array(rng.choice([9, 12], 8), jnp.int32),
-    )
+    batch = batch_of(rng.integers(0, 300, (8, 12)), rng.integers(1, 6, 8), rng.choice([9, 12], 8))
 
+    @jax.jit
     @partial(jax.value_and_grad, has_aux=True)
-    def loss_of(params, model, batch):
-        return objective.batch_loss(all_parameters(params, model), batch, jax.random.key(3), True)
+    def step(params, model, batch):
+        noisy = objective.corrupt(LLADA, jax.random.key(3), batch, model.config.mask_id)
+        return objective.losses(LLADA, all_parameters(params, model), noisy, True)
 
-    step = jax.jit(loss_of)
     arrays, found = random_arrays(config), {}
     for text in ("1x1", mesh):
         grid = sharding.parse_mesh(text)

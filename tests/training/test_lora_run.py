@@ -2,7 +2,12 @@
 
 import dataclasses
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +19,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from jdllm import LLM
-from jdllm.convert import adapters
+from jdllm.convert import adapters, commands
 from jdllm.load import BUNDLED, load_model
 from jdllm.model.config import NAMED
 from jdllm.model.lora import Factors, LoraConfig
@@ -22,8 +27,9 @@ from jdllm.model.model import Model, forward, named
 from jdllm.runtime import files, sharding
 from jdllm.store import checkpoint
 from jdllm.tokenizer import copy_tokenizer
+from jdllm.train.memory import TrainPlan, held, shown
 from jdllm.train.optimiser import Recipe
-from jdllm.train.step import beside, train_step
+from jdllm.train.step import beside, create_state, train_step
 from jdllm.training import run
 from jdllm.training.config import SFTConfig
 from jdllm.training.subject import load_subject
@@ -126,7 +132,7 @@ def test_three_steps_equal_those_of_torch(recorded):
         update, moments = optimizer.update(gradient, moments, factors)
         return optax.apply_updates(factors, update), moments, loss
 
-    factors = factors_at(recorded, "", 0)
+    factors: Any = factors_at(recorded, "", 0)
     moments = optimizer.init(factors)
     for k in range(4):
         near(factors, factors_at(recorded, "", k), 2e-5)
@@ -175,6 +181,39 @@ def test_a_checkpoint_holds_factors_their_moments_and_what_they_belong_to(finish
     assert (facts["rank"], facts["alpha"]) == (4, 8)
 
 
+def test_a_plan_is_said_before_the_start(base, tmp_path, capsys):
+    """Parts are what the arrays hold; the total with XLA's scratch is what the program takes."""
+    config = settings(base, tmp_path / "run", recipe=Recipe(steps=1), lora=LoraConfig(rank=4))
+    run.fine_tune(config)
+    said = capsys.readouterr().err
+    assert said.index("GB on each device") < said.index("1/1")
+    rows = [line.split() for line in said.splitlines() if re.match("  [a-z]", line)]
+    assert [row[0] for row in rows] == [
+        "frozen", "trained", "moments", "gradients", "logits", "activations", "total",
+    ]  # fmt: skip
+    subject = load_subject(config, sharding.parse_mesh("1x1"))
+    sizes = [sum(x.nbytes for x in jax.tree.leaves(t)) for t in (subject.frozen, subject.trained)]
+    assert sizes[1] == 3 * 4 * (32 + 32) * 4  # q, k, v; A and B; rank 4
+    state = create_state(subject.trained, optax.adam(1.0), sharding.parse_mesh("1x1"))
+    found = [held(subject.frozen.params), held(state.trained), held(state.moments)]
+    assert found == [*sizes, 2 * sizes[1] + 4]
+    plan = TrainPlan(2_000_000_000, 0, 0, 0, 0, 1_000_000)
+    assert shown(plan, 2_001_000_000).endswith("2.001  fits in 2.001")
+    assert shown(plan, 2_000_000_000).endswith("2.001  does not fit in 2.000")
+
+
+def test_any_checkpoint_is_exported_as_an_adapter(finished, tmp_path, capsys):
+    for step, words in ((5, []), (4, ["step=4"])):
+        output = tmp_path / str(step)
+        commands.main(["export", f"source={finished.output}", f"output={output}", *words])
+        found = {p.name: p.read_bytes() for p in sorted(output.iterdir())}
+        assert (found == saved(finished.output)) == (step == 5)
+        assert len(adapters.read_factors(output, CONFIG)) == 3
+    with pytest.raises(SystemExit):
+        commands.main(["export", f"source={finished.output}", f"output={tmp_path / 'x'}", "step=3"])
+    assert "step=3 is not among the checkpoints" in capsys.readouterr().err
+
+
 class Killed(Exception):
     pass
 
@@ -206,6 +245,41 @@ def test_a_killed_run_ends_in_the_same_bits(finished, base, tmp_path, monkeypatc
     assert saved(config.output) == saved(finished.output)
     last = json.loads((config.output / "checkpoints" / "5" / "run" / "metadata").read_text())
     assert first == last  # the name of the run, too
+
+
+@pytest.mark.slow
+def test_kills_in_the_middle_of_a_save(base, tmp_path):
+    """kill -9 whenever a checkpoint is being written: the run still ends in the same bits."""
+    words = [
+        sys.executable, "-m", "jdllm.sft", f"model={base}", "task=sudoku", "examples=12",
+        "length=96", "batch=4", "recipe.steps=12", "recipe.learning_rate=1e-2", "mesh=1x1",
+        "save_every=2", "log_every=1", "lora.rank=4", "lora.dropout=0.1", "lora.base=int8",
+    ]  # fmt: skip
+    root = str(Path(__file__).resolve().parents[2])
+    cache = str(jax.config.jax_compilation_cache_dir)
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache, "PYTHONPATH": root}
+
+    def start(output: Path) -> subprocess.Popen[bytes]:
+        quiet = subprocess.DEVNULL
+        return subprocess.Popen(
+            [*words, f"output={output}"], env=environment, stdout=quiet, stderr=quiet
+        )
+
+    whole, output, torn = tmp_path / "whole", tmp_path / "run", 0
+    assert start(whole).wait(300) == 0
+    for _ in range(4):
+        process = start(output)
+        partial = set[Path]()
+        while process.poll() is None and not partial:
+            time.sleep(0.0005)
+            partial = set((output / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        torn += any(path.exists() for path in partial)
+    assert torn > 0
+    assert start(output).wait(300) == 0
+    assert lines(output) == lines(whole)
+    assert saved(output) == saved(whole)
 
 
 def test_a_changed_run_is_refused_by_name(finished, base, tmp_path):
@@ -242,7 +316,7 @@ def test_training_goes_on_from_an_adapter(finished, base, tmp_path):
     mesh = sharding.parse_mesh("1x1")
     subject = load_subject(settings(base, tmp_path / "run", adapter=adapter), mesh)
     stored = adapters.read_factors(adapter, CONFIG)
-    near(subject.trained, stored, 0)
+    near(subject.trained, stored, 0.0)
     other = settings(base, tmp_path / "run", adapter=adapter, lora=LoraConfig(rank=4))
     with pytest.raises(ValueError, match="has 3 modules of rank .4., but lora.targets"):
         load_subject(other, mesh)
