@@ -5,7 +5,7 @@ Fields of a base class are settings of the command like its own: `model=`, `mesh
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from jdllm.kernels.choose import parse
 
@@ -51,7 +51,11 @@ class DecodingArgs(ModelArgs):
 
     verifier: str | None = None
     """The causal model that decode.rule=verify asks."""
+    engine: Literal["auto", "on", "off"] = "auto"
+    """Rows that end make room for others at once; auto: where that pays (docs/engine.md)."""
 
     def load_llm(self, verifier: str | None = None) -> "LLM":
         """Loads the model with its verifier; ValueError or OSError as from LLM.load."""
-        return super().load_llm(verifier or self.verifier)
+        llm = super().load_llm(verifier or self.verifier)
+        llm.engine = self.engine
+        return llm

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from jdllm.decode import (
     read_prefix,
 )
 from jdllm.decode.aims import aimed
+from jdllm.engine.offline import decode_all, pays
 from jdllm.kernels.choose import parse
 from jdllm.load import choose_mesh, load_model, locate
 from jdllm.maps import Maps
@@ -49,6 +50,15 @@ from jdllm.viz import trace
 Prompt = str | Sequence[int] | Sequence[Message]
 
 
+EngineUse = Literal["auto", "on", "off"]
+
+
+def row_keys(seed: int, numbers: Sequence[int] | np.ndarray) -> jax.Array:
+    """The random keys of rows, by their numbers (`batches.row_seeds`)."""
+    base = jax.random.key(seed)
+    return jax.vmap(lambda n: jax.random.fold_in(base, n))(np.asarray(numbers, np.uint32))
+
+
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     """A list of prompts; a prompt that comes by itself becomes a list of one."""
     if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], Integral | Mapping)):
@@ -64,8 +74,7 @@ class Batch:
     completions: list[Completion]
     forwards: int
     seconds: float
-    """Wall time on the device and back, without compilation; the first batch's has that of the
-    prefixes, which are computed before it."""
+    """On the device and back, without compilation; the first batch's has that of the prefixes."""
     compile_seconds: float
     shared_tokens: int
     """Prompt tokens of its rows that were not computed with it, but once for all batches."""
@@ -106,9 +115,11 @@ class LLM:
         tokenizer: Any | None = None,
         defaults: DecodeConfig | None = None,
         verifier: Model | None = None,
+        engine: EngineUse = "auto",
         adapter: Path | None = None,
     ):
         self.model = model
+        self.engine: EngineUse = engine
         self.config: ModelConfig = model.config
         self.mesh: Mesh = model.mesh
         self.tokenizer = tokenizer
@@ -128,6 +139,7 @@ class LLM:
         allow_unknown: Sequence[str] = (),
         kernel: str = "auto",
         adapter: str | Path | None = None,
+        engine: EngineUse = "auto",
     ) -> Self:
         """Loads whatever `model=` may be: bundled, a folder, random:<name>, a Hugging Face id.
 
@@ -135,8 +147,9 @@ class LLM:
         except that a CPU computes in float32. `verifier` is a causal model of the same tokenizer,
         which rule=verify asks; `allow_unknown` keys of a published config.json to ignore. `kernel`
         forces implementations (`kernels.choose.parse`). `adapter` is a folder with a LoRA adapter
-        in PEFT's files. ValueError or OSError, in one sentence, where there is no such model or
-        adapter, or it does not fit.
+        in PEFT's files. With `engine` rows that end make room for others at once; auto does so
+        where that pays (docs/engine.md). ValueError or OSError, in one sentence, where there is no
+        such model or adapter, or it does not fit.
         """
         parse(kernel)  # before anything is loaded
         mesh = choose_mesh(mesh, model, dtype, allow_unknown) if isinstance(mesh, str) else mesh
@@ -148,7 +161,7 @@ class LLM:
         found = load_model(model, mesh, dtype, seed, allow_unknown, adapter)
         second = load_model(verifier, mesh, dtype, seed, allow_unknown) if verifier else None
         found = dataclasses.replace(found, kernel=kernel)
-        return cls(found, tokenizer, defaults, second, Path(adapter) if adapter else None)
+        return cls(found, tokenizer, defaults, second, engine, Path(adapter) if adapter else None)
 
     def resolve(self, config: DecodeConfig | None = None, gen_length: int = 128) -> DecodeConfig:
         """`config` with open lengths filled from the model's own defaults, then `gen_length`."""
@@ -231,9 +244,11 @@ class LLM:
         """
         config = self.resolve(config)
         rows, gen_length = self.encode(prompts, chat), config.gen_length or 0
-        setup, aims = self._with_stops(self._setup(config, rows), stop), self.maps.aims(config.exit)
-        setup = aimed(setup, aims) if aims else setup
+        setup = self._with_stops(self._setup(config, rows), stop)
         seeds = row_seeds(rows, samples)
+        if not watch and self._continuous(setup, len(rows), batch_size):
+            yield from self._stream_continuously(rows, seeds, config, setup, batch_size, stop)
+            return
         replicas, lengths = self.mesh.shape["data"], [len(row) for row in rows]
         batches = plan_batches(lengths, batch_size, replicas)
         tall = heights(batches, lengths, replicas)
@@ -243,7 +258,6 @@ class LLM:
         for index, height in zip(batches, tall, strict=True):
             chosen = [rows[i] for i in index], [seeds[i] for i in index]
             request = self._request(*chosen, config, setup, height, shared.of(index))
-            request = dataclasses.replace(request, aims=aims)
             slots = deal(len(index), height, replicas)
             program, compile_seconds = self._program(request, setup, watch is not None)
             compiling, start = compiling + compile_seconds, time.perf_counter()
@@ -258,23 +272,45 @@ class LLM:
                         watch(i, self._record(kept, slot, int(forwards), len(rows[i]), setup))
                 start = time.perf_counter()
             completions = [
-                dataclasses.replace(
-                    complete(
-                        tokens[s][len(rows[i]) :][:gen_length], int(nfe[s]), self.config,
-                        self.tokenizer, stop,
-                    ),
-                    calls=calls[s][calls[s] > 0].tolist(),
-                    exits=np.flatnonzero(exits[s]).tolist(),
-                )
+                complete(
+                    tokens[s][len(rows[i]) :][:gen_length], int(nfe[s]), self.config,
+                    self.tokenizer, stop,
+                ).noted(calls[s], exits[s])
                 for i, s in zip(index, slots, strict=True)
             ]  # fmt: skip
             saved = len(index) * shared.length
             yield Batch(index, completions, int(forwards), spent, compiling, saved)
             spent, compiling = 0.0, 0.0
 
+    def _continuous(self, setup: Setup, rows: int, batch_size: int) -> bool:
+        """Whether the engine decodes so many rows."""
+        if self.engine == "auto":
+            return pays(self.model, setup, rows, batch_size)
+        return self.engine == "on"
+
+    def _stream_continuously(
+        self,
+        rows: list[list[int]],
+        seeds: list[int],
+        config: DecodeConfig,
+        setup: Setup,
+        batch_size: int,
+        stop: Sequence[str],
+    ) -> Iterator[Batch]:
+        """Batches of the rows that ended together, whenever some did."""
+        for found in decode_all(self.model, setup, rows, row_keys(config.seed, seeds), batch_size):
+            completions = [
+                complete(tokens[: config.gen_length], nfe, self.config, self.tokenizer, stop)
+                for tokens, nfe in zip(found.tokens, found.nfe, strict=True)
+            ]
+            yield Batch(
+                found.index, completions, found.calls, found.seconds, found.compile_seconds, 0
+            )
+
     def _setup(self, config: DecodeConfig, rows: Sequence[Sequence[int]]) -> Setup:
         """What a resolved `config` means here; ValueError where it cannot serve the prompts."""
-        setup, longest = make_setup(config, self.config), max(map(len, rows), default=0)
+        setup = aimed(make_setup(config, self.config), self.maps.aims(config.exit))
+        longest = max(map(len, rows), default=0)
         if config.rule == "verify" and not (self.verifier and self.verifier.config.causal):
             raise ValueError("rule=verify asks a causal model: name it, verifier=FOLDER")
         if setup.canvas_length(longest) > self.config.max_length:
@@ -328,11 +364,10 @@ class LLM:
             tokens[slot, len(row) : setup.canvas_length(len(row))] = self.config.mask_id
             lengths[slot], numbers[slot], idle[slot] = len(row), seed, False
             which[slot] = begun[1][i] if begun else 0
-        base = jax.random.key(config.seed)
-        keys = jax.vmap(lambda n: jax.random.fold_in(base, n))(numbers)
-        arrays = (tokens, lengths, keys, idle, which)
+        arrays = (tokens, lengths, row_keys(config.seed, numbers), idle, which)
         *placed, which = processes.device_put(arrays, sharding.by_row(self.mesh))
-        return Request(*placed, prefixes=Prefixes(begun[0], which) if begun else None)
+        prefixes = Prefixes(begun[0], which) if begun else None
+        return Request(*placed, prefixes=prefixes, aims=self.maps.aims(config.exit))
 
     def _record(
         self, kept: Trace, slot: int, forwards: int, prompt_length: int, setup: Setup

@@ -104,8 +104,10 @@ def make_aims(
     return found
 
 
-def aimed(setup: "Setup", aims: Mapping[str, Aim]) -> "Setup":
-    """The setup whose exits read the modules that there are aims for."""
+def aimed(setup: "Setup", aims: Mapping[str, Aim] | None) -> "Setup":
+    """The setup whose exits read the modules that there are aims for, if any."""
+    if not aims:
+        return setup
     directions = max(aim.directions.shape[1] for aim in aims.values())
 
     def aim(rule: Exit) -> Exit:

@@ -34,6 +34,8 @@ class Call:
     judge: Judge | None = None
     aims: Any = None
     """What a stop rule compares activations with."""
+    commits_B: jax.Array | None = None
+    """Rows apart whose finished block is fed for its keys alone; nothing else of them changes."""
     apart: bool = False
     """Whether other rows keep their keys in the cache; they must where rows are not in lockstep."""
 
@@ -61,7 +63,7 @@ def look_at(
     """What the rule is shown of each row's view by one model call, and the cache after it."""
     columns_BN, window_BW = setup.view.columns(rows), window(setup, rows, call.full)
     if call.apart:
-        window_BW = off_canvas(window_BW, ~call.active_B[:, None], rows.tokens.shape[1])
+        window_BW = off_canvas(window_BW, ~written(rows, window_BW, call), rows.tokens.shape[1])
     ends_B = visible_end(setup, rows)
     found = feed(model, setup, rows, cache, window_BW, ends_B, setup.asks.probes)
     hidden_BWD, cache = found.hidden, found.cache
@@ -76,6 +78,14 @@ def look_at(
     else:
         view = dataclasses.replace(view, best=model.best(hidden_BND, special))
     return Seen(view, columns_BN, window_BW, hidden_BND, hidden_BWD, found.probes), cache
+
+
+def written(rows: Rows, window_BW: jax.Array, call: Call) -> jax.Array:
+    """Which columns fed [B, W] or [B, 1] get new keys where rows are apart."""
+    if call.commits_B is None:
+        return call.active_B[:, None]
+    own_BW = call.commits_B[:, None] & (window_BW >= rows.first[:, None])
+    return call.active_B[:, None] | own_BW
 
 
 def view_of(setup: Setup, rows: Rows, columns_BN: jax.Array, call: Call) -> unmask.View:

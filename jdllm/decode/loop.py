@@ -133,6 +133,8 @@ def leave_block(work: Work, state: State, leaving_B: jax.Array) -> State:
 
 def noted(rows: Rows, leaving_B: jax.Array) -> Rows:
     """The rows with what the blocks that some of them leave have cost, and how they ended."""
+    if rows.calls is None or rows.exits is None:
+        return rows
     own_BK = leaving_B[:, None] & (jnp.arange(rows.calls.shape[1]) == rows.block[:, None])
     return dataclasses.replace(
         rows,

@@ -86,10 +86,6 @@ class Rows:
     """bool [B]: a stop rule has left the block; it gets no further call."""
     due: jax.Array
     """int32 [B]: calls in which a stop rule wants the block finished; -1 where none has said so."""
-    calls: jax.Array
-    """int32 [B, blocks]: calls of each block that has ended."""
-    exits: jax.Array
-    """bool [B, blocks]: blocks that a stop rule left before their schedule ended."""
     dirty: jax.Array
     """bool [B]: the last call changed the row, so its keys are not those of its tokens."""
     accepted: jax.Array
@@ -100,6 +96,10 @@ class Rows:
     """What the stop rule remembers."""
     inputs: jax.Array | None = None
     """[B, T, D]: what is fed instead of embedded tokens, where inputs are smoothed."""
+    calls: jax.Array | None = None
+    """int32 [B, blocks]: calls of each block that has ended, where a driver notes them."""
+    exits: jax.Array | None = None
+    """bool [B, blocks]: blocks that a stop rule left before their schedule ended."""
 
     @property
     def columns_T(self) -> jax.Array:

@@ -35,11 +35,11 @@ class Gumbel:
 
     The references compute exp(logits) / (-log u)^T in float64. Its logarithm is the same rule and
     cannot overflow, so float32 suffices. T scales the noise, not the logits. With T = 1 on logits
-    that a Warp has divided, this draws from their softmax (Dream, LLaDA2).
+    that a Warp has divided, this draws from their softmax (Dream, LLaDA2). T may be [B, 1, 1].
     """
 
     excluded: tuple[int, ...]
-    temperature: float
+    temperature: float | jax.Array
 
     def __call__(self, logits_BNV: jax.Array, draw: Draw) -> jax.Array:
         noisy = logits_BNV + self.temperature * gumbel(draw(logits_BNV.shape[1:]))
@@ -53,17 +53,17 @@ class Warp:
     `top_k_first` is the order of LLaDA2 and BlockInfer: top_p then counts within what top_k kept,
     so fewer tokens stay. Both filters also apply at temperature 0, where they change confidences.
     A dropped token gets the lowest finite logit. The likeliest token that is not in `excluded`
-    always stays, so that there is one to choose.
+    always stays, so that there is one to choose. Temperature and top_p may be arrays [B, 1, 1].
     """
 
-    temperature: float = 0.0
-    top_p: float | None = None
+    temperature: float | jax.Array = 0.0
+    top_p: float | jax.Array | None = None
     top_k: int | None = None
     top_k_first: bool = False
     excluded: tuple[int, ...] = ()
 
     def __call__(self, logits_BNV: jax.Array) -> jax.Array:
-        if self.temperature:
+        if not isinstance(self.temperature, float | int) or self.temperature:
             logits_BNV = logits_BNV / self.temperature
         if self.top_k_first:
             kept = _keep_mass(_keep_best(logits_BNV, self.top_k), self.top_p)
@@ -73,12 +73,12 @@ class Warp:
         return jnp.where(logits_BNV < jnp.max(allowed, axis=-1, keepdims=True), kept, logits_BNV)
 
 
-def _keep_mass(logits_BNV: jax.Array, top_p: float | None) -> jax.Array:
+def _keep_mass(logits_BNV: jax.Array, top_p: float | jax.Array | None) -> jax.Array:
     """Returns the logits with all but the top_p mass dropped.
 
     The token that crosses the limit stays, and so do tokens tied with it.
     """
-    if top_p is None or top_p >= 1:
+    if top_p is None or (isinstance(top_p, float | int) and top_p >= 1):
         return logits_BNV
     ordered = jnp.sort(logits_BNV, axis=-1, descending=True)
     mass = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)

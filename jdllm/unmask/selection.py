@@ -31,10 +31,10 @@ class Threshold:
 
     Edges: `at_least` is Fast-dLLM's and d3LLM's >=; `above` is LLaDA2's and SGLang's >; `slack` is
     dInfer's >= min(best - 1e-5, threshold), which also takes near-ties of the best. With a quota of
-    1 the best position is always chosen.
+    1 the best position is always chosen. The threshold may be an array [B].
     """
 
-    threshold: float
+    threshold: float | jax.Array
     edge: Edge = "at_least"
 
     def __call__(self, score_BN: jax.Array, value_BN: jax.Array, view: View) -> jax.Array:

@@ -61,11 +61,11 @@ def select(
     config: DecodeConfig,
     quota: int,
     floor: float,
-    still: Collection[int],
+    still: Collection[int] | None = None,
 ):
     """Returns which of the open positions are filled; the lowest index wins ties.
 
-    Above a threshold those that stand `still` are.
+    Above a threshold only those that stand `still` are, where that is said.
     """
     order = sorted(open_, key=lambda i: (-c[i], i))
     threshold = config.threshold or 0.0
@@ -80,7 +80,8 @@ def select(
         if config.edge == "slack":
             bar = min(bar, c[order[0]] - 1e-5)
         above = config.edge == "above" or config.rule == "klass"
-        sure = [i for i in order if i in still and (c[i] > bar if above else c[i] >= bar)]
+        calm = order if still is None else [i for i in order if i in still]
+        sure = [i for i in calm if (c[i] > bar if above else c[i] >= bar)]
         return sure if len(sure) >= quota else order[:quota]
     if config.rule == "hierarchy":
         best = [min(run, key=lambda i: (-c[i], i)) for run in runs(open_)]

@@ -106,8 +106,7 @@ def canvases(llm: LLM, config: DecodeConfig, prompts: list[list[int]], verifier:
     config = llm.resolve(config)
     setup = make_setup(config, llm.config)
     request = llm._request(prompts, [0] * len(prompts), config, setup)
-    if aims := llm.maps.aims(config.exit):
-        setup, request = aimed(setup, aims), dataclasses.replace(request, aims=aims)
+    setup = aimed(setup, llm.maps.aims(config.exit))
     key = (llm.config, setup, request.tokens.shape)
     judge = {"verifier": verifier.model} if verifier else {}
     if key not in PROGRAMS:

@@ -1,0 +1,342 @@
+"""The engine: schedule, run, postprocess, so that many requests share one model.
+
+Rows of different requests stand at different blocks in one jitted program over fixed slots. The
+host reads a dispatch when the next one is on its way, so the device never waits for it.
+"""
+
+import dataclasses
+import logging
+import threading
+import time
+from collections import deque
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jdllm.batches import bucket
+from jdllm.decode.setup import Setup
+from jdllm.engine import rounds
+from jdllm.engine.job import Job, Outcome, Progress, State
+from jdllm.engine.pages import PagePool
+from jdllm.engine.rounds import Chunks, Orders, Report, Slots
+from jdllm.engine.scheduler import Group, Scheduler, Turn
+from jdllm.model.model import Model
+from jdllm.unmask.speculate import Speculate
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """How many requests run at once, and what they may take."""
+
+    slots: int = 32
+    """Requests that run at the same time, per set of decoding settings."""
+    columns: int = 0
+    """The longest canvas (default: the model's own length)."""
+    page: int = 0
+    """Columns of a page of the cache, whole blocks (default: the least from 32 on)."""
+    pages: int = 0
+    """Pages of the cache (default: as many as all slots with the longest canvas would take)."""
+    rounds: int = 4
+    """Steps of every row in a dispatch; the host is heard between two dispatches."""
+    chunk: int = 256
+    """Columns of a prompt that are read at once."""
+    lanes: int = 4
+    """Chunks, and full passes, that are made in a dispatch, or in a round."""
+    groups: int = 8
+    """Sets of decoding settings whose rows are kept in memory."""
+
+    def __post_init__(self):
+        for name in ("slots", "rounds", "chunk", "lanes", "groups"):
+            if (number := getattr(self, name)) < 1:
+                raise ValueError(f"{name}={number} of an engine must be 1 or more")
+        for name in ("columns", "page", "pages"):
+            if (number := getattr(self, name)) < 0:
+                raise ValueError(f"{name}={number} of an engine must be 0 (chosen for you) or more")
+
+    def filled(self, model: Model, block: int) -> "EngineConfig":
+        """With what was left open, for blocks of `block` columns. ValueError where pages or chunks
+        would cut a block."""
+        page = self.page or -(-32 // block) * block
+        columns = -(-(self.columns or model.config.max_length) // page) * page
+        if model.config.block_causal and (page % block or self.chunk % block):
+            raise ValueError(
+                f"page={page} and chunk={self.chunk} of an engine must be multiples of the "
+                f"model's blocks of {block} columns"
+            )
+        return dataclasses.replace(
+            self, page=page, columns=columns, pages=self.pages or self.slots * columns // page
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Flight:
+    """A dispatch on its way, and the jobs that were in its slots."""
+
+    report: Report
+    jobs: list[Job | None]
+
+
+class Engine:
+    """One model and its cache. All but `submit`, `stop` and `busy` belong to one thread."""
+
+    def __init__(self, model: Model, config: EngineConfig | None = None):
+        self.model = model
+        config = config or EngineConfig()
+        self.config = config = config.filled(model, model.config.block_causal or 32)
+        self._pool = rounds.empty_pool(model, config.pages + 1, config.page)
+        self._slots: dict[Setup, Slots] = {}
+        self._flying: list[Flight] = []
+        self._inbox: deque[Job] = deque()
+        self._wake = threading.Condition()
+        self._stopping = False
+        self.scheduler = self._scheduler()
+        self.calls = 0
+        """Model calls so far, as last seen."""
+        self.compile_seconds = 0.0
+        """Spent on dispatches of shapes and rules that this engine has not had before."""
+        self._known: set[Any] = set()
+
+    def _scheduler(self) -> Scheduler:
+        config = self.config
+        return Scheduler(
+            PagePool(config.pages), config.page, config.slots, config.rounds, config.chunk,
+            config.lanes, self._catch_up, self._save,
+        )  # fmt: skip
+
+    def _reset(self) -> None:
+        """Begins anew with what has not begun; what was running has failed."""
+        running, waiting = self.scheduler.running, self.scheduler.waiting
+        self._flying, self._slots = [], {}
+        self._pool = rounds.empty_pool(self.model, self.config.pages + 1, self.config.page)
+        self.scheduler = self._scheduler()
+        for job in running:
+            job.state = State.OVER
+            finish(job, "failed")
+        for job in waiting:
+            if job.saved is None:
+                self.scheduler.add(job)
+            else:
+                finish(job, "failed")
+
+    def submit(self, job: Job) -> None:
+        """A job from any thread. ValueError, at once, where it could never run."""
+        check(job, self.config)
+        with self._wake:
+            self._inbox.append(job)
+            self._wake.notify()
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is waiting, running or in flight."""
+        return bool(self._inbox or self.scheduler.waiting or self.scheduler.running or self._flying)
+
+    @property
+    def load(self) -> int:
+        """Jobs that wait or run."""
+        return len(self._inbox) + len(self.scheduler.waiting) + len(self.scheduler.running)
+
+    def serve(self) -> None:
+        """Works until `stop`, waiting where there is nothing to do; then ends what has begun."""
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._stopping or self.busy)
+            if not self.busy:
+                return
+            try:
+                self.step()
+            except Exception:  # of the device: what was on it is lost, and nothing else
+                logging.getLogger(__name__).exception("a dispatch failed")
+                self._reset()
+
+    def stop(self) -> None:
+        """`serve` returns once nothing is left to do."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+
+    def drain(self) -> None:
+        """Works until nothing is left to do."""
+        while self.busy:
+            self.step()
+
+    def step(self) -> None:
+        """One dispatch of every group; the dispatches before are read meanwhile."""
+        turns = self.schedule()
+        flights = [self.run(turn) for turn in turns]
+        self.postprocess()
+        self._flying = flights
+
+    def schedule(self) -> list[Turn]:
+        """New jobs are taken in, cancelled ones leave; what is to be done next."""
+        while self._inbox:
+            self.scheduler.add(self._inbox.popleft())
+        for job in self.scheduler.take_back():
+            finish(job, "cancelled")
+        turns = self.scheduler.schedule()
+        for setup in self.scheduler.drop_idle(self.config.groups):
+            self._slots.pop(setup, None)
+        return turns
+
+    def run(self, turn: Turn) -> Flight:
+        """Sends a dispatch on its way."""
+        setup, jobs = turn.group.setup, turn.group.jobs
+        dials = next((job.dials for job in turn.arrived), {})
+        slots = self._slots.pop(setup) if setup in self._slots else self._empty(setup, dials)
+        for job in turn.arrived:
+            one = job.saved if job.saved is not None else self._row(job)
+            slots, job.saved = rounds.put_row(slots, job.slot, one), None
+        orders, start = self._orders(turn), time.perf_counter()
+        self._slots[setup], self._pool, report = rounds.run(
+            self.model, setup, slots, self._pool, orders, self.config.rounds, self.config.lanes
+        )
+        key = setup, orders.width, orders.chunks and orders.chunks.width
+        if key not in self._known:
+            self._known.add(key)
+            self.compile_seconds += time.perf_counter() - start
+        return Flight(report, list(jobs))
+
+    def postprocess(self) -> None:
+        """Reads what was in flight: who is done, and what those see who follow their job."""
+        flights, self._flying = self._flying, []
+        for flight in flights:
+            report = flight.report
+            calls, done, failed, nfe, first = jax.device_get(
+                (report.calls, report.done, report.failed, report.nfe, report.first)
+            )
+            self.calls += int(calls)
+            canvases: Any = None
+            for slot, job in enumerate(flight.jobs):
+                if job is None or job.state is not State.RUNNING:
+                    continue
+                if job.ready:
+                    job.first = int(first[slot])
+                    job.read = max(job.read, job.first)
+                if not (done[slot] or job.follows):
+                    continue
+                if canvases is None:
+                    canvases = jax.device_get(
+                        (report.tokens, report.open, report.filled_at, report.chance)
+                    )
+                seen = [x[slot, job.prompt : job.end] for x in canvases]
+                settled = job.end if done[slot] else job.first
+                progress: Any = (*seen, max(0, settled - job.prompt), int(nfe[slot]))
+                if not done[slot]:
+                    tell(job, Progress(*progress))
+                    continue
+                self._leave(job, bool(failed[slot]), canvases[0][slot])
+                reason: Any = "failed" if failed[slot] else "done"
+                tell(job, Outcome(*progress, reason=reason))
+
+    def _leave(self, job: Job, failed: bool, tokens: np.ndarray) -> None:
+        """A job has ended on the device: its pages are free, or kept for their beginnings."""
+        if failed and job.pages:
+            self.scheduler.pool.forget(job.pages)
+            self._pool = rounds.wipe(self._pool, jnp.array(job.pages))
+        elif not failed:
+            self.scheduler.keep(job, tokens[: job.first])
+        self.scheduler.leave(job)
+
+    def _catch_up(self) -> bool:
+        """Reads what is in flight; False where nothing is."""
+        flew = bool(self._flying)
+        self.postprocess()
+        return flew
+
+    def _save(self, group: Group, job: Job) -> None:
+        """Keeps the row of a job that will lose its pages."""
+        if job not in group.arrived:
+            job.saved = rounds.take_row(self._slots[group.setup], job.slot)
+
+    def _empty(self, setup: Setup, dials: dict[str, float]) -> Slots:
+        """Slots of a group, with nobody in them; `dials` are those of any of its jobs."""
+        B, T = self.config.slots, self.config.columns
+        keys = jax.random.split(jax.random.key(0), B)
+        ones = jnp.ones(B, jnp.int32)
+        tokens = jnp.full((B, T), self.model.config.pad_id, jnp.int32)
+        numbers = {name: jnp.full(B, value, jnp.float32) for name, value in dials.items()}
+        return rounds.begin(self.model, setup, tokens, ones, ones, keys, ones > 0, numbers)
+
+    def _row(self, job: Job) -> Slots:
+        """The row of a new job."""
+        tokens = np.full((1, self.config.columns), self.model.config.pad_id, np.int32)
+        tokens[0, : job.end] = job.canvas
+        prompt, end = jnp.array([job.prompt], jnp.int32), jnp.array([job.end], jnp.int32)
+        no = jnp.zeros(1, bool)
+        dials = {name: jnp.full(1, value, jnp.float32) for name, value in job.dials.items()}
+        return rounds.begin(self.model, job.setup, tokens, prompt, end, job.key[None], no, dials)
+
+    def _orders(self, turn: Turn) -> Orders:
+        """A turn as arrays."""
+        config, jobs = self.config, turn.group.jobs
+        longest = max((job.end for job in jobs if job), default=1)
+        width = min(-(-bucket(longest) // config.page) * config.page, config.columns)
+        table: Any = np.zeros((len(jobs), width // config.page), np.int32)
+        granted: Any = np.zeros(len(jobs), np.int32)
+        ready: Any = np.zeros(len(jobs), bool)
+        for job in filter(None, jobs):
+            table[job.slot, : len(job.pages)] = job.pages
+            paged = job.setup.plan.cached
+            granted[job.slot] = len(job.pages) * config.page if paged else config.columns
+            ready[job.slot] = job.ready
+        stopped: Any = np.zeros(len(jobs), bool)
+        stopped[list(turn.stopped)] = True
+        return Orders(table, granted, ready, stopped, self._chunks(turn.chunks), width)
+
+    def _chunks(self, chunks: list[tuple[int, int, int]]) -> Chunks | None:
+        """Chunks as arrays, idle lanes behind them."""
+        if not chunks:
+            return None
+        idle = [(0, 0, 0)] * (self.config.lanes - len(chunks))
+        slot, start, stop = np.array([*chunks, *idle], np.int32).T
+        longest = int(max(stop - start))
+        width = self.config.chunk if longest <= self.config.chunk else bucket(longest)
+        return Chunks(slot, start, stop, width)
+
+
+def finish(job: Job, reason: Any) -> None:
+    """Tells a job's owner that it is over before its canvas was read."""
+    tokens = job.canvas[job.prompt :]
+    nothing = np.zeros(len(tokens))
+    steps, chance = nothing.astype(np.int32), nothing.astype(np.float32)
+    tell(job, Outcome(tokens, nothing == 0, steps, chance, 0, 0, reason))
+
+
+def tell(job: Job, event: Progress) -> None:
+    """Tells a job's owner; one who cannot listen loses his job, and nobody else anything."""
+    try:
+        job.listener(event)
+    except Exception:
+        logging.getLogger(__name__).exception("a listener failed")
+        job.cancelled = True
+
+
+def check(job: Job, config: EngineConfig) -> None:
+    """ValueError, with its reason, for a job that this engine could never run."""
+    setup = job.setup
+    if job.end > config.columns:
+        raise ValueError(
+            f"a prompt of {job.prompt} tokens with {job.end - job.prompt} columns to fill exceeds "
+            f"the {config.columns} columns of this engine; shorten one of them"
+        )
+    if not servable(setup):
+        raise ValueError("the engine does not serve these decoding settings: use engine=false")
+    if setup.plan.cached and (needed := -(-job.end // config.page)) > config.pages:
+        raise ValueError(
+            f"a canvas of {job.end} columns needs {needed} pages of {config.page}, and the cache "
+            f"has {config.pages}; shorten it, or raise pages"
+        )
+    if setup.plan.kind == "block" and config.page % setup.longest_block and setup.fixed_past:
+        raise ValueError(
+            f"block_length={setup.longest_block} must divide the pages of {config.page} columns"
+        )
+
+
+def servable(setup: Setup) -> bool:
+    """Whether rows of these rules may stand anywhere: not where a reference's loop is copied, a
+    verifier is asked, guidance has second rows in the cache, or an exit reads what calls show."""
+    guided = bool(setup.cfg_scale) and setup.plan.cached
+    if isinstance(setup.unmask, Speculate) or setup.looks:
+        return False
+    return setup.driver is None and setup.plan.window is None and not guided

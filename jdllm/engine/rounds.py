@@ -1,0 +1,375 @@
+"""The engine's rounds on the device: every row takes the call that it needs, wherever it is.
+
+A dispatch reads some of the prompts, then makes a fixed number of rounds. In a round finished
+blocks are left, new ones are opened, and one block step serves all rows; rows whose finished block
+has yet to reach the cache go along in the same call. What a row gets does not depend on the others.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from jdllm.decode.keys import absorb
+from jdllm.decode.layout import put, span
+from jdllm.decode.look import Call, Seen
+from jdllm.decode.loop import active, enter_block, judge_block
+from jdllm.decode.rows import Rows
+from jdllm.decode.setup import Setup
+from jdllm.decode.step import block_step
+from jdllm.engine.dials import turned
+from jdllm.model.cache import PagedCache
+from jdllm.model.model import Model
+from jdllm.runtime import sharding
+from jdllm.unmask import Decision
+
+Pool = tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]
+"""Keys and values: L arrays [P, N, G, K] each."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """Rows with what the engine notes of them. An empty slot holds a row that is done."""
+
+    rows: Rows
+    dials: dict[str, jax.Array]
+    """float32 [B] each: the rows' own numbers in the rules (dials.py)."""
+    waited: jax.Array
+    """int32 [B]: rounds for which the row has waited for a full pass."""
+    filled_at: jax.Array
+    """int32 [B, T]: the row's NFE behind the call that filled a column, 0 where none has."""
+    chance: jax.Array
+    """float32 [B, T]: the probability of the token that a call wrote, 0 where none did."""
+    failed: jax.Array
+    """bool [B]: the model gave something that is no number."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chunks:
+    """Prompt columns to read: `width` from `start` on, in each of some lanes."""
+
+    slot: jax.Array
+    """int32 [F]."""
+    start: jax.Array
+    """int32 [F]."""
+    stop: jax.Array
+    """int32 [F]: the column behind the last one; `start` where a lane is idle."""
+    width: int = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Orders:
+    """What the host decides about a dispatch."""
+
+    table: jax.Array
+    """int32 [B, W/N]: pages of the rows."""
+    granted: jax.Array
+    """int32 [B]: columns for which the row has pages; a block beyond them waits."""
+    ready: jax.Array
+    """bool [B]: keys of everything before the block are there once the chunks are read."""
+    stopped: jax.Array
+    """bool [B]: rows whose request has been taken back."""
+    chunks: Chunks | None
+    width: int = dataclasses.field(metadata={"static": True})
+    """Columns W: no canvas in work is longer."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What the host reads of a dispatch, one dispatch later."""
+
+    calls: jax.Array
+    """int32: model calls made."""
+    done: jax.Array
+    failed: jax.Array
+    nfe: jax.Array
+    first: jax.Array
+    """int32 [B]: the first column that may still change."""
+    tokens: jax.Array
+    """int32 [B, W]; the next three are [B, W], too."""
+    open: jax.Array
+    filled_at: jax.Array
+    chance: jax.Array
+
+
+def empty_pool(model: Model, pages: int, page: int) -> Pool:
+    """A pool that holds zeros, where it lies."""
+    config = model.config
+
+    def zeros() -> tuple[jax.Array, ...]:
+        shape = (pages, page, config.kv_heads, config.head_dim)
+        return tuple(jnp.zeros(shape, model.dtype) for _ in range(config.layers))
+
+    return jax.jit(lambda: placed(model, (zeros(), zeros())))()
+
+
+@partial(jax.jit, static_argnames=("setup",))
+def begin(
+    model: Model,
+    setup: Setup,
+    tokens_BT: jax.Array,
+    prompt_B: jax.Array,
+    end_B: jax.Array,
+    keys_B: jax.Array,
+    done_B: jax.Array,
+    dials: dict[str, jax.Array],
+) -> Slots:
+    """Rows before their first block. With a block cache the reading of the prompt counts as one
+    evaluation, in however many chunks it is done."""
+    (B, T), zero_B, no_B = tokens_BT.shape, jnp.zeros_like(prompt_B), jnp.zeros_like(done_B)
+    columns_T = jnp.arange(T)
+    open_BT = (columns_T >= prompt_B[:, None]) & (columns_T < end_B[:, None])
+    open_BT &= tokens_BT == model.config.mask_id
+    first_B = setup.first_block(prompt_B)
+    reads_B = (first_B > 0) & (setup.plan.kind == "block")
+    rows = Rows(
+        tokens=tokens_BT, open=open_BT, free=open_BT, prompt=prompt_B, end=end_B, keys=keys_B,
+        done=done_B, nfe=reads_B.astype(jnp.int32), block=zero_B, first=first_B, last=first_B,
+        step=zero_B, opened=zero_B, left=no_B, due=zero_B - 1, dirty=no_B, accepted=zero_B,
+        unmask=setup.unmask.start(B, setup.view.length(T), setup.block_calls),
+        stop=setup.stop.start(tokens_BT),
+        inputs=model.embed(tokens_BT) if setup.smooth else None,
+    )  # fmt: skip
+    return Slots(rows, dials, zero_B, jnp.zeros((B, T), jnp.int32), jnp.zeros((B, T)), no_B)
+
+
+@partial(jax.jit, donate_argnames="slots")
+def put_row(slots: Slots, slot: jax.Array, one: Slots) -> Slots:
+    """The slots with the only row of `one` in one of them."""
+    return jax.tree.map(lambda all_, new: all_.at[slot].set(new[0]), slots, one)
+
+
+@jax.jit
+def take_row(slots: Slots, slot: jax.Array) -> Slots:
+    """One of the slots, as slots of one row."""
+    return jax.tree.map(lambda x: x[slot][None], slots)
+
+
+@partial(jax.jit, donate_argnames="pool")
+def wipe(pool: Pool, pages_F: jax.Array) -> Pool:
+    """The pool with zeros in some pages."""
+    return jax.tree.map(lambda x: x.at[pages_F].set(0), pool)
+
+
+@partial(jax.jit, static_argnames=("setup", "rounds", "lanes"), donate_argnames=("slots", "pool"))
+def run(
+    model: Model, setup: Setup, slots: Slots, pool: Pool, orders: Orders, rounds: int, lanes: int
+) -> tuple[Slots, Pool, Report]:
+    """A dispatch: the chunks, then so many rounds with at most `lanes` full passes in each."""
+    whole, cache = slots, PagedCache(*pool, orders.table) if setup.plan.cached else None
+    slots = narrowed(model, setup, slots, orders.width)
+    rows = slots.rows
+    slots = dataclasses.replace(
+        slots, rows=dataclasses.replace(rows, done=rows.done | orders.stopped)
+    )
+    if orders.chunks is not None:
+        cache = read(model, setup, slots.rows, cache, orders.chunks)
+
+    def again(_: int, carry: tuple[Slots, Any, jax.Array]) -> tuple[Slots, Any, jax.Array]:
+        return play(model, setup, carry, orders, lanes)
+
+    calls = jnp.array(orders.chunks is not None, jnp.int32)
+    slots, cache, calls = jax.lax.fori_loop(0, rounds, again, (slots, cache, calls))
+    report = reported(slots, calls)
+    if cache is not None:
+        pool = placed(model, (cache.keys, cache.values))
+    return widened(model, setup, slots, whole), pool, report
+
+
+def play(
+    model: Model,
+    setup: Setup,
+    carry: tuple[Slots, Any, jax.Array],
+    orders: Orders,
+    lanes: int,
+) -> tuple[Slots, Any, jax.Array]:
+    """One round of every row: the slots, the cache, and the number of model calls so far."""
+    slots, cache, calls = carry
+    slots, commits_B = leave(setup, slots, orders.ready)
+    slots, cache, full = open_blocks(model, setup, slots, cache, orders, lanes)
+    slots, cache, some = step(model, setup, slots, cache, orders.ready, commits_B)
+    return slots, cache, calls + full + some
+
+
+def leave(setup: Setup, slots: Slots, ready_B: jax.Array) -> tuple[Slots, jax.Array]:
+    """Finished blocks are judged and left; returns the rows that must commit theirs first."""
+    rows = slots.rows
+    closing_B = ready_B & ~rows.done & (rows.first < rows.last) & ~active(setup, rows)
+    rows = judge_block(setup, rows, closing_B)
+    rows = dataclasses.replace(rows, done=rows.done | (closing_B & (rows.last >= rows.end)))
+    commits_B = jnp.zeros_like(closing_B)
+    if setup.plan.kind == "block":
+        commits_B = closing_B & ~rows.done & rows.dirty
+    rows = between(setup, rows, closing_B & ~commits_B)
+    return dataclasses.replace(slots, rows=rows), commits_B
+
+
+def between(setup: Setup, rows: Rows, leaving_B: jax.Array) -> Rows:
+    """Some rows behind their blocks, whose keys are where they belong; the next ones are due."""
+    if setup.plan.kind == "block":  # the commit may have spent a budget
+        rows = judge_block(setup, rows, leaving_B & ~rows.done)
+    moving_B = leaving_B & ~rows.done
+    first_B = jnp.where(moving_B, rows.last, rows.first)
+    return dataclasses.replace(rows, block=rows.block + moving_B, first=first_B)
+
+
+def open_blocks(
+    model: Model, setup: Setup, slots: Slots, cache: Any, orders: Orders, lanes: int
+) -> tuple[Slots, Any, Any]:
+    """Rows between blocks begin the next one, where it has its pages; and whether that took a call.
+
+    Under a plan of full passes at most `lanes` rows have theirs in a round, in a call of their own,
+    which waits for as many of them, or for half of all rows; who has waited longest comes first.
+    """
+    plan, rows = setup.plan, slots.rows
+    _, last_B = setup.block_span(rows.prompt, rows.block)
+    room_B = jnp.minimum(last_B, rows.end) <= orders.granted
+    due_B = orders.ready & ~rows.done & (rows.first == rows.last) & room_B
+    if not (plan.refreshes or plan.varies):
+        return dataclasses.replace(slots, rows=enter_block(setup, rows, due_B)), cache, 0
+    wants_B = due_B | (orders.ready & active(setup, rows) & plan.full(rows.step, rows.block))
+    lanes = min(lanes, len(wants_B))
+    live = jnp.sum(orders.ready & ~rows.done)
+    enough = jnp.sum(wants_B) >= jnp.minimum(lanes, (live + 1) // 2)
+    turns_B = jnp.where(wants_B & enough, slots.waited + 1, 0)
+    turn_F, which_F = jax.lax.top_k(turns_B, lanes)
+    chosen_B = jnp.zeros_like(wants_B).at[which_F].set(turn_F > 0)
+    rows = enter_block(setup, rows, due_B & chosen_B)
+    waited_B = jnp.where(wants_B & ~chosen_B, slots.waited + 1, 0)
+    slots = dataclasses.replace(slots, rows=rows, waited=waited_B)
+
+    def full(carry: tuple[Slots, Any]) -> tuple[Slots, Any]:
+        slots, cache = carry
+        some = jax.tree.map(lambda x: x[which_F], slots)
+        theirs = cache and dataclasses.replace(cache, table=cache.table[which_F])
+        turn_B = (turn_F > 0) & active(setup, some.rows)
+        some, theirs = called(model, setup, some, theirs, Call(turn_B, True, apart=True))
+        back_F = jnp.where(turn_F > 0, which_F, len(wants_B))
+        slots = jax.tree.map(lambda x, new: x.at[back_F].set(new, mode="drop"), slots, some)
+        return slots, theirs and dataclasses.replace(theirs, table=orders.table)
+
+    some = jnp.any(turn_F > 0)
+    return *jax.lax.cond(some, full, lambda carry: carry, (slots, cache)), some
+
+
+def step(
+    model: Model,
+    setup: Setup,
+    slots: Slots,
+    cache: Any,
+    ready_B: jax.Array,
+    commits_B: jax.Array,
+) -> tuple[Slots, Any, jax.Array]:
+    """A step of all rows that are in a block, and the commits of those that have finished one; and
+    whether there was any."""
+    rows = slots.rows
+    turn_B = ready_B & active(setup, rows) & ~setup.plan.full(rows.step, rows.block)
+    commits = commits_B if setup.plan.kind == "block" else None
+
+    def go(carry: tuple[Slots, Any]) -> tuple[Slots, Any]:
+        call = Call(turn_B, commits_B=commits, apart=True)
+        slots, cache = called(model, setup, *carry, call)
+        rows = slots.rows
+        rows = dataclasses.replace(rows, nfe=rows.nfe + commits_B, dirty=rows.dirty & ~commits_B)
+        return dataclasses.replace(slots, rows=between(setup, rows, commits_B)), cache
+
+    some = jnp.any(turn_B | commits_B)
+    return *jax.lax.cond(some, go, lambda carry: carry, (slots, cache)), some
+
+
+def called(model: Model, setup: Setup, slots: Slots, cache: Any, call: Call) -> tuple[Slots, Any]:
+    """The slots after a block step, with what it has shown noted."""
+    before, setup = slots.rows, turned(setup, slots.dials)
+    rows, cache, seen, decision = block_step(model, setup, before, cache, call)
+    hidden = seen.hidden_BND.reshape(len(call.active_B), -1)
+    bad_B = call.active_B & ~jnp.all(jnp.isfinite(hidden), axis=1)
+    new_BT = (before.open & ~rows.open) | (before.tokens != rows.tokens)
+    chance_BT = put(jnp.zeros_like(slots.chance), chances(seen, decision), seen.columns_BN)
+    return dataclasses.replace(
+        slots,
+        rows=dataclasses.replace(rows, done=rows.done | bad_B),
+        failed=slots.failed | bad_B,
+        filled_at=jnp.where(new_BT, rows.nfe[:, None], slots.filled_at),
+        chance=jnp.where(new_BT, chance_BT, slots.chance),
+    ), cache
+
+
+def chances(seen: Seen, decision: Decision) -> jax.Array:
+    """The probability [B, N] of each candidate, before any rule has changed the logits."""
+    if seen.view.best is not None:
+        return jax.nn.sigmoid(seen.view.best.odds)
+    log_p = jax.nn.log_softmax(seen.view.logits_BNV.astype(jnp.float32), axis=-1)
+    return jnp.exp(jnp.take_along_axis(log_p, decision.candidate_BN[..., None], axis=-1)[..., 0])
+
+
+def read(model: Model, setup: Setup, rows: Rows, cache: Any, chunks: Chunks) -> Any:
+    """The cache with the keys of the chunks: what a lane reads may stand on the lane before it."""
+    some: Rows = jax.tree.map(lambda x: x[chunks.slot], rows)
+    theirs: Any = dataclasses.replace(cache, table=cache.table[chunks.slot])
+    columns_FW = span(chunks.start, chunks.width)
+    wanted_F = chunks.start < chunks.stop
+    _, theirs = absorb(model, setup, some, theirs, columns_FW, chunks.stop, wanted_F)
+    return dataclasses.replace(theirs, table=cache.table)
+
+
+def reported(slots: Slots, calls: jax.Array) -> Report:
+    """Copies of what the host may want to see."""
+    rows = slots.rows
+    return Report(
+        calls, rows.done, slots.failed, rows.nfe, rows.first, rows.tokens, rows.open,
+        slots.filled_at, slots.chance,
+    )  # fmt: skip
+
+
+def by_column(model: Model, setup: Setup, slots: Slots) -> Any:
+    """Which arrays of the slots have an axis of columns: a tree of booleans."""
+
+    def shapes(columns: int) -> Any:
+        B = len(slots.waited)
+        ints, flags = jax.ShapeDtypeStruct((B,), jnp.int32), jax.ShapeDtypeStruct((B,), bool)
+        tokens = jax.ShapeDtypeStruct((B, columns), jnp.int32)
+        keys = jax.ShapeDtypeStruct((B,), slots.rows.keys.dtype)
+        return jax.eval_shape(
+            lambda a, b, c, d, e: begin(model, setup, a, b, c, d, e, slots.dials),
+            tokens,
+            ints,
+            ints,
+            keys,
+            flags,
+        )
+
+    return jax.tree.map(lambda a, b: a.shape != b.shape, shapes(128), shapes(256))
+
+
+def narrowed(model: Model, setup: Setup, slots: Slots, width: int) -> Slots:
+    """The first columns of the slots: no canvas in work is longer."""
+    wide = by_column(model, setup, slots)
+    return jax.tree.map(lambda x, cut: x[:, :width] if cut else x, slots, wide)
+
+
+def widened(model: Model, setup: Setup, slots: Slots, whole: Slots) -> Slots:
+    """The slots with the columns behind them as they were."""
+    wide = by_column(model, setup, slots)
+    return jax.tree.map(
+        lambda x, old, cut: old.at[:, : x.shape[1]].set(x) if cut else x, slots, whole, wide
+    )
+
+
+def placed(model: Model, pool: Pool) -> Pool:
+    """The pool where it lies, heads split as those of the weights."""
+    if model.mesh is None or model.mesh.size == 1:
+        return pool
+    axes = (None, None, "kv_heads", None)
+
+    def place(x: jax.Array) -> jax.Array:
+        spec = sharding.spec("cache", x.shape, axes, model.mesh)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(model.mesh, spec))
+
+    return jax.tree.map(place, pool)

@@ -1,0 +1,1 @@
+"""The server: OpenAI's HTTP interface in front of the engine."""

@@ -1,0 +1,49 @@
+"""What a server is started with."""
+
+import dataclasses
+
+from jdllm.arguments import ModelArgs
+from jdllm.decode import DecodeConfig
+from jdllm.engine import EngineConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeConfig(ModelArgs):
+    """An HTTP server for one model, with OpenAI's interface."""
+
+    host: str = "127.0.0.1"
+    """Where to listen; 0.0.0.0 is every network that this machine is in."""
+    port: int = 8000
+    """0 takes any that is free, and says which."""
+    name: str = ""
+    """The model's name to clients (default: what `model` is)."""
+    api_key: str = ""
+    """Clients must send it as a bearer token (default: the variable JDLLM_API_KEY; else anyone)."""
+    decode: DecodeConfig = DecodeConfig()
+    """How to decode; a request may change it."""
+    engine: EngineConfig = EngineConfig()
+    max_queue: int = 256
+    """Completions that may wait; what comes then is refused with 429 and Retry-After."""
+    max_body: int = 2_000_000
+    """Bytes of a request at most."""
+    max_n: int = 16
+    """Completions of one prompt at most."""
+    timeout: float = 600.0
+    """Seconds that a request may take, its time in the queue included."""
+    drain: float = 60.0
+    """Seconds that requests have to finish after a signal to end."""
+    warm: bool = True
+    """Compile before the first request."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("max_queue", "max_body", "max_n", "timeout", "drain"):
+            if (number := getattr(self, name)) <= 0:
+                raise ValueError(f"{name}={number} must be above 0")
+        if not 0 <= self.port < 65536:
+            raise ValueError(f"port={self.port} must be below 65536")
+
+    @property
+    def title(self) -> str:
+        """The model's name to clients."""
+        return self.name or self.model
