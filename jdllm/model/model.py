@@ -17,7 +17,7 @@ from jdllm.model.config import ModelConfig
 from jdllm.model.head import NOTHING, Best, Special
 from jdllm.model.lora import Adapter, joined
 from jdllm.model.mask import Mask
-from jdllm.model.transformer import Output, Transformer
+from jdllm.model.transformer import Output, Remat, Transformer
 
 STATIC: Any = {"static": True}
 
@@ -64,7 +64,7 @@ class Model:
         mask: Mask,
         cache: Cache | None = None,
         probes: Sequence[str] | None = None,
-        remat: bool = False,
+        remat: Remat = "none",
     ) -> Output:
         """Hidden states, cache and probes of embedded tokens: see `Transformer.__call__`."""
         return self.net(x_BTD, positions_BT, mask, cache, probes, remat, self.kernel)

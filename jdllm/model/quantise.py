@@ -5,7 +5,6 @@ Only linear maps of the layers are quantised: neither embedding, head and norms 
 """
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -48,17 +47,50 @@ def quantise(weight: jax.Array, inputs: tuple[int, ...]) -> Quantised:
     return Quantised(jnp.round(weight / scale).astype(jnp.int8), scale)
 
 
-def product(
-    multiply: Callable[..., jax.Array], spec: str, x: jax.Array, weight: Quantised, **options: Any
+def product(spec: str, x: jax.Array, weight: Quantised, **options: Any) -> jax.Array:
+    """The product with a quantised weight, in the dtype of `x`.
+
+    A backward pass keeps the whole numbers of it, neither `x` nor the weight in another dtype.
+    """
+    return _product(spec, tuple(options.items()), x, weight.values, weight.scale)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(
+    spec: str, options: tuple[Any, ...], x: jax.Array, values: jax.Array, scale: jax.Array
 ) -> jax.Array:
-    """The product with a quantised weight; `multiply` makes one with an array."""
-    operands, out = spec.split("->")
-    letters = operands.split(",")[1]
-    kept = "".join(letter for letter in letters if letter in out)
+    letters, out = spec.split("->")[0].split(",")[1], spec.split("->")[1]
+    # Tied to x, so that no loop of XLA's widens all weights beforehand.
+    x, values = jax.lax.optimization_barrier((x, values))
+    found = jnp.einsum(spec, x, values.astype(x.dtype), **dict(options))
+    return _scaled(found, scale, letters, out)
+
+
+def _scaled(found: jax.Array, scale: jax.Array, letters: str, out: str) -> jax.Array:
+    """`found` [out] times the scale of its output channels."""
     summed = tuple(i for i, letter in enumerate(letters) if letter not in out)
-    found = multiply(spec, x, weight.values, **options)
-    scale = jnp.squeeze(weight.scale, summed).astype(found.dtype)
-    return jnp.einsum(f"{out},{kept}->{out}", found, scale)
+    kept = "".join(letter for letter in letters if letter in out)
+    factor = jnp.squeeze(scale, summed).astype(found.dtype)
+    return jnp.einsum(f"{out},{kept}->{out}", found, factor)
+
+
+def _forward(
+    spec: str, options: tuple[Any, ...], x: jax.Array, values: jax.Array, scale: jax.Array
+) -> tuple[jax.Array, Any]:
+    return _product(spec, options, x, values, scale), (values, scale)
+
+
+def _backward(spec: str, options: tuple[Any, ...], kept: Any, change: jax.Array) -> Any:
+    (values, scale), (operands, out) = kept, spec.split("->")
+    before, letters = operands.split(",")
+    change = _scaled(change, scale, letters, out)
+    change, values = jax.lax.optimization_barrier((change, values))
+    precision = dict(options).get("precision")
+    wide = values.astype(change.dtype)
+    return jnp.einsum(f"{out},{letters}->{before}", change, wide, precision=precision), None, None
+
+
+_product.defvjp(_forward, _backward)
 
 
 def quantise_params(params: nnx.State) -> nnx.State:

@@ -78,7 +78,7 @@ def note(name: str, found: jax.Array) -> None:
 PRODUCTS: dict[type, Callable[..., jax.Array]] = {
     jax.Array: plain,
     np.ndarray: plain,
-    Quantised: partial(quantise.product, plain),
+    Quantised: quantise.product,
     Adapted: partial(lora.product, multiply, note),
 }
 """By what a weight is: how it is multiplied."""

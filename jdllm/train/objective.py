@@ -17,6 +17,7 @@ from jdllm.model.columns import in_chunks
 from jdllm.model.config import ModelConfig
 from jdllm.model.mask import Mask
 from jdllm.model.model import Model
+from jdllm.model.transformer import Remat
 
 T_MIN = 1e-3  # the smallest masking probability, so that 1/t stays finite
 LOGIT_BYTES = 256 << 20  # cross entropy is chunked so that no logits array grows beyond this
@@ -283,7 +284,7 @@ def noisy(
     )  # fmt: skip
 
 
-def predict(objective: Objective, model: Model, batch: Noisy, remat: bool = False) -> jax.Array:
+def predict(objective: Objective, model: Model, batch: Noisy, remat: Remat = "none") -> jax.Array:
     """Hidden states [B, T, D] from which a column's own token is predicted."""
     T = batch.tokens.shape[1]
     positions_BT = jnp.arange(T) - starts(batch.example)
@@ -331,7 +332,7 @@ def cross_entropy(
 
 
 def losses(
-    objective: Objective, model: Model, batch: Noisy, remat: bool = False
+    objective: Objective, model: Model, batch: Noisy, remat: Remat = "none"
 ) -> tuple[jax.Array, jax.Array]:
     """The weighted sum over a micro-batch, not divided yet, and its plain sum of masked nll."""
     hidden_BTD = predict(objective, model, batch, remat)

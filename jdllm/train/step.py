@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from jdllm.model.lora import Adapter
 from jdllm.model.model import Model
+from jdllm.model.transformer import Remat
 from jdllm.runtime import processes, sharding
 from jdllm.train.dynamics import Dynamics
 from jdllm.train.objective import HIDDEN, Batch, Noisy, Objective, corrupt, losses
@@ -85,7 +86,7 @@ def train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     join: Join = all_parameters,
-    remat: bool = False,
+    remat: Remat = "none",
     micro: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimiser update from A micro-batches: `batch` has shapes [A, B, ...].

@@ -8,6 +8,7 @@ from jdllm.arguments import ModelArgs
 from jdllm.load import compute_dtype
 from jdllm.model.config import ModelConfig
 from jdllm.model.lora import LoraConfig
+from jdllm.model.transformer import Remat
 from jdllm.runtime.fields import Presets
 from jdllm.runtime.hints import asked, nearest
 from jdllm.train.objective import OBJECTIVES, Objective, choose
@@ -91,8 +92,9 @@ class SFTConfig(ModelArgs):
     """Dtype of the weights in output/model."""
     dtype: str = "auto"
     """Compute dtype; auto is bfloat16, on a CPU float32. What trains stays float32."""
-    remat: bool = False
-    """Compute layers again in the backward pass: less memory, a third more time."""
+    remat: Remat = "none"
+    """What the backward pass computes again to save memory: layers (all of them, a third more
+    time), or products: all but the products with weights."""
     seed: int = 0
     """Of random weights, generated examples, the order of rows and the corruption."""
     save_every: int = 500

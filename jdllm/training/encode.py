@@ -1,6 +1,7 @@
 """Examples as ids: which columns are learned, where the last answer begins, what is cut off."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,6 +33,11 @@ class Texts:
     """int64 [n + 1]: where an example begins, and the end of the last."""
     answers: np.ndarray
     """int32 [n]: the column where an example's last answer begins."""
+
+    @functools.cached_property
+    def sizes(self) -> np.ndarray:
+        """int64 [n]: columns of every example."""
+        return np.diff(self.offsets)
 
     def digest(self) -> str:
         """A short hash of the content, the same wherever and whenever it was made."""

@@ -51,7 +51,7 @@ PRESETS: dict[str, Settings] = {
     },
     "dream-coder-sft": {
         "model": "Dream-org/Dream-Coder-v0-Base-7B", "objective": "dream", "batch": 576,
-        "accumulation": 12, "length": 4000, "epochs": 7, "remat": True,
+        "accumulation": 12, "length": 4000, "epochs": 7, "remat": "layers",
         "recipe.learning_rate": 5e-6, "recipe.warmup": 0.1, "recipe.weight_decay": 0.01,
         "recipe.beta2": 0.95,
     },

@@ -95,7 +95,7 @@ class Rows:
     @functools.cached_property
     def lengths(self) -> np.ndarray:
         """int64 [n]: columns of text that a row holds."""
-        size = np.diff(self.texts.offsets)[self.documents]
+        size = self.texts.sizes[self.documents]
         return np.add.reduceat(size, self.bounds[:-1])
 
     def ends(self, numbers: np.ndarray, draw: Sequence[int]) -> tuple[np.ndarray, int]:
@@ -105,7 +105,7 @@ class Rows:
         """
         layout, texts = self.layout, self.texts
         which = self.documents[self.bounds[numbers]]
-        size, answer = np.diff(texts.offsets)[which], texts.answers[which]
+        size, answer = texts.sizes[which], texts.answers[which]
         end = np.full(len(numbers), layout.length, np.int64)
         if layout.response_length is not None:
             end = np.minimum(answer + layout.response_length, end)
@@ -146,7 +146,7 @@ class Rows:
         each = np.repeat(np.arange(len(which)), end)  # the example of every column of all rows
         column = np.arange(len(each)) - np.repeat(np.cumsum(end) - end, end)
         place = row[each] * width + start[each] + column
-        size = np.diff(texts.offsets)[which]
+        size = texts.sizes[which]
         source = texts.offsets[which][each] + column
         is_text = column < size[each]
         source = np.where(is_text, source, 0)
@@ -197,7 +197,7 @@ class Rows:
 
 def padded_sizes(texts: Texts, layout: Layout) -> np.ndarray:
     """int64 [n]: columns that a packed example takes, its padding included."""
-    size = np.diff(texts.offsets)
+    size = texts.sizes
     if layout.padding.ids:
         size = -(-size // layout.block) * layout.block
         if layout.response_length is not None:

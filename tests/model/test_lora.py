@@ -1,6 +1,7 @@
 """LoRA's factors beside weights: names, first values, products, dropout, probes, meshes; int8."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -296,3 +297,19 @@ def test_what_is_no_weight_is_refused():
     with pytest.raises(TypeError, match="str is no weight"):
         product("BD,DF->BF", jnp.ones((1, 2)), "text")
     assert all(callable(times) for times in PRODUCTS.values())
+
+
+def test_gradients_pass_through_int8(models):
+    """That of x is what the dense weight gives; a backward pass keeps int8, and not x."""
+    found = quantise.quantise(named(models["multi-head"])["layers.0.attention.out"][...], (0, 1))
+    x = jax.random.normal(KEY, (2, 5, 4, 8))
+
+    def loss(x: jax.Array, weight: Any) -> jax.Array:
+        return jnp.sum(jnp.sin(product("BTHK,HKD->BTD", x, weight)))
+
+    ours, wanted = jax.grad(loss)(x, found), jax.grad(loss)(x, found.dense())
+    np.testing.assert_allclose(ours, wanted, atol=1e-5)
+    _, back = jax.vjp(lambda x: product("BTHK,HKD->BTD", x, found), x)
+    kept = {(leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(back)}
+    assert ((4, 8, 32), "int8") in kept and x.shape not in {shape for shape, _ in kept}
+    assert ((4, 8, 32), "float32") not in kept

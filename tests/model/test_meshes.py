@@ -322,7 +322,7 @@ def test_loss_and_gradients(name: str, mesh: str):
     @partial(jax.value_and_grad, has_aux=True)
     def step(params, model, batch):
         noisy = objective.corrupt(LLADA, jax.random.key(3), batch, model.config.mask_id)
-        return objective.losses(LLADA, all_parameters(params, model), noisy, True)
+        return objective.losses(LLADA, all_parameters(params, model), noisy, "layers")
 
     arrays, found = random_arrays(config), {}
     for text in ("1x1", mesh):

@@ -7,7 +7,7 @@ gradients are compared at rtol 1e-4 of their largest entry unless a test says ot
 import dataclasses
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ import pytest
 
 from jdllm.model.config import NAMED
 from jdllm.model.model import forward
+from jdllm.model.transformer import Remat
 from jdllm.runtime import sharding
 from jdllm.store import checkpoint
 from jdllm.train import objective as objectives
@@ -86,7 +87,7 @@ def plain_loss(params, model, batch: objectives.Batch, key):
     return jnp.sum(nll / t), (jnp.sum(nll), jnp.sum(masked), jnp.sum(batch.learned))
 
 
-def whole_loss(params, model, batch, key, remat=False):
+def whole_loss(params, model, batch, key, remat: Remat = "none"):
     noisy = objectives.corrupt(LLADA, key, batch, CONFIG.mask_id)
     model = train.all_parameters(params, model)
     return objectives.losses(LLADA, model, noisy, remat)
@@ -331,9 +332,10 @@ def test_remat_gives_the_same_gradients(model):
     params = model.params
     batch = micro(make_batch(), 0)
     value = jax.jit(jax.value_and_grad(loss_of, has_aux=True), static_argnames="remat")
-    plain, again = (value(params, model, batch, KEY, remat=remat) for remat in (False, True))
-    np.testing.assert_allclose(plain[0], again[0], rtol=1e-6)
-    close(plain[1], again[1], rtol=1e-5)
+    plain, *others = (value(params, model, batch, KEY, remat=remat) for remat in get_args(Remat))
+    for again in others:
+        np.testing.assert_allclose(plain[0], again[0], rtol=1e-6)
+        close(plain[1], again[1], rtol=1e-5)
 
 
 def test_mesh_gives_the_same_step(model, caplog):
