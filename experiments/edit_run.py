@@ -17,11 +17,13 @@ from jdllm.evaluation import sweeps
 from jdllm.model.lora import LoraConfig
 from jdllm.runtime import cli, files
 from jdllm.runtime.environment import environment
-from jdllm.train.optimiser import Recipe
+from jdllm.train.objective import Remat
+from jdllm.train.optimiser import Recipe, make_optimizer
 from jdllm.train.step import create_state, train_step
 from jdllm.training import run
 from jdllm.training.config import SFTConfig
 from jdllm.training.dynamics import DynamicsConfig
+from jdllm.training.prepare import prepare
 
 WINDOWS = "mean,late,ema,momentum"
 
@@ -33,8 +35,8 @@ class EditConfig:
     output: Path = Path("runs/edit")
     """Folder for the run (train/), the comparison (exits/) and summary.json."""
     model: str = "bundled"
-    data: Path | None = None
-    """Training text; default: generated puzzles."""
+    data: str | None = None
+    """Training text, as data= of jdllm.sft; default: generated puzzles."""
     rank: int = 16
     steps: int = 100
     """Updates."""
@@ -52,7 +54,7 @@ class EditConfig:
     limit: int = 100
     """Documents of each task."""
     batch_size: int = 32
-    remat: bool = False
+    remat: Remat = "none"
     mesh: str = "auto"
     timed: int = 20
     """Steps that are timed with and without dynamics; 0 leaves that out."""
@@ -74,13 +76,14 @@ def training(config: EditConfig) -> SFTConfig:
 def overhead(config: EditConfig) -> dict[str, float]:
     """Milliseconds of a training step with and without dynamics: the least of `timed` steps."""
     own = dataclasses.replace(training(config), output=config.output / "timing")
-    job = run.prepare(own)
+    files.make_folder(own.output)
+    job = prepare(own)
     assert job is not None
-    optimizer, subject = run.make_optimizer(own.recipe), job.subject
+    optimizer, subject = make_optimizer(job.recipe), job.subject
     mesh = subject.frozen.mesh
-    batch = next(run.batches(own, job.rows, mesh, 0))
+    batch = next(run.batches(own, job, mesh, 0))
     found = {}
-    for name, begin in (("plain", None), ("dynamics", own.dynamics.begin(own.recipe))):
+    for name, begin in (("plain", None), ("dynamics", own.dynamics.begin(job.recipe))):
         factors = jax.tree.map(lambda x: x.copy(), subject.trained)
         state = create_state(factors, optimizer, mesh, begin)
         spent = []
@@ -88,7 +91,7 @@ def overhead(config: EditConfig) -> dict[str, float]:
             start = time.perf_counter()
             state, _ = train_step(
                 state, batch, jax.random.key(0), frozen=subject.frozen, join=subject.join,
-                optimizer=optimizer, remat=own.remat,
+                objective=job.objective, optimizer=optimizer, remat=own.remat,
             )  # fmt: skip
             jax.block_until_ready(state)
             spent.append(1000 * (time.perf_counter() - start))

@@ -9,6 +9,8 @@ import pytest
 
 from jdllm import LLM, DecodeConfig
 from jdllm.decode import Exit
+from jdllm.decode.memory import Planner
+from jdllm.runtime import sharding
 from jdllm.store import dynamics as store
 from jdllm.train.dynamics import STATISTICS, WINDOWS
 from jdllm.training import run
@@ -145,3 +147,20 @@ def refusal_of(config: SFTConfig) -> str:
 def test_dynamics_windows_cannot_change_in_a_run(finished):
     other = dataclasses.replace(finished, dynamics=DynamicsConfig("mean"))
     assert "dynamics.windows=mean" in refusal(other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["2x1", "1x2"])
+def test_dynamics_decide_alike_on_every_mesh(base, finished, adapted: LLM, mesh: str):
+    """Rows over devices, or heads: the same blocks are left after the same calls."""
+    exits = {"exit.mode": "code", "exit.threshold": (0.5,), "exit.patience": (1,)}
+    config, prompts = DecodeConfig.of(CANVAS | exits), [[5, 6, 7], [9], [3, 3]]
+    other = LLM.load(str(base), mesh, adapter=finished.output / "adapter")
+    assert other.generate(prompts, config) == adapted.generate(prompts, config)
+
+
+def test_dynamics_are_no_part_of_a_memory_plan(adapted: LLM):
+    """A plan knows no adapter, and leaves out what an exit keeps."""
+    config = adapted.resolve(DecodeConfig.of(CANVAS | {"exit.mode": "code"}))
+    plan = Planner(adapted.config, sharding.abstract_mesh("1x1"), 32, config).plan(1)
+    assert plan.total > 0
