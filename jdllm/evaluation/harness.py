@@ -305,6 +305,8 @@ class JdllmLM(LM):
         for i, fact in enumerate(facts):
             if model and owner[i].decode.rule == "verify":
                 fact["verifier"] = self.verifier_fingerprint
+            if model and owner[i].decode.exit.aims:
+                fact["maps"] = self.llm.maps.digest(owner[i].decode.exit)
         return number_repeats([digest(fact) for fact in facts])
 
     def _bar(self, requests: Sequence[Instance], hidden: bool) -> Bar:

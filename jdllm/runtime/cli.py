@@ -64,13 +64,15 @@ def _read_truth(word: str) -> bool:
 
 @REGISTRY.primitive_rule
 def _numbers(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
-    """Tuples of integers, as one word with commas."""
-    if info.type != NUMBERS:
+    """Tuples of numbers, as one word with commas."""
+    if info.type not in NUMBERS:
         return None
+    kind = NUMBERS[info.type]
+    name = kind.__name__.upper()
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
-        metavar="INT,INT,...",
-        instance_from_str=lambda words: tuple(int(word) for word in words[0].split(",") if word),
+        metavar=f"{name},{name},...",
+        instance_from_str=lambda words: tuple(kind(word) for word in words[0].split(",") if word),
         is_instance=lambda value: isinstance(value, tuple),
         str_from_instance=lambda value: [",".join(map(str, value))],
     )
@@ -112,10 +114,16 @@ def expand_presets(config: type, options: Sequence[str], prog: str) -> list[str]
             refuse(f"{prog} knows no {setting}={name}; {hint}")
         prefix = setting.removesuffix("preset")
         table = {prefix + key: value for key, value in tables[setting][name].items()}
-        kept += [f"--{key}={value}" for key, value in table.items() if key not in given]
+        kept += [f"--{key}={as_word(value)}" for key, value in table.items() if key not in given]
         kept += [f"--{setting}={name}"] if setting in fields else []
         given |= set(table)  # decode.preset=NAME counts more than preset=NAME
     return kept
+
+
+def as_word(value: Any) -> Any:
+    """Returns several numbers as one word, anything else as it is."""
+    several = isinstance(value, tuple) and not any(isinstance(each, str) for each in value)
+    return ",".join(map(str, value)) if several else value
 
 
 def to_options(words: Sequence[str]) -> list[str]:
@@ -179,6 +187,7 @@ def command(settings: Any, module: str) -> str:
     """The command line that gives these settings: what is not the default, as words."""
     words = []
     for name, value in _changed(settings):
+        value = as_word(value)
         several = isinstance(value, tuple)
         text = " ".join(shlex.quote(str(each)) for each in (value if several else (value,)))
         words.append(f"--{name} {text}" if several else f"{name}={text}")

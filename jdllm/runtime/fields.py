@@ -13,7 +13,8 @@ WORDS: dict[Any, str] = {bool: "true or false", str: "text", NoneType: "None"}
 Rule = tuple[Callable[[Any], bool], str]
 Presets = Mapping[str, Mapping[str, Any]]
 """Settings by name; what a dataclass may have as its class attribute `presets`."""
-NUMBERS = tuple[int, ...]
+NUMBERS: dict[Any, type] = {tuple[int, ...]: int, tuple[float, ...]: float}
+"""Types of several numbers that are written as one word, and of each of them."""
 
 
 def nested(config: type, prefix: str = "") -> Iterator[tuple[str, type]]:

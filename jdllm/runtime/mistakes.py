@@ -19,7 +19,10 @@ READERS: dict[Any, Callable[[str], Any]] = {
     float: float,
     bool: lambda word: TRUTH[word.lower()],
     types.NoneType: {"None": None}.__getitem__,
-    NUMBERS: lambda word: [int(one) for one in word.split(",") if one],
+    **{
+        several: lambda word, kind=kind: [kind(one) for one in word.split(",") if one]
+        for several, kind in NUMBERS.items()
+    },
 }
 """How a word becomes a value of a type."""
 

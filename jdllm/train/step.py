@@ -18,6 +18,7 @@ from jdllm.model.lora import Adapter
 from jdllm.model.model import Model
 from jdllm.model.transformer import Remat
 from jdllm.runtime import processes, sharding
+from jdllm.train.dynamics import Dynamics
 from jdllm.train.objective import HIDDEN, Batch, Noisy, Objective, corrupt, losses
 
 type Join = Callable[[Any, Model, jax.Array | None], Model]
@@ -49,15 +50,23 @@ class TrainState:
     """Parameters, or factors: a pytree of float32 arrays."""
     moments: Any
     step: jax.Array
+    dynamics: Dynamics | None = None
+    """Means of the optimiser's updates, where they are asked for."""
 
 
-def create_state(trained: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def create_state(
+    trained: Any,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    dynamics: Callable[[Any], Dynamics] | None = None,
+) -> TrainState:
     """A fresh TrainState: float32 master weights, zero moments (placed alike), step 0.
 
     Scalars are put on the mesh here, so that the second step finds the first one's program.
     """
     master = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
-    state = TrainState(master, optimizer.init(master), jnp.zeros((), jnp.int32))
+    watched = dynamics(master) if dynamics else None
+    state = TrainState(master, optimizer.init(master), jnp.zeros((), jnp.int32), watched)
     return jax.tree.map(
         lambda x: x if x.ndim else processes.device_put(x, sharding.replicated(mesh)), state
     )
@@ -112,7 +121,8 @@ def train_step(
     tokens = jnp.sum(batch.example != HIDDEN, dtype=jnp.float32)
     metrics = {"loss": loss, "nll": nll, "gradient_norm": optax.tree.norm(gradient)}
     metrics["tokens"] = tokens
-    return TrainState(trained, moments, state.step + 1), metrics
+    dynamics = state.dynamics and state.dynamics.updated(moments)
+    return TrainState(trained, moments, state.step + 1, dynamics), metrics
 
 
 @partial(jax.jit, static_argnames=("objective", "join", "levels"))

@@ -14,6 +14,7 @@ from jdllm.runtime.hints import asked, nearest
 from jdllm.train.objective import OBJECTIVES, Objective, choose
 from jdllm.train.optimiser import Recipe
 from jdllm.training.data import Source, parse_data, parse_tasks
+from jdllm.training.dynamics import DynamicsConfig
 from jdllm.training.presets import PRESETS
 from jdllm.training.rows import parse_padding
 
@@ -86,6 +87,7 @@ class SFTConfig(ModelArgs):
     loss: LossArgs = LossArgs()
     recipe: Recipe = Recipe()
     lora: LoraConfig = LoraConfig()
+    dynamics: DynamicsConfig = DynamicsConfig()
     save_dtype: str = "bfloat16"
     """Dtype of the weights in output/model."""
     dtype: str = "auto"
@@ -119,6 +121,11 @@ class SFTConfig(ModelArgs):
             raise ValueError(
                 f"adapter={self.adapter} is trained on with lora.rank= alone; to train all "
                 "parameters, first add it to its base: python -m jdllm.convert merge"
+            )
+        if self.dynamics.names and not self.lora.rank:
+            raise ValueError(
+                f"dynamics.windows={self.dynamics.windows} are averages over LoRA's B; set "
+                "lora.rank= too"
             )
         if self.save_dtype not in SAVE_DTYPES:
             names = ", ".join(SAVE_DTYPES)

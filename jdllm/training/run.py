@@ -17,6 +17,7 @@ from jdllm.train.memory import plan_step, shown
 from jdllm.train.objective import Batch
 from jdllm.train.optimiser import make_optimizer
 from jdllm.training.config import SFTConfig
+from jdllm.training.dynamics import draw_heat_maps, open_log
 from jdllm.training.metrics import Metrics, draw_curve, logging
 from jdllm.training.prepare import Job, prepare, split_rows
 from jdllm.training.subject import new_run, refuse_other, result, write_result
@@ -107,17 +108,20 @@ def loop(
     )
     with bar, interruptible() as asked:
         watch = Watch(config, job, metrics, start)
+        log = open_log(config.output, config.log_every, start, state.dynamics)
         if not start:
             watch.look(0, state.trained)
         for step, batch in enumerate(batches(config, job, mesh, start), start + 1):
             state, values = train.train_step(state, batch, key, **fixed)
             metrics.add(step, values)
+            log.add(step, state.moments)
             bar.update()
             bar.set_postfix(metrics.shown(), refresh=False)
             watch.look(step, state.trained)
             ended = asked()
             if step % config.save_every == 0 or step == steps or ended:
                 metrics.flush()
+                log.flush()
                 save(step, state)
             if ended:
                 raise ended
@@ -139,8 +143,11 @@ def fine_tune(config: SFTConfig) -> None:
             return
         optimizer = make_optimizer(job.recipe)
         subject = job.subject
-        state = train.create_state(subject.trained, optimizer, subject.frozen.mesh)
+        begin = config.dynamics.begin(job.recipe)
+        state = train.create_state(subject.trained, optimizer, subject.frozen.mesh, begin)
         state = fit(config, job, state, optimizer)
         if processes.is_main() and (curve := draw_curve(config.output)):
             processes.say(f"drew {curve}")
-        write_result(config, subject, state.trained, job.tokenizer)
+        if begin and processes.is_main():
+            draw_heat_maps(config.output)
+        write_result(config, subject, state.trained, job.tokenizer, state.dynamics)

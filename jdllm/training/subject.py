@@ -20,8 +20,10 @@ from jdllm.runtime import processes
 from jdllm.store import checkpoint
 from jdllm.store.fingerprint import fingerprint
 from jdllm.tokenizer import copy_tokenizer
+from jdllm.train.dynamics import Dynamics
 from jdllm.train.step import Join, all_parameters, beside
 from jdllm.training.config import SFTConfig
+from jdllm.training.dynamics import write_maps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,14 +96,25 @@ def written(folder: Path) -> Iterator[Path]:
     processes.say(f"wrote {folder}")
 
 
-def write_result(config: SFTConfig, subject: Subject, trained: Any, tokenizer: Path) -> None:
-    """Writes output/model, with the tokenizer from `tokenizer`, or output/adapter."""
+def write_result(
+    config: SFTConfig,
+    subject: Subject,
+    trained: Any,
+    tokenizer: Path,
+    dynamics: Dynamics | None = None,
+) -> None:
+    """Writes output/model, with the tokenizer from `tokenizer`, or output/adapter.
+
+    Beside an adapter stand its gradient dynamics, where there are some.
+    """
     with written(result(config)) as partial:
         if config.lora.rank:
             factors = processes.gather(trained)
             if processes.is_main():
                 scaling = scaling_of(config.lora)
                 write_adapter(partial, subject.frozen.config, factors, config.model, scaling)
+            if dynamics:
+                write_maps(partial, dynamics, subject.facts)
             return
         dtype = config.save_dtype
         params = jax.tree.map(lambda x: x.astype(dtype), trained)

@@ -20,7 +20,10 @@ FLOORS: list[list[str]] = [
         "tokenizer", "parity", "engine", "tasks", "convert", "load", "convert.plan",
         "convert.commands",
     ],
-    ["viz", "completion", "llm", "arguments", "training", "evaluation", "generation", "checkup"],
+    [
+        "viz", "completion", "maps", "llm", "arguments", "training", "evaluation", "generation",
+        "checkup",
+    ],
     [
         "eval", "bench", "sweep", "tune", "generate", "sft", "doctor", "launch", "harness",
         "convert.__main__", "__main__",

@@ -11,6 +11,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 from lm_eval._cli import HarnessCLI
 
@@ -27,6 +28,7 @@ from jdllm.generation import GenerateConfig
 from jdllm.model.config import NAMED, count_parameters
 from jdllm.runtime import cli
 from jdllm.runtime.launch import LaunchConfig, split
+from jdllm.store.dynamics import write_dynamics
 from jdllm.train.objective import OBJECTIVES
 from jdllm.training.config import SFTConfig
 from jdllm.training.presets import table
@@ -143,6 +145,8 @@ def named_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, text in {"plan.yaml": plan, "tuned.json": "{}", "FILE.jsonl": ""}.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "FOLDER").mkdir()
+    maps = {"mean": {"layers.0.attention.q": np.ones((2, 1))}}
+    write_dynamics(tmp_path / "FOLDER", maps, {"windows": ["mean"]})
     monkeypatch.chdir(tmp_path)
 
 
