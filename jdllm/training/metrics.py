@@ -179,7 +179,8 @@ def draw_curve(folder: Path) -> Path | None:
             axes.plot(steps, values, label=name, alpha=faint, color=COLOURS[name])
             if name == "loss":
                 axes.plot(steps, smooth(values), label="loss, running mean", color=COLOURS[name])
-        axes.legend()
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
     lower.set_xlabel("step")
     if not drawn:
         return None
