@@ -3,7 +3,7 @@
 import datetime
 import platform
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ def environment() -> dict[str, Any]:
     devices = jax.devices()
     return {
         "jdllm": jdllm.__version__,
-        **{name: version(name) for name in PACKAGES},
+        **{name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "device": devices[0].device_kind,
         "device_count": len(devices),
@@ -44,3 +44,11 @@ def environment() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
     }
+
+
+def _version(package: str) -> str | None:
+    """The version of a package; None where it is absent, as what needs it then is."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
