@@ -14,10 +14,10 @@ weight itself, so these modules know neither dropout nor probes.
 
 import dataclasses
 import fnmatch
+import functools
 import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -297,17 +297,18 @@ def initial(
     check_rank(modules, names, rank)
     placed = placements(modules, dict.fromkeys(names, rank), mesh)
 
-    @partial(jax.jit, static_argnames=("shape", "bound", "place"))
-    def draw(key: jax.Array, shape: tuple[int, ...], bound: float, place: Any) -> jax.Array:
-        found = jax.random.uniform(key, shape, minval=-bound, maxval=bound)
-        return jax.lax.with_sharding_constraint(found, place)
+    @functools.cache
+    def drawer(shape: tuple[int, ...], bound: float, place: NamedSharding) -> Any:
+        def draw(key: jax.Array) -> jax.Array:
+            return bound * jax.random.uniform(key, shape, minval=-1.0)
+
+        return jax.jit(draw, out_shardings=place)
 
     found = {}
     for name in names:
-        own = shapes(modules[name], rank)
+        own, place = shapes(modules[name], rank), placed[name]
         bound = 1 / math.sqrt(math.prod(modules[name].inputs))
         seed = jax.random.fold_in(key, zlib.crc32(name.encode()))
-        a = draw(seed, own["a"][0], bound, placed[name]["a"])
-        b = jnp.zeros(own["b"][0], jnp.float32, device=placed[name]["b"])
-        found[name] = Factors(a, b, scale)
+        a = drawer(own["a"][0], bound, place["a"])(seed)
+        found[name] = Factors(a, drawer(own["b"][0], 0.0, place["b"])(seed), scale)
     return found

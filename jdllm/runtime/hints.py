@@ -8,6 +8,8 @@ ALIASES = {
     ours: theirs.split()
     for ours, theirs in {
         "accumulation": "gradient_accumulation_steps grad_accum accumulate_grad_batches",
+        "adapter": "peft lora_path adapter_path adapter_name_or_path lora_modules",
+        "alpha": "lora_alpha",
         "batch": "batch_size per_device_train_batch_size train_batch_size micro_batch_size bs",
         "batch_size": "batch bs max_num_seqs per_device_eval_batch_size",
         "beta1": "adam_beta1",
@@ -38,6 +40,7 @@ ALIASES = {
         "output": "output_dir output_path out save_dir outdir log_dir",
         "packing": "pack sample_packing",
         "prompt": "text query input question",
+        "rank": "r lora_r lora_rank",
         "remasking": "alg algorithm",
         "remat": "gradient_checkpointing activation_checkpointing",
         "samples": "n num_return_sequences num_generations repeats best_of",
@@ -46,6 +49,7 @@ ALIASES = {
         "shots": "num_fewshot n_shot num_shots fewshot few_shot nshot",
         "source": "model model_path pretrained checkpoint ckpt input",
         "steps": "max_steps num_steps diffusion_steps denoising_steps num_inference_steps",
+        "targets": "target_modules lora_target lora_target_modules",
         "task": "tasks benchmark dataset",
         "temperature": "temp",
         "threshold": "confidence_threshold conf_threshold tau",

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,13 +75,12 @@ def first_factors(config: SFTConfig, model: Model, mesh: Mesh) -> dict[str, Fact
             f"adapter={config.adapter} has {len(found)} modules of rank {ranks}, but lora.targets "
             f"and lora.rank ask for {len(names)} of rank {lora.rank}; name its own"
         )
-    scaled = {n: dataclasses.replace(f, scale=lora.scale) for n, f in found.items()}
-    if any(part.scale != lora.scale for part in found.values()):
+    if other := [f.scale for f in found.values() if not math.isclose(f.scale, lora.scale)]:
         raise ValueError(
-            f"adapter={config.adapter} scales its factors by "
-            f"{next(iter(found.values())).scale}, but lora.alpha gives {lora.scale}; name its own"
+            f"adapter={config.adapter} scales its factors by {other[0]}, but lora.alpha gives "
+            f"{lora.scale}; name its own"
         )
-    return place(scaled, model.config, mesh)
+    return place(found, model.config, mesh)
 
 
 def result(config: SFTConfig) -> Path:

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from safetensors.numpy import load_file
 
 from jdllm import LLM
 from jdllm.convert import adapters, commands
@@ -247,22 +248,29 @@ def test_a_killed_run_ends_in_the_same_bits(finished, base, tmp_path, monkeypatc
     assert first == last  # the name of the run, too
 
 
+def settings_words(base: Path) -> list[str]:
+    return [
+        f"model={base}", "task=sudoku", "examples=12", "length=96", "batch=4", "recipe.steps=12",
+        "recipe.learning_rate=1e-2", "save_every=2", "log_every=1", "lora.rank=4",
+        "lora.dropout=0.1", "lora.base=int8",
+    ]  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    cache = str(jax.config.jax_compilation_cache_dir)
+    root = str(Path(__file__).resolve().parents[2])
+    return os.environ | {"JAX_COMPILATION_CACHE_DIR": cache, "PYTHONPATH": root}
+
+
 @pytest.mark.slow
 def test_kills_in_the_middle_of_a_save(base, tmp_path):
     """kill -9 whenever a checkpoint is being written: the run still ends in the same bits."""
-    words = [
-        sys.executable, "-m", "jdllm.sft", f"model={base}", "task=sudoku", "examples=12",
-        "length=96", "batch=4", "recipe.steps=12", "recipe.learning_rate=1e-2", "mesh=1x1",
-        "save_every=2", "log_every=1", "lora.rank=4", "lora.dropout=0.1", "lora.base=int8",
-    ]  # fmt: skip
-    root = str(Path(__file__).resolve().parents[2])
-    cache = str(jax.config.jax_compilation_cache_dir)
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache, "PYTHONPATH": root}
+    words = [sys.executable, "-m", "jdllm.sft", *settings_words(base), "mesh=1x1"]
 
     def start(output: Path) -> subprocess.Popen[bytes]:
         quiet = subprocess.DEVNULL
         return subprocess.Popen(
-            [*words, f"output={output}"], env=environment, stdout=quiet, stderr=quiet
+            [*words, f"output={output}"], env=environment(), stdout=quiet, stderr=quiet
         )
 
     whole, output, torn = tmp_path / "whole", tmp_path / "run", 0
@@ -352,6 +360,27 @@ def test_the_curve_is_the_same_on_every_machine(finished, tmp_path, mesh, accumu
     run.fine_tune(config)
     one, many = ([row["loss"] for row in lines(c.output)] for c in (finished, config))
     np.testing.assert_allclose(one, many, rtol=2e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_factors(base, tmp_path):
+    """Factors that are split over processes are gathered into one adapter."""
+    words = settings_words(base)
+    for name, mesh, launcher in (
+        ("one", "1x1", []),
+        ("two", "1x2", ["-m", "jdllm.launch", "processes=2", "devices=1"]),
+    ):
+        module = ["jdllm.sft"] if launcher else ["-m", "jdllm.sft"]
+        command = [sys.executable, *launcher, *module, *words, f"mesh={mesh}"]
+        own = environment() | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+        done = subprocess.run(
+            [*command, f"output={tmp_path / name}"], env=own, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    one, two = (load_file(tmp_path / n / "adapter" / adapters.WEIGHTS) for n in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, array in one.items():
+        np.testing.assert_allclose(two[name], array, atol=2e-5)
 
 
 def test_a_model_folder_still_loads(base):
