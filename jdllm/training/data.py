@@ -80,7 +80,7 @@ def parse_tasks(text: str) -> list[Source]:
 def parse_data(text: str, setting: str = "data") -> list[Source]:
     """Reads "a.jsonl:2,owner/name@split:1": files, folders and hub data sets with shares.
 
-    ValueError for an empty name, a name that can be none of them, and as in `parse_mixture`.
+    ValueError for a name that can be none of them or comes twice, and as in `parse_mixture`.
     """
     sources = []
     for full, share in parse_mixture(text, setting):
@@ -93,6 +93,8 @@ def parse_data(text: str, setting: str = "data") -> list[Source]:
                 "or be a folder or an id of the hub, owner/name"
             )
         sources.append(Source(name, share, split or "train"))
+        if [(s.name, s.split) for s in sources].count((name, split or "train")) > 1:
+            raise ValueError(f"{setting}={text}: {full} is there twice; give it one larger share")
     return sources
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from jdllm.model.config import ModelConfig
 from jdllm.runtime import processes
 from jdllm.runtime.files import atomic_file
-from jdllm.tokenizer import encode_texts, render
+from jdllm.tokenizer import MARK, encode_texts, render, unmarked
 from jdllm.training.data import Example
 
 CHUNK = 20_000
@@ -72,10 +72,28 @@ type Columns = tuple[list[int], list[bool], int]
 """Ids, which of them are learned, and where the last answer begins."""
 
 
+def written(text: str, content: str) -> str:
+    """What `text` begins with of a message's content, as it is or trimmed; "" where it does not.
+
+    Special tokens that the content quotes are marked in the text.
+    """
+    for wanted in (content, content.strip()):
+        if text.startswith(wanted):
+            return wanted
+        end, places = 0, iter(wanted if MARK in text else "")
+        while text[end : end + 1] == next(places, None):
+            end += 1
+            end += len(MARK) * text.startswith(MARK, end)
+        if wanted and unmarked(text[:end]) == wanted:
+            return text[:end]
+    return ""
+
+
 def pieces_of(tokenizer: Any, example: Example, counts: Counts) -> list[Piece]:
     """The text of an example in pieces, marked where they are learned; the last one always is.
 
-    An earlier answer is learned where the chat template writes it as it did in its own turn.
+    An earlier answer is learned where the chat template writes it behind the head that it had when
+    it was the next to come, as it is or trimmed.
     """
     if isinstance(example, str):
         return [(example, True)]
@@ -88,10 +106,10 @@ def pieces_of(tokenizer: Any, example: Example, counts: Counts) -> list[Piece]:
         if message["role"] != "assistant" or not any(m["role"] == "user" for m in example[:i]):
             continue
         head = render(tokenizer, example[:i], open_last=False)
-        through = render(tokenizer, example[: i + 1], open_last=True)
-        if whole.startswith(through) and through.startswith(head):
-            pieces += [(whole[done : len(head)], False), (through[len(head) :], True)]
-            done = len(through)
+        size = len(head) if whole.startswith(head) else len(whole)
+        if found := written(whole[size:], message["content"]):
+            pieces += [(whole[done:size], False), (found, True)]
+            done = size + len(found)
         else:
             counts.rewritten += 1
     return [*pieces, (whole[done:], False), (answer, True)]

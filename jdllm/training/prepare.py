@@ -131,7 +131,8 @@ def load_texts(
             if source.generated
             else data.read(source)
         )
-        key = shared | {"source": dataclasses.asdict(source) | {"share": None}}
+        form = Path(source.name).suffix if data.is_file(source) else source.name
+        key = shared | {"source": [form, source.split, source.generated]}
         key |= {"content": data.fingerprint(source)}
         if source.generated:
             total = sum(other.share or 0 for other in sources)

@@ -147,6 +147,7 @@ def test_sources_and_shares(tmp_path):
         ("a.jsonl:0", "share must be a number above 0, for example a.jsonl:2"),
         ("a.jsonl:x", "share must be a number above 0"),
         ("a.csv", "data=a.csv must end in"),
+        ("a.jsonl:2,b.jsonl:1,a.jsonl:1", "a.jsonl is there twice"),
         ("a.jsonl,", "data= must end in"),
     ],
 )

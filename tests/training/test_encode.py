@@ -76,12 +76,44 @@ def test_every_answer_of_a_conversation_is_learned(tokenizer):
 def test_special_tokens_in_earlier_turns_are_text(tokenizer):
     """A turn that quotes the end of a turn does not end there."""
     quoted = chat(
-        ("user", "say <|eot_id|>"), ("assistant", "a<|eot_id|>b"), ("user", "c"), ("assistant", "d")
+        ("user", "say <|eot_id|>"),
+        ("assistant", "a<|eot_id|><|eot_id|>"),
+        ("user", "c"),
+        ("assistant", "d"),
     )
     texts = encode_examples(tokenizer, [quoted], CONFIG, 128)
     ((ids, learned),) = parts(texts)
     ends = [i for i in range(len(ids)) if ids[i] == END]
     assert len(ends) == 4 and [learned[i] for i in ends] == [False, True, False, True]
+
+
+@pytest.mark.parametrize("trims", [True, False])
+def test_spaces_around_an_earlier_answer(tokenizer, trims):
+    """They are learned where the template keeps them."""
+    template = tokenizer.chat_template
+    turns = chat(("user", "a"), ("assistant", " b\n"), ("user", "c"), ("assistant", "d"))
+    try:
+        tokenizer.chat_template = template if trims else template.replace(" | trim", "")
+        ((ids, learned),) = parts(encode_examples(tokenizer, [turns], CONFIG, 128))
+    finally:
+        tokenizer.chat_template = template
+    first = "b" if trims else " b\n"
+    assert spans(tokenizer, ids, learned) == [f"{first}<|eot_id|>", "d<|eot_id|>"]
+
+
+def test_a_template_that_treats_the_last_answer_apart(tokenizer):
+    """As Qwen3's, which opens the last one with an empty thought: earlier ones are learned."""
+    template = tokenizer.chat_template
+    turns = chat(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    try:
+        own = "('<think></think>' if loop.last and message['role'] == 'assistant' else '')"
+        tokenizer.chat_template = template.replace(
+            "message['content'] | trim", f"{own} + message['content']"
+        )
+        ((ids, learned),) = parts(encode_examples(tokenizer, [turns], CONFIG, 128))
+    finally:
+        tokenizer.chat_template = template
+    assert spans(tokenizer, ids, learned) == ["b<|eot_id|>", "d<|eot_id|>"]
 
 
 def test_an_answer_that_the_template_rewrites_is_context(tokenizer, capsys):
