@@ -143,6 +143,11 @@ class Metrics:
         if self.logger:
             self.logger.log(step, values)
 
+    def pause(self) -> None:
+        """Tells that time went by without a step, so that it is not measured as steps' time."""
+        self.flush()
+        self.before = None
+
     def shown(self) -> dict[str, str]:
         """What the bar shows."""
         found = {k: f"{self.last[k]:.4f}" for k in ("loss", "nll") if k in self.last}
@@ -174,7 +179,8 @@ def draw_curve(folder: Path) -> Path | None:
             axes.plot(steps, values, label=name, alpha=faint, color=COLOURS[name])
             if name == "loss":
                 axes.plot(steps, smooth(values), label="loss, running mean", color=COLOURS[name])
-        axes.legend()
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
     lower.set_xlabel("step")
     if not drawn:
         return None

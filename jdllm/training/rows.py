@@ -69,7 +69,7 @@ class Layout:
     packing: bool = False
     """Several examples in a row, none of which sees another."""
     block: int = 1
-    """Packed examples are padded up to a multiple of it."""
+    """Canvases of one example end at a multiple of it, as far as they are padded."""
     longest: bool = False
     """Batches of alike lengths, whose canvases end with the longest of them."""
     cutoff: bool = False
@@ -112,12 +112,14 @@ class Rows:
         if layout.cutoff:
             kept = (size - answer)[np.random.default_rng(draw).integers(len(numbers))]
             end = np.minimum(answer + kept, end)
-        if not layout.padding.ids:
+        if layout.padding.ids:
+            end = np.minimum(whole(end, layout.block), layout.length)
+        else:
             end = np.minimum(end, size)
         width = layout.length
         if layout.longest:
-            step = -(-layout.length // WIDTHS)
-            width = min(-(-int(np.minimum(size, end).max()) // step) * step, width)
+            step = whole(-(-layout.length // WIDTHS), layout.block)
+            width = min(int(whole(np.minimum(size, end).max(), step)), width)
             end = np.minimum(end, width)
         return end, width
 
@@ -195,13 +197,18 @@ class Rows:
         return Batch(one(0), one(1), one(2), seen, packed=self.layout.packing)
 
 
+def whole(columns: Any, block: int) -> Any:
+    """The next multiple of a block's columns."""
+    return -(-columns // block) * block
+
+
 def padded_sizes(texts: Texts, layout: Layout) -> np.ndarray:
     """int64 [n]: columns that a packed example takes, its padding included."""
     size = texts.sizes
     if layout.padding.ids:
-        size = -(-size // layout.block) * layout.block
         if layout.response_length is not None:
             size = texts.answers + layout.response_length
+        size = whole(size, layout.block)
     return np.minimum(size, layout.length)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from jdllm.decode import DecodeConfig
 from jdllm.llm import LLM
 from jdllm.model.model import Model
 from jdllm.runtime import files, processes, sharding
+from jdllm.runtime.progress import Bar
 from jdllm.tokenizer import load_tokenizer, read_lengths
 from jdllm.train.objective import Batch, Objective
 from jdllm.train.step import Join, held_out
@@ -109,12 +111,18 @@ class Watch:
     def look(self, step: int, trained: Any) -> None:
         """Held-out losses and a sample, where this step is one of theirs or the last one."""
         subject, last = self.job.subject, step == self.job.recipe.steps
-        if self.held_out and (last or step % self.config.eval_every == 0):
-            self.metrics.flush()  # lines stay in order
+        asks = self.held_out and (last or step % self.config.eval_every == 0)
+        samples = self.sampler and (last or step % self.config.sample_every == 0)
+        if asks or samples:
+            self.metrics.pause()
+        if asks:
+            assert self.held_out
             found = self.held_out.ask(trained, subject.frozen, self.job.objective, subject.join)
             self.metrics.write(step, time.time(), found)
-        if self.sampler and (last or step % self.config.sample_every == 0):
+        if samples:
+            assert self.sampler
             model = subject.join(trained, subject.frozen, None)
             lengths = DecodeConfig(**read_lengths(self.job.tokenizer))
             text = self.sampler.ask(step, model, lengths)
-            processes.say(f"step {step}: {' '.join(text.split())[:200]}")
+            if processes.is_main():  # above the bar
+                Bar.write(f"step {step}: {' '.join(text.split())[:200]}", file=sys.stderr)

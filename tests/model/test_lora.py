@@ -27,6 +27,9 @@ CONFIGS = {
     "grouped": TINY,
     "experts": dataclasses.replace(TINY, moe=MOE),
 }
+ONE_BY_DEFAULT = [
+    pytest.param(name, marks=[] if name == "experts" else pytest.mark.slow) for name in CONFIGS
+]
 EVERYTHING = "all,shared,experts,router"
 KEY = jax.random.key(3)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 60, (2, 12)), jnp.int32)
@@ -236,7 +239,7 @@ def test_probes_show_what_passes_through_the_factors(models):
 # Meshes
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ONE_BY_DEFAULT)
 def test_the_same_logits_on_a_mesh(models, name):
     adapted = with_factors(models[name], EVERYTHING if name == "experts" else "all")
     wanted = run(adapted, TOKENS, VISIBLE)
@@ -281,7 +284,7 @@ def test_int8_values_are_the_nearest(models):
     np.testing.assert_allclose(got, product("BTD,DCHK->CBTHK", x, found.dense()), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ONE_BY_DEFAULT)
 def test_an_int8_base_computes_what_its_weights_say(models, name):
     small = dataclasses.replace(models[name], params=quantise.quantise_params(models[name].params))
     kinds = {type(leaf.get_value()).__name__ for leaf in named(small).values()}

@@ -63,6 +63,20 @@ def test_response_length_ends_a_canvas_after_its_prompt():
     assert example[0].tolist() == [0] * 5 + [HIDDEN] * 3
 
 
+def test_padded_canvases_end_with_a_whole_block():
+    """A block-causal model decodes whole blocks; what ends at its text is not padded up."""
+    layout = Layout(10, EOS, 3, block=4)
+    _, learned, example = canvases(texts_of((2, 2), (6, 2)), layout)
+    assert np.sum(example >= 0, axis=1).tolist() == [8, 10] and learned[0, 4:8].all()
+    _, _, example = canvases(
+        texts_of((2, 2), (6, 2)), dataclasses.replace(layout, padding=Padding(()))
+    )
+    assert np.sum(example >= 0, axis=1).tolist() == [4, 8]
+    rows = make_rows(texts_of((2, 3), (1, 9)), Layout(64, EOS, block=12, longest=True), [2])
+    _, end, width = rows.spans(np.array([0, 1]), (0,))
+    assert width == 12 and end.ravel().tolist() == [12, 12]
+
+
 def test_without_padding_a_canvas_ends_with_its_text():
     tokens, learned, example = canvases(texts_of((2, 2), (1, 5)), Layout(8, Padding(())))
     assert tokens[0].tolist() == [1, 1, 2, 8, 0, 0, 0, 0]

@@ -51,14 +51,14 @@ def real(config: ModelConfig, settings: LoraConfig, rows: int, columns: int, **m
 @pytest.mark.parametrize(
     ("settings", "remat", "layers"),
     [
-        (LoraConfig(rank=8), "none", 3),
+        pytest.param(LoraConfig(rank=8), "none", 3, marks=pytest.mark.slow),
         pytest.param(LoraConfig(rank=8, base="int8"), "layers", 7, marks=pytest.mark.slow),
         pytest.param(LoraConfig(), "none", 7, marks=pytest.mark.slow),
         pytest.param(LoraConfig(), "layers", 7, marks=pytest.mark.slow),
     ],
 )
 def test_the_plan_is_what_the_real_step_needs(settings, remat, layers, monkeypatch):
-    """The quick case draws its line through fewer layers."""
+    """The small case draws its line through fewer layers."""
     if layers == 3:
         monkeypatch.setattr(memory, "FEW", 1)
         monkeypatch.setattr(memory, "MORE", 2)

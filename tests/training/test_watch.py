@@ -118,9 +118,28 @@ def test_all_that_watches_goes_on_after_a_kill(tiny, tmp_path, chats, monkeypatc
     assert (whole.output / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_micro_batches(tiny, tmp_path, chats, monkeypatch):
+    """To 1e-4 of each loss; not where micro-batches have divisors of their own."""
+    whole = settings(tiny, tmp_path / "whole", data=str(chats))
+    run.fine_tune(whole)
+    broken = dataclasses.replace(whole, output=tmp_path / "broken")
+    stopped(broken, 2, monkeypatch)
+    run.fine_tune(dataclasses.replace(broken, accumulation=4))
+    one, two = (lines(config.output / "metrics.jsonl") for config in (whole, broken))
+    for name in ("loss", "nll", "gradient_norm"):
+        np.testing.assert_allclose([a[name] for a in one], [b[name] for b in two], rtol=1e-4)
+    micro = dataclasses.replace(whole, output=tmp_path / "micro", normalise="micro")
+    stopped(micro, 2, monkeypatch)
+    assert "accumulation=2 (there 1)" in refusal(dataclasses.replace(micro, accumulation=2))
+
+
 @pytest.mark.parametrize(
     ("facts", "objective"),
-    [({"shift_logits": True}, "dream"), ({"block_causal": 16}, "llada2")],
+    [
+        ({"block_causal": 16}, "llada2"),
+        pytest.param({"shift_logits": True}, "dream", marks=pytest.mark.slow),
+    ],
 )
 def test_families_train_by_their_own_objective(tmp_path, chats, facts, objective):
     model = write_model(tmp_path / "model", **facts)
@@ -138,6 +157,7 @@ def test_epochs_stand_for_steps(tiny, tmp_path, chats):
     run.fine_tune(config)  # the same command finds a finished run
 
 
+@pytest.mark.slow
 def test_grouped_batches_have_widths_of_their_own(tiny, tmp_path, chats):
     config = settings(tiny, tmp_path / "run", data=str(chats), group_by_length=True)
     run.fine_tune(config)
@@ -238,7 +258,11 @@ def test_the_rate_is_of_the_steps_between_two_lines(tmp_path):
         for step, now in ((2, 10.0), (4, 12.0)):
             made.pending = (step, now, {"loss": np.float32(1), "tokens": np.float32(300)})  # pyright: ignore[reportAttributeAccessIssue]
             made.flush()
-    assert made.rate == 300 and made.shown()["tokens/s"] == "300"
+        assert made.rate == 300 and made.shown()["tokens/s"] == "300"
+        made.pause()  # a held-out loss, say
+        made.pending = (6, 99.0, {"loss": np.float32(1), "tokens": np.float32(300)})  # pyright: ignore[reportAttributeAccessIssue]
+        made.flush()
+    assert made.rate == 300
 
 
 # Presets
