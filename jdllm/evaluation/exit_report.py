@@ -136,9 +136,9 @@ def markdown(rows: Sequence[Row], alignment: Mapping[str, Mapping[str, float]]) 
         text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
         parts.append(f"## {task}, {length} columns\n\n{text}")
     if alignment:
-        names = list(next(iter(alignment.values())))
-        lines = [["map", *names], ["---"] * (len(names) + 1)]
-        lines += [[m, *(f"{own[n]:+.3f}" for n in names)] for m, own in alignment.items()]
+        modules = list(next(iter(alignment.values())))
+        lines = [["module", *alignment], ["---"] * (len(alignment) + 1)]
+        lines += [[m, *(f"{own[m]:+.3f}" for own in alignment.values())] for m in modules]
         text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
         parts.append(f"## Cosine of map and B, by module\n\n{text}")
     return "\n\n".join([*parts, MEANING]) + "\n"
