@@ -136,9 +136,9 @@ def markdown(rows: Sequence[Row], alignment: Mapping[str, Mapping[str, float]]) 
         text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
         parts.append(f"## {task}, {length} columns\n\n{text}")
     if alignment:
-        names = list(next(iter(alignment.values())))
-        lines = [["map", *names], ["---"] * (len(names) + 1)]
-        lines += [[m, *(f"{own[n]:+.3f}" for n in names)] for m, own in alignment.items()]
+        modules = list(next(iter(alignment.values())))
+        lines = [["module", *alignment], ["---"] * (len(alignment) + 1)]
+        lines += [[m, *(f"{own[m]:+.3f}" for own in alignment.values())] for m in modules]
         text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
         parts.append(f"## Cosine of map and B, by module\n\n{text}")
     return "\n\n".join([*parts, MEANING]) + "\n"
@@ -148,8 +148,9 @@ def figure(rows: Sequence[Row], lines: Sequence[Line]) -> bytes:
     """PNG of one task and length: accuracy against steps, and stop steps by verdict."""
     from matplotlib.figure import Figure
 
-    canvas = Figure(figsize=(14, 5), dpi=100, layout="constrained")
+    canvas = Figure(figsize=(15, 6), dpi=100, layout="constrained")
     left, right = canvas.subplots(1, 2)
+    names = list(dict.fromkeys(f"{row['rule']} {row['map']}".strip() for row in rows))
     for number, schedule in enumerate(dict.fromkeys(row["schedule"] for row in rows)):
         own = [row for row in rows if row["schedule"] == schedule]
         curve = [r for r in own if r["rule"] == FULL or r["rule"].startswith(CURVE)]
@@ -159,10 +160,14 @@ def figure(rows: Sequence[Row], lines: Sequence[Line]) -> bytes:
         for rule in (r for r in own if r not in curve):
             mark = "*" if rule["rule"] == "oracle" else "o"
             left.plot(rule["steps"], rule["accuracy"], mark, color=f"C{number}", markersize=7)
-            name = f"{rule['rule']} {rule['map']}".strip()
-            left.annotate(name, (rule["steps"], rule["accuracy"]), fontsize=6)
+            place = str(names.index(f"{rule['rule']} {rule['map']}".strip()) + 1)
+            left.annotate(place, (rule["steps"], rule["accuracy"]), (3, 3),
+                          textcoords="offset points", fontsize=7)  # fmt: skip
+    for place, name in enumerate(names, 1):
+        if name != FULL and not name.startswith(CURVE):
+            left.plot([], [], " ", label=f"{place} {name}")
     left.set(xlabel="model calls per document", ylabel="accuracy, %")
-    left.legend(frameon=False, fontsize=8)
+    left.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     shown = [line for line in lines if line.entry.rule == "code"] or [
         line for line in lines if not line.entry.rule.startswith((FULL, LAST_MASK, CURVE))
     ]

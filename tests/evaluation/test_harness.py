@@ -257,7 +257,7 @@ def test_stop_rule_waits_for_masks_on_its_left():
         candidates_BT=jnp.full((4, 7), -1),
         written_BT=generated,
     )
-    after, _, done, _ = rule(view, rule.start(tokens))
+    after, _, done, *_ = rule(view, rule.start(tokens))
     assert done.tolist() == [True, False, False, True]
     assert after[0].tolist() == [4, 5, 1, 4, 5, 9, 9]
     assert after[3].tolist() == [1, 4, 5, 2, 7, 9, 9]
