@@ -17,6 +17,7 @@ from jdllm.parity import make_setup
 from jdllm.server.config import ServeConfig
 from jdllm.server.metrics import Metrics
 from jdllm.server.openai import Asked, Refused
+from jdllm.server.structured import Answer, Choice, Structured, parts_of
 from jdllm.server.text import Piece, Text
 
 
@@ -41,6 +42,7 @@ class Service:
         self.llm, self.config = llm, config
         self.engines = Engines(llm.model, config.engine)
         self.metrics = Metrics(self.engines)
+        self.structured = Structured(llm, self.engines.engines[0].model)
         self.closing = False
 
     def start(self) -> None:
@@ -77,7 +79,11 @@ class Service:
         try:
             decode = asked.decode
             if asked.max_tokens:
-                decode = dataclasses.replace(decode, gen_length=asked.max_tokens)
+                # Blocks stay as long as they are: each length has programs of its own.
+                block = None if decode.block_lengths else self.llm.resolve(decode).block_length
+                decode = dataclasses.replace(
+                    decode, gen_length=asked.max_tokens, block_length=block
+                )
             decode = self.llm.resolve(decode)
             return make_setup(decode, self.llm.config), decode.gen_length or 0
         except ValueError as error:
@@ -115,6 +121,18 @@ class Service:
         except ValueError as error:
             raise Refused(400, str(error), None, "context_length_exceeded") from None
         return job, Text(facts, self.llm.tokenizer, cap, stop)
+
+    def answer(self, asked: Asked) -> Answer:
+        """A structured answer. Refused where the request asks for what slots do not have."""
+        wanted = {"n": asked.n > 1, "stop": asked.stop, "logprobs": asked.logprobs,
+                  "temperature": asked.decode.temperature}  # fmt: skip
+        for name, given in wanted.items():
+            if given:
+                raise Refused(400, f"{name} has no meaning for slots; leave it out", name)
+        self.admit(1)
+        (prompt,) = self.encode(asked)
+        parts = list(parts_of(asked.schema)) if asked.schema else [Choice(asked.choices)]
+        return self.structured.answer(prompt, parts, self.engines.config.columns)
 
     async def run(self, jobs: list[tuple[Job, Text]], asked: Asked) -> AsyncIterator[Event]:
         """Sends the jobs off and yields what happens to them, until all are over.

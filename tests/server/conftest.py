@@ -16,7 +16,11 @@ from jdllm.server.run import listen
 from jdllm.server.service import Service
 from tests.support.tiny_models import write_small
 
-SETTINGS: Any = {"port": 0, "engine": EngineConfig(slots=4, columns=128, rounds=2), "warm": False}
+SETTINGS: Any = {
+    "port": 0,
+    "engine": EngineConfig(slots=4, columns=128, page=128, rounds=2),
+    "warm": False,
+}
 
 
 @dataclasses.dataclass
