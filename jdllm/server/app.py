@@ -171,9 +171,8 @@ async def whole(
         raise Refused(500, "the model gave something that is no number; nothing can be said")
     texts = [text for _, text in jobs]
     choices = [reply.choice(i, text, reasons[i], chances[i]) for i, text in enumerate(texts)]
-    return JSONResponse(
-        reply.whole(choices, reply.usage(prompt, sum(len(text.ids) for text in texts), nfe))
-    )
+    usage = reply.usage(prompt, sum(len(text.ids) for text in texts), nfe)
+    return JSONResponse(reply.whole(choices, usage))
 
 
 async def streamed(

@@ -87,11 +87,8 @@ def parts_of(schema: Any, where: str = "schema") -> Iterator[Part]:
 
 def _object(schema: Mapping[str, Any], where: str) -> Iterator[Part]:
     """An object with all its properties, in order."""
-    properties = schema.get("properties")
-    if not isinstance(properties, Mapping) or schema.get("additionalProperties") not in (
-        None,
-        False,
-    ):
+    properties, more = schema.get("properties"), schema.get("additionalProperties")
+    if not isinstance(properties, Mapping) or more not in (None, False):
         words = f"{where}: an object needs properties, and no additionalProperties"
         raise Refused(400, words, "response_format")
     yield "{"

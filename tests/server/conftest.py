@@ -16,11 +16,8 @@ from jdllm.server.run import listen
 from jdllm.server.service import Service
 from tests.support.tiny_models import write_small
 
-SETTINGS: Any = {
-    "port": 0,
-    "engine": EngineConfig(slots=4, columns=128, page=128, rounds=2),
-    "warm": False,
-}
+ENGINE = EngineConfig(slots=4, columns=128, page=128, rounds=2)
+SETTINGS: Any = {"port": 0, "engine": ENGINE, "warm": False}
 
 
 @dataclasses.dataclass

@@ -157,7 +157,7 @@ SCHEMA: Any = {
 
 def test_json_of_a_schema(client: openai.OpenAI):
     form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
-    reply = ask(client, response_format=form)
+    reply = ask(client, "1", response_format=form)
     found = json.loads(reply.choices[0].message.content)
     assert list(found) == ["name", "sure", "sort", "grid", "inner"]
     assert isinstance(found["name"], str) and len(found["name"]) <= 6
