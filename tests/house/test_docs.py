@@ -27,6 +27,8 @@ from jdllm.generation import GenerateConfig
 from jdllm.model.config import NAMED, count_parameters
 from jdllm.runtime import cli
 from jdllm.runtime.launch import LaunchConfig, split
+from jdllm.server.config import ServeConfig
+from jdllm.server.terminal import ChatConfig
 from jdllm.training.config import SFTConfig
 
 ROOT = Path(__file__).parents[2]
@@ -35,9 +37,11 @@ PAGES.append(ROOT / "jdllm" / "bundled" / "README.md")
 CONFIGS = {
     "jdllm.bench": BenchConfig,
     "jdllm.bench grid": GridConfig,
+    "jdllm.chat": ChatConfig,
     "jdllm.doctor": DoctorConfig,
     "jdllm.eval": EvalConfig,
     "jdllm.generate": GenerateConfig,
+    "jdllm.serve": ServeConfig,
     "jdllm.sft": SFTConfig,
     "jdllm.sweep": SweepConfig,
     "jdllm.tune": TuneConfig,

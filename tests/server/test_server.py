@@ -84,7 +84,7 @@ def test_the_older_interface(client: openai.OpenAI, small: LLM):
     ids = small.encode(PUZZLE)[0]
     texts = client.completions.create(model="small", prompt=["7 + 5 =", "1"], logprobs=1)
     assert [choice.index for choice in texts.choices] == [0, 1]
-    assert texts.choices[0].logprobs.token_logprobs is not None
+    assert texts.choices[0].logprobs.token_logprobs
     (wanted,) = small.generate(PUZZLE)
     assert client.completions.create(model="small", prompt=ids).choices[0].text == wanted.text
     assert client.models.list().data[0].id == "small"
