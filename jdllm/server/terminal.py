@@ -68,7 +68,7 @@ def chat(config: ChatConfig) -> None:
 def ask() -> str | None:
     """The next message; None where the input ends."""
     try:
-        return input("> ").strip()
+        return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:
         return None
 

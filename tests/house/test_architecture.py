@@ -20,7 +20,10 @@ FLOORS: list[list[str]] = [
         "tokenizer", "parity", "engine", "tasks", "convert", "load", "convert.plan",
         "convert.commands",
     ],
-    ["viz", "completion", "llm", "arguments", "training", "evaluation", "generation", "checkup", "server"],
+    [
+        "viz", "completion", "llm", "arguments", "training", "evaluation", "generation", "checkup",
+        "server",
+    ],
     [
         "eval", "bench", "sweep", "tune", "generate", "sft", "doctor", "launch", "harness", "serve",
         "chat", "convert.__main__", "__main__",

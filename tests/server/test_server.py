@@ -82,7 +82,7 @@ def test_fields(client: openai.OpenAI, small: LLM):
 
 def test_the_older_interface(client: openai.OpenAI, small: LLM):
     ids = small.encode(PUZZLE)[0]
-    texts = client.completions.create(model="small", prompt=["7 + 5 =", "1"], logprobs=1)
+    texts: Any = client.completions.create(model="small", prompt=["7 + 5 =", "1"], logprobs=1)
     assert [choice.index for choice in texts.choices] == [0, 1]
     assert texts.choices[0].logprobs.token_logprobs
     (wanted,) = small.generate(PUZZLE)

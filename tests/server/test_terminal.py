@@ -2,10 +2,10 @@
 
 import io
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from jdllm import DecodeConfig
 from jdllm.llm import LLM
 from jdllm.server.terminal import ChatConfig, chat, drawn
 from tests.server.conftest import Running
@@ -20,10 +20,9 @@ def test_a_talk_goes_on(
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     chat(ChatConfig(url=served.url, max_tokens=6))
     out, err = capsys.readouterr()
-    config: Any = small.resolve(None)
-    first = small.generate(lines[0], config)[0].ids[:6]
-    reply = small.tokenizer.decode(first, skip_special_tokens=True)  # pyright: ignore[reportOptionalMemberAccess]
-    assert out.count(f"{reply}\n") >= 2
+    block = small.resolve().block_length
+    (reply,) = small.generate(lines[0], DecodeConfig(gen_length=6, block_length=block))
+    assert out.startswith(f"{reply.text}\n") and out.endswith(f"{reply.text}\n")
     assert err.count("error:") == 1 and "exceeds" in err
 
 
