@@ -124,9 +124,11 @@ def test_lm_eval_reads_it(served: Running):
     url = f"{served.url}/v1/chat/completions"
     make: Any = LocalChatCompletion
     model, tasks = make(base_url=url, model="small", num_concurrent=2), resolve(["sudoku"], limit=2)
-    tasks["sudoku"].set_config("generation_kwargs", {"max_gen_toks": 40}, update=True)
+    (task,) = tasks["tasks"].values()
+    task.set_config("generation_kwargs", {"max_gen_toks": 40}, update=True)
     found: Any = evaluate(model, tasks, bootstrap_iters=0, apply_chat_template=True)
-    assert len(found["samples"]["sudoku"]) == 2
+    (rows,) = found["samples"].values()
+    assert len(rows) == 2
 
 
 # ---- heavier
