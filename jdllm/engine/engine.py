@@ -23,6 +23,7 @@ from jdllm.engine.pages import PagePool
 from jdllm.engine.rounds import Chunks, Orders, Report, Slots
 from jdllm.engine.scheduler import Group, Scheduler, Turn
 from jdllm.model.model import Model
+from jdllm.runtime.programs import is_crowded
 from jdllm.unmask.speculate import Speculate
 
 
@@ -188,10 +189,13 @@ class Engine:
             one = job.saved if job.saved is not None else self._row(job)
             slots, job.saved = rounds.put_row(slots, job.slot, one), None
         orders, start = self._orders(turn), time.perf_counter()
+        key = setup, orders.width, orders.chunks and orders.chunks.width
+        if key not in self._known and is_crowded():
+            jax.clear_caches()
+            self._known.clear()
         self._slots[setup], self._pool, report = rounds.run(
             self.model, setup, slots, self._pool, orders, self.config.rounds, self.config.lanes
         )
-        key = setup, orders.width, orders.chunks and orders.chunks.width
         if key not in self._known:
             self._known.add(key)
             self.compile_seconds += time.perf_counter() - start

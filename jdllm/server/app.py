@@ -16,6 +16,8 @@ from jdllm.server.replies import Reply
 from jdllm.server.service import Event, Service
 from jdllm.server.structured import Answer
 
+PATIENCE = 30
+"""Seconds within which a body must be there."""
 PAGE = Path(__file__).with_name("page.html")
 
 
@@ -98,13 +100,21 @@ def describe(service: Service) -> dict[str, Any]:
 
 
 async def body_of(request: Request, most: int) -> bytes:
-    """The body of a request. Refused with 413 where it is too long, before all of it is read."""
+    """The body of a request. Refused where it is too long, before all of it is read, too slow, or
+    of another kind."""
+    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        # Pages of other sites may send anything else without asking the browser.
+        raise Refused(415, "the content-type of a request must be application/json")
     parts, length = [], 0
-    async for part in request.stream():
-        length += len(part)
-        if length > most:
-            raise Refused(413, f"a request must not be longer than {most} bytes")
-        parts.append(part)
+    try:
+        async with asyncio.timeout(PATIENCE):
+            async for part in request.stream():
+                length += len(part)
+                if length > most:
+                    raise Refused(413, f"a request must not be longer than {most} bytes")
+                parts.append(part)
+    except TimeoutError:
+        raise Refused(408, f"the body of a request took more than {PATIENCE} seconds") from None
     return b"".join(parts)
 
 
@@ -112,7 +122,7 @@ async def answer(service: Service, request: Request, chat: bool) -> Response:
     """Reads a request, and answers it whole or as a stream."""
     asked = read(await body_of(request, service.config.max_body), chat, service.config)
     if asked.schema or asked.choices:
-        return structured(service, asked, await asyncio.to_thread(service.answer, asked))
+        return structured(service, asked, await service.answer(asked))
     jobs = await asyncio.to_thread(service.jobs, asked)  # tokenising takes its time
     reply = Reply(service.llm, asked, service.config.title)
     events = service.run(jobs, asked)

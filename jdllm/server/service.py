@@ -43,6 +43,7 @@ class Service:
         self.engines = Engines(llm.model, config.engine)
         self.metrics = Metrics(self.engines)
         self.structured = Structured(llm, self.engines.engines[0].model)
+        self._answering, self._turn = 0, asyncio.Lock()
         self.closing = False
 
     def start(self) -> None:
@@ -122,17 +123,24 @@ class Service:
             raise Refused(400, str(error), None, "context_length_exceeded") from None
         return job, Text(facts, self.llm.tokenizer, cap, stop)
 
-    def answer(self, asked: Asked) -> Answer:
-        """A structured answer. Refused where the request asks for what slots do not have."""
+    async def answer(self, asked: Asked) -> Answer:
+        """A structured answer, one at a time. Refused where the request asks for what slots do not
+        have, and where too many wait."""
         wanted = {"n": asked.n > 1, "stop": asked.stop, "logprobs": asked.logprobs,
                   "temperature": asked.decode.temperature}  # fmt: skip
         for name, given in wanted.items():
             if given:
                 raise Refused(400, f"{name} has no meaning for slots; leave it out", name)
-        self.admit(1)
-        (prompt,) = self.encode(asked)
+        self.admit(1 + self._answering)
         parts = list(parts_of(asked.schema)) if asked.schema else [Choice(asked.choices)]
-        return self.structured.answer(prompt, parts, self.engines.config.columns)
+        (prompt,) = await asyncio.to_thread(self.encode, asked)
+        self._answering += 1
+        try:
+            async with self._turn:
+                room = self.engines.config.columns
+                return await asyncio.to_thread(self.structured.answer, prompt, parts, room)
+        finally:
+            self._answering -= 1
 
     async def run(self, jobs: list[tuple[Job, Text]], asked: Asked) -> AsyncIterator[Event]:
         """Sends the jobs off and yields what happens to them, until all are over.

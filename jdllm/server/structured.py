@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import json
 import re
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -128,12 +127,11 @@ class Answer:
 
 
 class Structured:
-    """Fills the slots of answers, one answer at a time."""
+    """Fills the slots of answers."""
 
     def __init__(self, llm: LLM, model: Model):
         """`model` is the one that computes: a replica of the library's."""
         self.llm, self.model = llm, model
-        self._lock = threading.Lock()
 
     def answer(self, prompt: Sequence[int], parts: Sequence[Part], room: int) -> Answer:
         """An answer of these parts, in at most `room` columns with its prompt. Refused where they
@@ -146,21 +144,20 @@ class Structured:
             raise Refused(400, f"prompt and answer take {width} columns of {room}", None,
                           "context_length_exceeded")  # fmt: skip
         done, chances, nfe = "", dict[str, float](), 0
-        with self._lock:
-            for number, part in enumerate(parts):
-                if isinstance(part, str):
-                    done += part
-                    continue
-                behind = [i for other in parts[number + 1 :] for i in self._masked(other)]
-                ends = [self.llm.config.eos_id]
-                around = Around([*prompt, *self._ids(done)], [*behind, *ends])
-                if isinstance(part, Choice):
-                    found = choose(self.model, around, [self._ids(text) for text in part.texts])
-                    chances = dict(zip(part.texts, found.tolist(), strict=True))
-                    done, nfe = done + part.texts[int(found.argmax())], nfe + 1
-                else:
-                    ids, calls = complete(self.model, around, self._allowed(part))
-                    done, nfe = done + self._value(part, ids), nfe + calls
+        for number, part in enumerate(parts):
+            if isinstance(part, str):
+                done += part
+                continue
+            behind = [i for other in parts[number + 1 :] for i in self._masked(other)]
+            ends = [self.llm.config.eos_id]
+            around = Around([*prompt, *self._ids(done)], [*behind, *ends])
+            if isinstance(part, Choice):
+                found = choose(self.model, around, [self._ids(text) for text in part.texts])
+                chances = dict(zip(part.texts, found.tolist(), strict=True))
+                done, nfe = done + part.texts[int(found.argmax())], nfe + 1
+            else:
+                ids, calls = complete(self.model, around, self._allowed(part))
+                done, nfe = done + self._value(part, ids), nfe + calls
         lone = len(parts) == 1 and bool(slots)
         return Answer(done, chances if lone else {}, nfe, len(prompt), len(self._ids(done)))
 

@@ -188,6 +188,7 @@ def folder(tmp_path: Path) -> Path:
 
 def launch(folder: Path, port: int) -> subprocess.Popen:
     words = [f"model={folder}", f"port={port}", "engine.slots=2", "engine.columns=256", "name=x"]
+    words.append("drain=300")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JDLLM_HOME": str(folder.parent / "home")}
     process = subprocess.Popen(
         [sys.executable, "-m", "jdllm.serve", *words], env=environment, stderr=subprocess.PIPE,
@@ -222,7 +223,7 @@ def test_signals(folder: Path, port: int):
         while part := connection.recv(65536):
             found += part
     assert b"[DONE]" in found
-    process.wait(30)
+    process.wait(60)
     assert process.stderr and "Traceback" not in process.stderr.read()
     process.stderr.close()
     process = launch(folder, port)
