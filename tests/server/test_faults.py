@@ -115,6 +115,7 @@ def test_the_key_is_asked_for(served: Running, monkeypatch: pytest.MonkeyPatch):
     assert status("/") == status("/health") == 200
 
 
+@pytest.mark.slow
 def test_lm_eval_reads_it(served: Running):
     from lm_eval.evaluator import evaluate
     from lm_eval.models.openai_completions import LocalChatCompletion
