@@ -58,6 +58,8 @@ NEEDS = {
     r"FOLDER|FILE|OUTPUT|(chats|prompt)\.(jsonl|txt)|my_tasks|models/mine": "of yours",
     r"mesh=(?!1x1)[0-9]+x": "devices",
     r"random:llada-8b|jdllm\.sft": "GPU",
+    r"jdllm\.(serve|chat)\b": "end",
+    r"base_url=|url=http": "server",
 }
 Example = tuple[str, str, str]
 """What stands before an example, its language, and its text."""
