@@ -13,11 +13,13 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
+from jdllm.convert.adapters import run_factors, scaling_of, write_adapter
 from jdllm.convert.export import export
 from jdllm.convert.families import COMMANDS, Source, open_source
 from jdllm.convert.fetch import converted_folder, fetch
+from jdllm.convert.merge import merge
 from jdllm.convert.plan import PlanConfig, find_plan, shown_plan, with_model
-from jdllm.load import enable_compilation_cache
+from jdllm.load import BUNDLED, enable_compilation_cache, read_facts
 from jdllm.runtime import cli, files
 from jdllm.store import checkpoint
 from jdllm.store.checkpoint import LazyArray
@@ -43,16 +45,34 @@ class ConvertConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
-    """Writes a converted model back as a Hugging Face checkpoint."""
+    """Writes a converted model back as a Hugging Face checkpoint, or a LoRA run as PEFT's files."""
 
     source: Path
-    """A folder that this command wrote, or the model/ in one of jdllm.sft."""
+    """A folder that this command wrote, the model/ in one of jdllm.sft, or a LoRA run of it."""
     output: Path
     """Folder to write."""
     dtype: Dtype | None = None
     """Store weights in this dtype (default: as in the source)."""
     shard_bytes: int = 5_000_000_000
     """Largest size of one safetensors file."""
+    step: int | None = None
+    """Of a LoRA run: the checkpoint (default: the newest)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeConfig:
+    """Adds a LoRA adapter to the weights of its base and writes the whole model."""
+
+    source: str
+    """The base: bundled, a converted folder, or a Hugging Face folder or id."""
+    adapter: Path
+    """A folder with an adapter in PEFT's files."""
+    output: Path
+    """Folder to write, as the other conversions do."""
+    dtype: Dtype | None = None
+    """Store weights in this dtype (default: as in the source)."""
+    allow_unknown: tuple[str, ...] = ()
+    """Keys of config.json to ignore although their meaning is not known here."""
 
 
 def convert(source: Source, tokenizer_files: Path, output: Path) -> None:
@@ -90,10 +110,31 @@ def run_convert(command: str, words: Sequence[str]) -> None:
     print(f"wrote {output}", file=sys.stderr)
 
 
+def export_run(config: ExportConfig) -> None:
+    """Writes the factors of a LoRA run's checkpoint as PEFT's files."""
+    lora, factors = run_factors(config.source, config.step)
+    facts = json.loads((config.source / "config.json").read_text())
+    model = read_facts(facts["model"], allow_unknown=facts["allow_unknown"])
+    with files.atomic_folder(config.output) as folder:
+        write_adapter(folder, model, factors, facts["model"], scaling_of(lora))
+
+
 def run_export(words: Sequence[str]) -> None:
     """The subcommand export."""
     config = cli.parse(ExportConfig, words, f"{PROG} export")
-    export(config.source, config.output, config.dtype, config.shard_bytes)
+    if (config.source / "checkpoints").is_dir():
+        export_run(config)
+    else:
+        export(config.source, config.output, config.dtype, config.shard_bytes)
+    print(f"wrote {config.output}", file=sys.stderr)
+
+
+def run_merge(words: Sequence[str]) -> None:
+    """The subcommand merge."""
+    config = cli.parse(MergeConfig, words, f"{PROG} merge")
+    files.refuse_existing(config.output)
+    folder = BUNDLED if config.source == "bundled" else fetch(config.source)
+    merge(folder, config.adapter, config.output, config.dtype, config.allow_unknown)
     print(f"wrote {config.output}", file=sys.stderr)
 
 
@@ -108,6 +149,7 @@ def run_plan(words: Sequence[str]) -> None:
 # What the words of each subcommand set.
 CONFIGS: dict[str, type] = {command: ConvertConfig for command in COMMANDS} | {
     "export": ExportConfig,
+    "merge": MergeConfig,
     "plan": PlanConfig,
 }
 
@@ -117,4 +159,6 @@ def main(words: Sequence[str] | None = None) -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs a traceback before it raises
     commands = {command: partial(run_convert, command) for command in COMMANDS}
     with cli.one_sentence("nothing was written; the same command starts again"):
-        cli.dispatch(commands | {"export": run_export, "plan": run_plan}, words, PROG)
+        cli.dispatch(
+            commands | {"export": run_export, "merge": run_merge, "plan": run_plan}, words, PROG
+        )

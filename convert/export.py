@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from jdllm.convert.families import FAMILIES
+from jdllm.convert.families import FAMILIES, read_facts
 from jdllm.convert.shards import INDEX, SINGLE
 from jdllm.convert.table import ConversionError, restore_sources
 from jdllm.model.config import ModelConfig, count_parameters
@@ -54,8 +54,16 @@ def export(source: Path, output: Path, dtype: str | None, shard_bytes: int) -> N
         written.append(_save(folder, len(written), pending))
         _finish(folder, written)
         hf = FAMILIES[config.family].hf_config(config)
-        files.write_json(folder / "config.json", hf)
         copy_tokenizer(source, folder)
+        files.write_json(folder / "config.json", hf)
+        files.write_json(folder / "config.json", hf | _more_ends(folder, config))
+
+
+def _more_ends(folder: Path, config: ModelConfig) -> dict[str, list[int]]:
+    """Returns an `eos_token_id` with the ids that end a text and are untold in `folder`."""
+    _, told = read_facts(folder)
+    untold = [i for i in config.stop_ids if i not in told.stop_ids]
+    return {"eos_token_id": [config.eos_id, *untold]} if untold else {}
 
 
 def _bytes(arrays: dict[str, np.ndarray]) -> int:

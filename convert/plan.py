@@ -13,9 +13,13 @@ from jdllm.decode import DecodeConfig
 from jdllm.decode.memory import Planner
 from jdllm.load import compute_dtype
 from jdllm.model.config import NAMED, ModelConfig, count_parameters, is_converted
+from jdllm.model.lora import LoraConfig
+from jdllm.model.transformer import Remat
 from jdllm.runtime import sharding
 from jdllm.runtime.machine import read_memory
 from jdllm.store import checkpoint
+from jdllm.train.memory import Work, factor_bytes, plan_training
+from jdllm.train.objective import choose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +41,24 @@ class PlanConfig:
     dtype: str = "auto"
     """As in the other commands; with memory=, auto is the stored one."""
     decode: DecodeConfig = DecodeConfig()
+    train: bool = False
+    """Plan a training step of `batch` rows instead of decoding."""
+    lora: LoraConfig = LoraConfig()
+    accumulation: int = 1
+    """Micro-batches of a training step."""
+    remat: Remat = "none"
+    """What training computes again in the backward pass: products (all but them) or layers."""
     json: bool = False
     """Print one JSON object, in bytes, instead of the table."""
 
     def __post_init__(self):
         if self.batch < 1 or (self.length or 1) < 1 or not (self.memory or 1) > 0:
             raise ValueError("batch and length must be 1 or more, and memory more than 0")
+        if self.accumulation < 1 or self.batch % self.accumulation:
+            raise ValueError(f"accumulation={self.accumulation} must divide batch={self.batch}")
+        changed = self.remat != "none" or self.lora.base != "stored"
+        if not self.train and (changed or self.accumulation > 1):
+            raise ValueError("remat, accumulation and lora.base are of training; add train=true")
 
 
 def describe_model(model: str, allow_unknown: Sequence[str] = ()) -> ModelConfig:
@@ -82,41 +98,75 @@ def shown_plan(facts: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"{facts['model']}: {facts['parameters'] / 1e9:.2f} B parameters in {facts['dtype']}",
-            f"mesh {mesh}, batch {facts['batch']}, {facts['columns']} columns, "
-            f"{facts['block_length']} a block, cache {facts['cache']}",
+            f"mesh {mesh}, batch {facts['batch']}, {facts['columns']} columns, {facts['work']}",
             "",
             "GB on each device",
             *parts,
             f"{'total':<14}{facts['total'] / 1e9:>8.3f}  {verdict} in {facts['memory'] / 1e9:.3f}",
-            f"largest batch that fits: {facts['largest_batch']}",
+            *(f"{name}: {value}" for name, value in facts["besides"].items()),
         ]
     )
 
 
 def find_plan(config: PlanConfig) -> dict[str, Any]:
-    """Returns what the model needs on one device, in bytes, and the largest batch that fits."""
+    """Returns what the model needs on one device, in bytes, by part."""
     model = describe_model(config.model, config.allow_unknown)
     elsewhere = config.memory is not None
     if not elsewhere or config.dtype != "auto":
         model = dataclasses.replace(model, dtype=compute_dtype(config.dtype, model.dtype))
-    mesh = sharding.abstract_mesh(config.mesh)
     length = config.length or min(1024, model.max_length)
-    decoding = config.decode.resolve(gen_length=min(128, length), model=model)
-    planner = Planner(model, mesh, length, decoding, elsewhere)
-    plan = planner.plan(config.batch)
     memory = int(config.memory * 1e9) if config.memory else memory_here()
-    return {
+    plan = training_plan if config.train else decoding_plan
+    facts = {
         "model": config.model,
         "parameters": count_parameters(model),
         "dtype": model.dtype,
-        "mesh": dict(mesh.shape),
+        "mesh": dict(sharding.abstract_mesh(config.mesh).shape),
         "batch": config.batch,
         "columns": length,
+        "memory": memory,
+    } | plan(config, model, length, memory)
+    total = sum(facts["bytes"].values())
+    return facts | {"total": total, "fits": total <= memory}
+
+
+def decoding_plan(
+    config: PlanConfig, model: ModelConfig, length: int, memory: int
+) -> dict[str, Any]:
+    """Bytes by part, and the largest batch that fits; with `lora.rank` an adapter's, too."""
+    mesh = sharding.abstract_mesh(config.mesh)
+    decoding = config.decode.resolve(gen_length=min(128, length), model=model)
+    planner = Planner(model, mesh, length, decoding, config.memory is not None)
+    factors = factor_bytes(model, config.lora, mesh)
+    return {
+        "work": f"{decoding.block_length} a block, cache {decoding.cache}",
         "block_length": decoding.block_length,
         "cache": decoding.cache,
-        "bytes": dataclasses.asdict(plan),
-        "total": plan.total,
-        "memory": memory,
-        "fits": plan.total <= memory,
-        "largest_batch": planner.largest_batch(memory),
+        "bytes": dataclasses.asdict(planner.plan(config.batch))
+        | ({"factors": factors} if factors else {}),
+        "besides": {"largest batch that fits": planner.largest_batch(memory - factors)},
+    }
+
+
+def training_plan(
+    config: PlanConfig, model: ModelConfig, length: int, memory: int
+) -> dict[str, Any]:
+    """Bytes by part of a training step; a CPU that plans for a GPU compiles for float32."""
+    widened = config.memory is not None and jax.default_backend() == "cpu"
+    work = Work(
+        model,
+        sharding.abstract_mesh(config.mesh),
+        choose("auto", model),
+        config.lora,
+        config.batch // config.accumulation,
+        length,
+        config.accumulation,
+        "float32" if widened else model.dtype,
+        config.remat,
+    )
+    trained = f"LoRA of rank {config.lora.rank}" if config.lora.rank else "all parameters"
+    return {
+        "work": f"{config.accumulation} micro-batch(es), training {trained}",
+        "bytes": dataclasses.asdict(plan_training(work)),
+        "besides": {"activations": "an upper bound, in float32"} if widened else {},
     }

@@ -27,6 +27,7 @@ from jdllm.batches import bucket
 from jdllm.decode.memory import Planner
 from jdllm.kernels import choose, shapes
 from jdllm.kernels.attention import reference
+from jdllm.kernels.experts import dense
 from jdllm.llm import LLM
 from jdllm.load import weight_bytes
 from jdllm.model.config import NAMED
@@ -87,25 +88,64 @@ def bundled() -> dict[str, Any]:
 
 
 def kernels() -> list[dict[str, Any]]:
-    """Each attention in bfloat16 against the reference in float32: the relative error.
+    """Each implementation in bfloat16 against the reference in float32: error and microseconds.
 
     Fresh numbers; rows of all lengths; several rows with few queries, one row with many.
     """
     found = []
-    for number, (B, T, S, H, G, K) in enumerate(shapes.PUBLISHED_ATTENTION):
+    for number, shape in enumerate(shapes.PUBLISHED_ATTENTION):
+        B, T, S, H, G, K = shape
         rng = np.random.default_rng(number)
         sizes = (B, T, H, K), (B, S, G, K), (B, S, G, K)
         low = [jnp.asarray(rng.normal(size=size), jnp.bfloat16) for size in sizes]
         lengths = jnp.asarray(rng.integers(1, S + 1, B), jnp.int32)
-        with jax.default_matmul_precision("highest"):
-            q, k, v = (x.astype(jnp.float32) for x in low)
-            expected = reference.attention(q, k, v, lengths)
-        for name in choose.TABLES["attention"]:
-            run = jax.jit(partial(choose.attention, kernel=f"attention:{name}"))
-            wrong = run(low[0], low[1], low[2], lengths).astype(jnp.float32) - expected
-            error = float(jnp.linalg.norm(wrong.ravel()) / jnp.linalg.norm(expected.ravel()))
-            found.append({"name": name, "shapes": sizes, "relative_error": error})
+        found += compared("attention", shape, reference.attention, low, (lengths,))
+    for number, shape in enumerate(shapes.PUBLISHED_EXPERTS):
+        T, P, E, D, M = shape
+        x, gate_up, down = (
+            (jax.random.normal(jax.random.key(number), size) * scale).astype(jnp.bfloat16)
+            for size, scale in (((T, D), 1), ((E, D, 2, M), D**-0.5), ((E, M, D), M**-0.5))
+        )
+        _, picks = jax.lax.top_k(jax.random.uniform(jax.random.key(number + 9), (T, E)), P)
+        weights = jax.random.uniform(jax.random.key(number + 99), (T, P))
+        found += compared("experts", shape, dense.experts, [x, gate_up, down], (picks, weights))
     return found
+
+
+def compared(
+    operation: str, shape: Any, reference: Callable, low: list[jax.Array], facts: tuple
+) -> list[dict[str, Any]]:
+    """A row for each implementation in the table of an operation; its reason if it declines."""
+    with jax.default_matmul_precision("highest"):
+        expected = jax.jit(reference)(*(x.astype(jnp.float32) for x in low), *facts)
+    found = []
+    for name in choose.TABLES[operation]:
+        row = {"operation": operation, "name": name, "shapes": shape._asdict()}
+        run = jax.jit(partial(choose.run, operation, f"{operation}:{name}"))
+        try:
+            wrong = run(*low, *facts).astype(jnp.float32) - expected
+        except ValueError as error:
+            found.append(row | {"declined": str(error)})
+            continue
+        error = float(jnp.linalg.norm(wrong.ravel()) / jnp.linalg.norm(expected.ravel()))
+        seconds = chained(run, *low, *facts)
+        found.append(row | {"relative_error": error, "microseconds": round(1e6 * seconds, 1)})
+    return found
+
+
+def chained(run: Callable, first: jax.Array, *rest: jax.Array, times: int = 50) -> float:
+    """Seconds of a call that waits for the one before, inside one program."""
+
+    @jax.jit
+    def loop(x: jax.Array, *rest: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, times, lambda _, x: 0.5 * x + 0.5 * run(x, *rest), x)
+
+    found = []
+    for _ in range(5):
+        start = time.perf_counter()
+        jax.block_until_ready(loop(first, *rest))
+        found.append(time.perf_counter() - start)
+    return sorted(found)[1] / times
 
 
 def named_shapes() -> dict[str, dict[str, float]]:

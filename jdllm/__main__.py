@@ -26,7 +26,7 @@ COMMANDS = {
     "serve": "serves a model over HTTP, with OpenAI's interface and a page",
     "chat": "chats in the terminal",
     "doctor": "says whether this machine is set up right",
-    "completion": "prints what makes bash complete all of these",
+    "completion": "prints what makes bash or zsh complete all of these",
 }
 # What the words of a command set, as module:name; a name in capitals has those of subcommands.
 # Only what is named is imported, so that this list and a typo take no time.
@@ -46,6 +46,7 @@ CONFIGS: dict[str, str | None] = {
     "doctor": "jdllm.doctor:DoctorConfig",
     "completion": None,
     "completion bash": None,
+    "completion zsh": None,
 }
 
 

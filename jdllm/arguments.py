@@ -4,6 +4,7 @@ Fields of a base class are settings of the command like its own: `model=`, `mesh
 """
 
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from jdllm.kernels.choose import parse
@@ -18,6 +19,8 @@ class ModelArgs:
 
     model: str = "bundled"
     """bundled, a converted folder, random:<name>, or a Hugging Face folder or id."""
+    adapter: Path | None = None
+    """Folder of a LoRA adapter in PEFT's files, which is added to the model."""
     allow_unknown: tuple[str, ...] = ()
     """Keys of a Hugging Face config.json to ignore although their meaning is not known here."""
     mesh: str = "auto"
@@ -38,7 +41,7 @@ class ModelArgs:
 
         return LLM.load(
             self.model, self.mesh, self.dtype, self.seed, verifier, self.allow_unknown,
-            self.kernel,
+            self.kernel, self.adapter,
         )  # fmt: skip
 
 

@@ -65,6 +65,8 @@ class Probe:
     seconds: float = 0.0
     kernels: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     """What `kernels.choose.choices` tells of the generation."""
+    canaries: dict[str, str] = dataclasses.field(default_factory=dict)
+    """What `kernels.choose.canaries` says."""
     error: str = ""
 
 
@@ -226,7 +228,7 @@ def check_generation(facts: Probe) -> Finding:
 
 
 def check_kernels(facts: Probe) -> Finding:
-    """Which implementation served the generation, and why no other did that is preferred."""
+    """Which implementations served, why none that is preferred did, and what canaries say."""
     if not facts.kernels:
         fix = "see to the generation, one line above"
         return Finding("note", "unknown, since nothing was generated", fix)
@@ -234,6 +236,8 @@ def check_kernels(facts: Probe) -> Finding:
     for row in facts.kernels:
         why = ", ".join(f"{name}: {reason}" for name, reason in row["refused"].items())
         said.append(f"{row['operation']} by {row['chosen']}" + (f" ({why})" if why else ""))
+    for name, reason in facts.canaries.items():
+        said.append(f"{name} {f'is not for this device: {reason}' if reason else 'agrees'}")
     return Finding("ok", "; ".join(said))
 
 
@@ -247,7 +251,7 @@ def probe() -> None:
     seen = {"backend": jax.default_backend(), "devices": kinds, "device_memory": memory}
     print(json.dumps(seen), flush=True)
 
-    from jdllm.kernels.choose import choices
+    from jdllm.kernels.choose import canaries, choices
     from jdllm.llm import LLM
     from jdllm.load import enable_compilation_cache
     from jdllm.tasks import TASKS
@@ -260,7 +264,7 @@ def probe() -> None:
     text = completion.text or ""
     done = {"text": text, "solved": task.grade(puzzle, text)["solved"] == 1}
     done |= {"tokens": len(completion.ids), "seconds": time.perf_counter() - start}
-    done |= {"kernels": choices()}
+    done |= {"kernels": choices(), "canaries": canaries()}
     print(json.dumps(done), flush=True)
 
 

@@ -4,7 +4,7 @@ import bisect
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -23,6 +23,15 @@ class Completion:
     """Model evaluations made while this row was unfinished."""
     finish_reason: Literal["stop", "length"]
     """stop: an end id or a stop string came; length: the canvas was full first."""
+    calls: list[int] = dataclasses.field(default_factory=list)
+    """Model calls of each block that was decoded."""
+    exits: list[int] = dataclasses.field(default_factory=list)
+    """Numbers of the blocks that exit.* left early."""
+
+    def noted(self, calls: np.ndarray, exits: np.ndarray) -> Self:
+        """With what the loop noted of every block [blocks]."""
+        own = {"calls": calls[calls > 0].tolist(), "exits": np.flatnonzero(exits).tolist()}
+        return dataclasses.replace(self, **own)
 
 
 def raw_text(tokenizer: Any, ids: Sequence[int]) -> str:

@@ -19,7 +19,7 @@ from jdllm.viz.pieces import Lexicon
 from jdllm.viz.show import Player
 
 if TYPE_CHECKING:  # imported when it runs, so that --help is quick
-    from jdllm.llm import LLM, Batch
+    from jdllm.llm import LLM, Batch, Prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,8 @@ class GenerateConfig(DecodingArgs):
 
     prompt: str = ""
     """The user's message; needed unless replay is given."""
+    system: str = ""
+    """A system prompt before it, as the chat template writes one."""
     decode: DecodeConfig = DecodeConfig()
     chat: bool = True
     """Frame the prompt with the model's chat template; false passes it on as it is."""
@@ -50,6 +52,8 @@ class GenerateConfig(DecodingArgs):
         super().__post_init__()
         if self.replay is None and not self.prompt.strip():
             raise ValueError('prompt is empty; write prompt="some text"')
+        if self.system and not self.chat:
+            raise ValueError("system= needs the chat template; leave out chat=false")
         if self.replay and (self.prompt or self.trace):
             raise ValueError("replay shows a run that is over; leave prompt and trace out")
         check_verifier(self.verifier, [self.decode])
@@ -64,6 +68,12 @@ class GenerateConfig(DecodingArgs):
         for name, path in self.outputs.items():
             if path.is_dir():
                 raise ValueError(f"{name}={path} is a folder; name a file")
+
+    @property
+    def conversation(self) -> "Prompt":
+        """What the model is asked."""
+        user = {"role": "user", "content": self.prompt}
+        return [{"role": "system", "content": self.system}, user] if self.system else self.prompt
 
     @property
     def outputs(self) -> dict[str, Path]:
@@ -91,7 +101,7 @@ def complete(config: GenerateConfig) -> None:
         bar.set_postfix_str("")
         watched = config.viz == "live" or config.outputs
         if not watched:
-            (batch,) = llm.stream([config.prompt], config.decode, chat=config.chat)
+            (batch,) = llm.stream([config.conversation], config.decode, chat=config.chat)
     if watched:
         batch = watch(llm, config)
     elif not config.json:
@@ -117,7 +127,10 @@ def watch(llm: "LLM", config: GenerateConfig) -> "Batch":
     pieces = Lexicon(llm.tokenizer, facts.mask_id, (*facts.stop_ids, facts.eos_id))
     with Player(pieces, config.fps, shown=config.viz == "live") as player:
         (batch,) = llm.stream(
-            [config.prompt], decode, chat=config.chat, watch=lambda _, stretch: player(stretch)
+            [config.conversation],
+            decode,
+            chat=config.chat,
+            watch=lambda _, stretch: player(stretch),
         )
     about = describe(llm, config, decode, batch)
     if not config.json:
@@ -151,6 +164,7 @@ def describe(
     completion = batch.completions[0]
     return {
         "prompt": config.prompt,
+        "system": config.system,
         "completion": completion.text,
         "finish_reason": completion.finish_reason,
         "nfe": completion.nfe,

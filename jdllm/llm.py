@@ -8,6 +8,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import jax
@@ -27,9 +28,11 @@ from jdllm.decode import (
     decode,
     read_prefix,
 )
+from jdllm.decode.aims import aimed
 from jdllm.engine.offline import decode_all, pays
 from jdllm.kernels.choose import parse
 from jdllm.load import choose_mesh, load_model, locate
+from jdllm.maps import Maps
 from jdllm.model.cache import Cache
 from jdllm.model.config import ModelConfig
 from jdllm.model.model import Model
@@ -71,8 +74,7 @@ class Batch:
     completions: list[Completion]
     forwards: int
     seconds: float
-    """Wall time on the device and back, without compilation; the first batch's has that of the
-    prefixes, which are computed before it."""
+    """On the device and back, without compilation; the first batch's has that of the prefixes."""
     compile_seconds: float
     shared_tokens: int
     """Prompt tokens of its rows that were not computed with it, but once for all batches."""
@@ -114,6 +116,7 @@ class LLM:
         defaults: DecodeConfig | None = None,
         verifier: Model | None = None,
         engine: EngineUse = "auto",
+        adapter: Path | None = None,
     ):
         self.model = model
         self.engine: EngineUse = engine
@@ -122,6 +125,7 @@ class LLM:
         self.tokenizer = tokenizer
         self.defaults = defaults or DecodeConfig()
         self.verifier = verifier
+        self.maps = Maps(model, adapter)
         self._programs = Programs()
 
     @classmethod
@@ -134,6 +138,7 @@ class LLM:
         verifier: str | None = None,
         allow_unknown: Sequence[str] = (),
         kernel: str = "auto",
+        adapter: str | Path | None = None,
         engine: EngineUse = "auto",
     ) -> Self:
         """Loads whatever `model=` may be: bundled, a folder, random:<name>, a Hugging Face id.
@@ -141,9 +146,10 @@ class LLM:
         `mesh` is a Mesh or text such as "4x1" (data x model). `dtype` auto keeps the stored one,
         except that a CPU computes in float32. `verifier` is a causal model of the same tokenizer,
         which rule=verify asks; `allow_unknown` keys of a published config.json to ignore. `kernel`
-        forces implementations (`kernels.choose.parse`). With `engine` rows that end make room for
-        others at once; auto does so where that pays (docs/engine.md). ValueError or OSError, in one
-        sentence, where there is no such model or it does not fit.
+        forces implementations (`kernels.choose.parse`). `adapter` is a folder with a LoRA adapter
+        in PEFT's files. With `engine` rows that end make room for others at once; auto does so
+        where that pays (docs/engine.md). ValueError or OSError, in one sentence, where there is no
+        such model or adapter, or it does not fit.
         """
         parse(kernel)  # before anything is loaded
         mesh = choose_mesh(mesh, model, dtype, allow_unknown) if isinstance(mesh, str) else mesh
@@ -152,10 +158,10 @@ class LLM:
         tokenizer, defaults = None, DecodeConfig()
         if folder:
             tokenizer, defaults = load_tokenizer(folder), DecodeConfig(**read_lengths(folder))
-        found = load_model(model, mesh, dtype, seed, allow_unknown)
+        found = load_model(model, mesh, dtype, seed, allow_unknown, adapter)
         second = load_model(verifier, mesh, dtype, seed, allow_unknown) if verifier else None
-        model_ = dataclasses.replace(found, kernel=kernel)
-        return cls(model_, tokenizer, defaults, second, engine)
+        found = dataclasses.replace(found, kernel=kernel)
+        return cls(found, tokenizer, defaults, second, engine, Path(adapter) if adapter else None)
 
     def resolve(self, config: DecodeConfig | None = None, gen_length: int = 128) -> DecodeConfig:
         """`config` with open lengths filled from the model's own defaults, then `gen_length`."""
@@ -257,8 +263,9 @@ class LLM:
             compiling, start = compiling + compile_seconds, time.perf_counter()
             found = program(self.model, request, self.verifier)
             for state in found if watch else [found]:
-                seen = state.rows.tokens, state.rows.nfe, state.forwards, state.trace
-                tokens, nfe, forwards, kept = processes.gather(seen)
+                own = state.rows
+                seen = own.tokens, own.nfe, own.calls, own.exits, state.forwards, state.trace
+                tokens, nfe, calls, exits, forwards, kept = processes.gather(seen)
                 spent += time.perf_counter() - start
                 for i, slot in zip(index, slots, strict=True):
                     if watch:
@@ -268,7 +275,7 @@ class LLM:
                 complete(
                     tokens[s][len(rows[i]) :][:gen_length], int(nfe[s]), self.config,
                     self.tokenizer, stop,
-                )
+                ).noted(calls[s], exits[s])
                 for i, s in zip(index, slots, strict=True)
             ]  # fmt: skip
             saved = len(index) * shared.length
@@ -302,7 +309,8 @@ class LLM:
 
     def _setup(self, config: DecodeConfig, rows: Sequence[Sequence[int]]) -> Setup:
         """What a resolved `config` means here; ValueError where it cannot serve the prompts."""
-        setup, longest = make_setup(config, self.config), max(map(len, rows), default=0)
+        setup = aimed(make_setup(config, self.config), self.maps.aims(config.exit))
+        longest = max(map(len, rows), default=0)
         if config.rule == "verify" and not (self.verifier and self.verifier.config.causal):
             raise ValueError("rule=verify asks a causal model: name it, verifier=FOLDER")
         if setup.canvas_length(longest) > self.config.max_length:
@@ -358,7 +366,8 @@ class LLM:
             which[slot] = begun[1][i] if begun else 0
         arrays = (tokens, lengths, row_keys(config.seed, numbers), idle, which)
         *placed, which = processes.device_put(arrays, sharding.by_row(self.mesh))
-        return Request(*placed, prefixes=Prefixes(begun[0], which) if begun else None)
+        prefixes = Prefixes(begun[0], which) if begun else None
+        return Request(*placed, prefixes=prefixes, aims=self.maps.aims(config.exit))
 
     def _record(
         self, kept: Trace, slot: int, forwards: int, prompt_length: int, setup: Setup

@@ -8,10 +8,12 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from jdllm.convert.adapters import place, read_factors
 from jdllm.convert.families import open_source
 from jdllm.convert.fetch import converted_folder, fetch
 from jdllm.decode.memory import weight_bytes
 from jdllm.model.config import NAMED, ModelConfig, is_converted
+from jdllm.model.lora import Adapter
 from jdllm.model.model import Model
 from jdllm.runtime import processes, sharding
 from jdllm.runtime.files import home
@@ -127,12 +129,18 @@ def load_model(
     dtype: str = "auto",
     seed: int = 0,
     allow_unknown: Sequence[str] = (),
+    adapter: str | Path | None = None,
 ) -> Model:
     """The model that `model` names, placed on `mesh`.
 
-    `dtype` is what the weights become (auto: see `compute_dtype`). ValueError or OSError, in one
-    sentence, where there is no such model or it cannot be loaded.
+    `dtype` is what the weights become (auto: see `compute_dtype`), `adapter` the folder of a LoRA
+    adapter in PEFT's files, whose factors stay float32. ValueError or OSError, in one sentence,
+    where there is no such model or it cannot be loaded.
     """
+    if adapter is not None:  # small files before large ones
+        factors = read_factors(Path(adapter), read_facts(model, dtype, allow_unknown))
+        found = load_model(model, mesh, dtype, seed, allow_unknown)
+        return dataclasses.replace(found, adapter=Adapter(place(factors, found.config, mesh)))
     folder = locate(model, allow_unknown)
     if folder is None:
         return checkpoint.random_model(read_facts(model, dtype), mesh, seed)

@@ -1,8 +1,8 @@
-"""Fine-tunes (or trains from scratch) all parameters with the masked-diffusion objective.
+"""Fine-tunes all parameters, or LoRA factors, with the masked-diffusion objective.
 
 python -m jdllm.sft data=chats.jsonl model=GSAI-ML/LLaDA-8B-Instruct output=runs/mine
 python -m jdllm.sft task=sudoku model=random:bundled tokenizer=bundled output=runs/sudoku
-python -m jdllm.sft task=sudoku:1,countdown:3 model=models/mine output=runs/both mesh=4x1
+python -m jdllm.sft task=sudoku:1,countdown:3 model=models/mine output=runs/lora lora.rank=16
 
 A killed run is continued by the same command and ends in the same bits. docs/training.md explains.
 """
@@ -13,7 +13,7 @@ from jdllm.training.run import fine_tune
 
 
 def main(config: SFTConfig) -> None:
-    """Trains, then writes the weights to output/model; a finished run is left as it is."""
+    """Trains, then writes output/model or output/adapter; a finished run is left as it is."""
     fine_tune(config)
 
 

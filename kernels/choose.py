@@ -10,18 +10,23 @@ from typing import Any
 
 import jax
 
-from jdllm.kernels.attention import cudnn, reference, xla
-from jdllm.kernels.experts import dense, ragged
+from jdllm.kernels.attention import cudnn, reference, split, xla
+from jdllm.kernels.experts import dense, grouped, ragged
 
 # In order of preference. The reference serves every case: what stands behind it serves by name
 # only. ragged does until it has been compared on GPUs.
 TABLES: dict[str, dict[str, Callable[..., jax.Array]]] = {
     "attention": {
+        "split": split.attention,
         "cudnn": cudnn.attention,
         "xla": xla.attention,
         "reference": reference.attention,
     },
-    "experts": {"reference": dense.experts, "ragged": ragged.experts},
+    "experts": {
+        "grouped": grouped.experts,
+        "reference": dense.experts,
+        "ragged": ragged.experts,
+    },
 }
 
 
@@ -36,6 +41,9 @@ class Choice:
     refused: tuple[tuple[str, str], ...]
     """Those that were tried before it, with their reasons."""
 
+
+CHECKS = {"attention:split": split.check, "experts:grouped": grouped.check}
+"""Those that hold themselves against their reference before they serve."""
 
 _made: dict[Choice, None] = {}  # in order; filled while programs are traced
 
@@ -102,6 +110,18 @@ def parse(kernel: str) -> dict[str, str]:
         names = (f"{operation}:{name}" for operation, table in TABLES.items() for name in table)
         raise ValueError(f"kernel={kernel} must be auto, reference, or of {', '.join(names)}")
     return found
+
+
+def canaries() -> dict[str, str]:
+    """What each implementation with a canary says of this device: "" where it may serve."""
+    said = {}
+    for name, check in CHECKS.items():
+        try:
+            check()
+            said[name] = ""
+        except NotImplementedError as error:
+            said[name] = str(error)
+    return said
 
 
 def choices() -> list[dict[str, Any]]:

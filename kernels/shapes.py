@@ -21,8 +21,28 @@ ATTENTION = (
     Attention(2, 8, 8, 6, 1, 4),
 )
 # Those of published models, for GPUs: a block of several rows of LLaDA-8B over its keys, a whole
-# canvas of Dream-7B.
+# canvas of Dream-7B, a block of several of its rows.
 PUBLISHED_ATTENTION = (
     Attention(8, 32, 1024, 32, 32, 128),
     Attention(1, 1000, 1000, 28, 4, 128),
+    Attention(8, 32, 1024, 28, 4, 128),
+)
+
+
+class Experts(NamedTuple):
+    """T tokens with P picks of E experts, each of D inputs and M inner numbers."""
+
+    tokens: int
+    picks: int
+    experts: int
+    embed: int
+    expert_mlp: int
+
+
+# LLaDA2-mini's, for a block of one row, of a few, and for a full pass; LLaDA-MoE's.
+PUBLISHED_EXPERTS = (
+    Experts(32, 8, 256, 2048, 512),
+    Experts(128, 8, 256, 2048, 512),
+    Experts(1024, 8, 256, 2048, 512),
+    Experts(32, 8, 64, 2048, 1024),
 )

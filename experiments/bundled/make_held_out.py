@@ -1,20 +1,21 @@
-"""Writes jdllm/tasks/puzzles/held_out.txt: hashes of d1's test items, never trained on.
+"""Writes jdllm/tasks/puzzles/held_out.txt: hashes of published test items, never trained on.
 
     python experiments/bundled/make_held_out.py data=FOLDER
 
-FOLDER holds sudoku4x4/d1_test.jsonl and countdown/d1_cd3_test.jsonl.
+FOLDER holds sudoku4x4/d1_test.jsonl, countdown/d1_cd3_test.jsonl and dream_cd4_test.jsonl.
 """
 
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from jdllm.tasks.puzzles import countdown, held_out, sudoku
+from jdllm.tasks.puzzles import countdown, countdown4, held_out, sudoku
 
 OUTPUT = Path(held_out.__file__).with_name("held_out.txt")
 
 HEADER = """\
-# Items of d1's sudoku 4x4 and countdown test files; the training generators drop them.
+# Items of d1's sudoku 4x4 and countdown test files and of Dream's countdown with four numbers; the
+# training generators drop them.
 # A line is the first 16 hex digits of the sha256 of an item's key: a sudoku's puzzle string, or a
 # countdown's numbers from small to large and its target, as in "1,2,3=6".
 # Written by experiments/bundled/make_held_out.py.
@@ -35,6 +36,7 @@ def main(words: list[str]) -> None:
     folder = Path(options["data"])
     keys = [sudoku.key(doc) for doc in sudoku.read(folder)]
     keys += [countdown.key(doc) for doc in countdown.read(folder)]
+    keys += [countdown.key(doc) for doc in countdown4.read(folder)]
     OUTPUT.write_text(render(keys), encoding="ascii", newline="\n")
     print(f"wrote {OUTPUT}: {len(set(keys))} digests of {len(keys)} items")
 

@@ -1,7 +1,17 @@
 """Decoding: what a user may set, what that means for a model, and the one loop that does it."""
 
 from jdllm.decode.config import DecodeConfig
-from jdllm.decode.groups import Credit, Dinfer, Edit, Smooth, Verify, Vicinity
+from jdllm.decode.groups import (
+    Credit,
+    Dinfer,
+    Edit,
+    Exit,
+    Gaussian,
+    Klass,
+    Smooth,
+    Verify,
+    Vicinity,
+)
 from jdllm.decode.loop import decode
 from jdllm.decode.prefixes import read_prefix
 from jdllm.decode.rows import Prefixes, Request, Rows
@@ -15,6 +25,9 @@ __all__ = [
     "DecodeConfig",
     "Dinfer",
     "Edit",
+    "Exit",
+    "Gaussian",
+    "Klass",
     "Prefixes",
     "Request",
     "Rows",

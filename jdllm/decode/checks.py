@@ -35,19 +35,19 @@ RENAMED: dict[str, str] = {
 }  # fmt: skip
 """What settings were called before they had groups -> what they are called now."""
 
-BY_THRESHOLD = ("threshold", "hierarchy", "allowance")
+BY_THRESHOLD = ("threshold", "hierarchy", "allowance", "klass")
 SMOOTH = ("threshold", "hierarchy")
 COUNTLESS = ("factor", "hierarchy", "entropy_bound", "verify")
 NOT_IN_INDEL = (
     "temperature", "top_p", "top_k", "credit.alpha", "edit.penalty", "smooth.weight",
     "logits_eos_inf", "confidence_eos_eot_inf", "steps", "tokens_per_step",
 )  # fmt: skip
-BY_PROBABILITY = ("factor", "hierarchy", "allowance")
+BY_PROBABILITY = ("factor", "hierarchy", "allowance", "klass")
 
 
 def _counts(c: Any) -> bool:
     """Whether a schedule spreads steps."""
-    by_steps = c.rule in ("quota", "origin") or (c.rule == "threshold" and c.steps)
+    by_steps = c.rule in ("quota", "origin", "klass") or (c.rule == "threshold" and c.steps)
     return bool(by_steps and not c.tokens_per_step)
 
 
@@ -57,12 +57,13 @@ READERS: tuple[tuple[tuple[str, ...], Callable[[Any], Any], str], ...] = (
     (
         ("threshold",),
         lambda c: c.rule in BY_THRESHOLD,
-        "rule=threshold, hierarchy or allowance",
+        "rule=threshold, hierarchy, allowance or klass",
     ),
     (("edge",), lambda c: c.rule == "threshold", "rule=threshold"),
     (("low_threshold",), lambda c: c.rule == "hierarchy", "rule=hierarchy"),
     (("factor",), lambda c: c.rule == "factor", "rule=factor"),
     (("entropy_bound",), lambda c: c.rule == "entropy_bound", "rule=entropy_bound"),
+    (("klass.kl", "klass.steps"), lambda c: c.rule == "klass", "rule=klass"),
     (("verify.weight", "verify.window"), lambda c: c.rule == "verify", "rule=verify"),
     (
         ("top_k_first",),
@@ -70,13 +71,14 @@ READERS: tuple[tuple[tuple[str, ...], Callable[[Any], Any], str], ...] = (
         "top_p together with top_k",
     ),
     (("alg_temp",), lambda c: c.rule == "quota", "rule=quota"),
-    (("schedule",), _counts, "rule=quota or origin, and rule=threshold with steps"),
+    (("schedule",), _counts, "rule=quota, origin or klass, and rule=threshold with steps"),
     (
         ("minimal_topk",),
         lambda c: _counts(c) or c.rule == "allowance",
-        "rule=quota, origin or allowance, and rule=threshold with steps",
+        "rule=quota, origin, klass or allowance, and rule=threshold with steps",
     ),
     (("eps",), lambda c: c.schedule == "timesteps", "schedule=timesteps"),
+    (("gaussian.peak", "gaussian.width"), lambda c: c.schedule == "gaussian", "schedule=gaussian"),
     (
         ("remasking", "credit.alpha", "logits_eos_inf"),
         lambda c: c.rule != "verify",
@@ -122,8 +124,9 @@ CONFLICTS: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "back what a preset sets: steps=None",
     ),
     (
-        lambda c: c.tokens_per_step and c.rule not in ("quota", "threshold"),
-        "tokens_per_step={c.tokens_per_step} belongs to rule=quota or threshold, not rule={c.rule}",
+        lambda c: c.tokens_per_step and c.rule not in ("quota", "threshold", "klass"),
+        "tokens_per_step={c.tokens_per_step} belongs to rule=quota, threshold or klass, not "
+        "rule={c.rule}",
     ),
     (
         lambda c: c.rule == "entropy_bound" and c.remasking != "entropy",
@@ -215,8 +218,34 @@ CONFLICTS: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "align=True counts equal blocks from column 0; leave out block_lengths={c.block_lengths}",
     ),
     (
-        lambda c: c.block_lengths and c.parity != "none",
+        lambda c: c.block_lengths and c.parity not in ("none", "edit"),
         "parity={c.parity} has blocks of one length; leave out block_lengths={c.block_lengths}",
+    ),
+    (
+        lambda c: c.exit.aims and c.cache not in (None, "none"),
+        "exit.mode={c.exit.mode} was never compared with cache={c.cache}, which feeds a block "
+        "alone; set cache=none, or a mode that reads logits",
+    ),
+    (
+        lambda c: c.exit.on and c.edit.on,
+        "exit.mode={c.exit.mode} leaves blocks whose tokens edit.threshold={c.edit.threshold} may "
+        "still replace; use one of them",
+    ),
+    (
+        lambda c: c.exit.on and c.parity not in ("none", "edit"),
+        "exit.mode={c.exit.mode} is EDIT's; set parity=none or edit, not parity={c.parity}",
+    ),
+    (
+        lambda c: c.exit.on and c.rule == "verify",
+        "exit.mode={c.exit.mode} counts the steps of blocks; rule=verify has none, use rule=quota",
+    ),
+    (
+        lambda c: c.parity == "edit" and c.schedule != "gaussian",
+        "parity=edit has EDIT's schedule; set schedule=gaussian, not {c.schedule}",
+    ),
+    (
+        lambda c: c.parity == "edit" and c.cache not in (None, "none"),
+        "parity=edit has no cache; set cache=none, not cache={c.cache}",
     ),
     (
         lambda c: c.stop_fill and c.stop != "eos_block",
@@ -232,7 +261,8 @@ def check_ranges(settings: Any, prefix: str = "") -> None:
     """
     for name, (low, high) in settings.ranges.items():
         value = getattr(settings, name)
-        if value is not None and not low <= value <= high:
+        values = value if isinstance(value, tuple) else () if value is None else (value,)
+        if not all(low <= one <= high for one in values):
             raise ValueError(
                 f"{prefix}{name}={value} is out of range: it must lie in [{low}, {high}]"
             )

@@ -19,20 +19,41 @@ from jdllm.decode.checks import (
     check_read,
     refuse_old_names,
 )
-from jdllm.decode.groups import Credit, Dinfer, Edit, Smooth, Verify, Vicinity
+from jdllm.decode.groups import (
+    Credit,
+    Dinfer,
+    Edit,
+    Exit,
+    Gaussian,
+    Klass,
+    Smooth,
+    Verify,
+    Vicinity,
+)
 from jdllm.decode.presets import PRESETS, Settings, preset_settings
 from jdllm.decode.rules import CONFIDENCES, SELECTIONS, STOPS, WHOLE_RULES
 from jdllm.model.config import ModelConfig
 from jdllm.runtime.fields import check_fields, flatten, leaves, replaced
 
 if TYPE_CHECKING:
-    RuleName = ConfidenceName = StopName = str
+    type RuleName = str
+    type ConfidenceName = str
+    type StopName = str
 else:  # the names in the tables, so that a new row is a new choice
     RuleName = Literal[*SELECTIONS, *WHOLE_RULES]
     ConfidenceName = Literal[*CONFIDENCES]
     StopName = Literal[*STOPS]
 Parity = Literal[
-    "none", "llada", "fast_dllm", "dinfer", "dream", "fast_dream", "llada2", "sglang", "apd"
+    "none",
+    "llada",
+    "fast_dllm",
+    "dinfer",
+    "dream",
+    "fast_dream",
+    "llada2",
+    "sglang",
+    "apd",
+    "edit",
 ]
 
 
@@ -65,7 +86,7 @@ class DecodeConfig:
     rule: RuleName = "threshold"
     """Which positions are unmasked in a step; docs/decoding.md tells each."""
     threshold: float | None = None
-    """threshold, hierarchy, allowance: confidence from which a token is taken."""
+    """threshold, hierarchy, allowance, klass: confidence from which a token is taken."""
     edge: Literal["at_least", "above", "slack"] | None = None
     """threshold: >=, > or dInfer's >= min(best - 1e-5, threshold)."""
     low_threshold: float = 0.62
@@ -76,15 +97,20 @@ class DecodeConfig:
     """entropy_bound: nats that the tokens of a step may sum to."""
     verify: Verify = Verify()
     """verify: the mixture with the verifier, and apd's windows."""
+    klass: Klass = Klass()
+    """klass: how still a distribution must stand."""
 
     remasking: ConfidenceName = "low_confidence"
     """What ranks positions: their token's probability, chance, place, margin or entropy."""
-    schedule: Literal["masks", "columns", "timesteps"] = "masks"
-    """quota, origin: how `steps` spread over a block's masks, its columns, or Dream's times."""
+    schedule: Literal["masks", "columns", "timesteps", "gaussian"] = "masks"
+    """quota, origin: how `steps` spread over a block's masks, its columns, or Dream's times, or as
+    EDIT has them, most of them early in a block."""
+    gaussian: Gaussian = Gaussian()
+    """schedule=gaussian: its peak and width."""
     steps: int | None = None
-    """quota, origin, allowance: steps in all, spread evenly over blocks (default: one token each).
-    More than there are columns are made only where `parity` copies a reference that makes them.
-    threshold: a floor on the tokens of a step (LLaDA2.0)."""
+    """quota, origin, allowance, klass: steps in all, spread evenly over blocks (default: one token
+    each). More than there are columns are made only where `parity` copies a reference that makes
+    them. threshold: a floor on the tokens of a step (LLaDA2.0)."""
     tokens_per_step: int | None = None
     """quota: so many tokens in every step, instead of `steps`. threshold: at least so many
     (LLaDA2.1's num_to_transfer)."""
@@ -135,6 +161,8 @@ class DecodeConfig:
     """eos_block: every later column becomes eos (dInfer's early_stop)."""
     stable_steps: int | None = None
     """A block is filled once its predictions stayed the same for so many steps."""
+    exit: Exit = Exit()
+    """EDIT and its rivals: a block is left early, by a signal."""
     max_forwards: int | None = None
     """A row ends after so many model evaluations."""
 
@@ -212,7 +240,7 @@ class DecodeConfig:
         if top_k_first is None and self.top_p is not None and self.top_k is not None:
             top_k_first = causal
         cache = self.cache or ("block" if causal else "dual")
-        if self.rule == "verify" or self.parity in ("llada", "dream"):
+        if self.rule == "verify" or self.exit.aims or self.parity in ("llada", "dream", "edit"):
             cache = "none"
         return dataclasses.replace(
             self,
@@ -233,12 +261,14 @@ class DecodeConfig:
         More steps than columns could only idle. They are made where a reference makes them.
         """
         steps = self.steps
-        if self.rule in ("quota", "origin", "allowance") and not self.tokens_per_step:
+        if self.rule in ("quota", "origin", "allowance", "klass") and not self.tokens_per_step:
             steps = steps or (gen if self.schedule == "columns" else blocks * block)
         if not steps:
             return None
         if self.schedule == "columns":  # those of each block; LLaDA2's limit is the whole canvas
             return max(min(steps, gen // self.minimal_topk), 1)
+        if self.schedule == "gaussian":  # in proportion to the columns of each block
+            return min(steps, gen)
         if steps % blocks:
             raise ValueError(
                 f"steps={steps} must be a multiple of the {blocks} blocks of "

@@ -10,6 +10,7 @@ from jdllm.model.cache import Cache
 from jdllm.model.columns import guide, in_chunks
 from jdllm.model.mask import Mask
 from jdllm.model.model import Model
+from jdllm.model.transformer import Output
 
 
 def feed(
@@ -19,8 +20,9 @@ def feed(
     cache: Cache | None,
     window_BW: jax.Array,
     ends_B: jax.Array,
-) -> tuple[jax.Array, Cache | None]:
-    """Hidden states [R, W, D] of the columns fed, and the cache after them.
+    probes: tuple[str, ...] = (),
+) -> Output:
+    """Hidden states [R, W, D] of the columns fed, the cache after them, and the probes asked for.
 
     Keys from `ends_B` on are hidden. With guidance there are two rows R for each of the batch: the
     row itself, and the same one with everything given masked out.
@@ -34,8 +36,8 @@ def feed(
         x_BWD = model.embed(take(tokens_BT, window_BW))
     else:
         x_BWD = take_rows(rows.inputs, jnp.minimum(window_BW, tokens_BT.shape[1] - 1))
-    found = model(x_BWD, window_BW, Mask.of(model.config, ends_B, setup.longest_block), cache)
-    return found.hidden, found.cache
+    mask = Mask.of(model.config, ends_B, setup.longest_block)
+    return model(x_BWD, window_BW, mask, cache, probes or None)
 
 
 def guided(model: Model, setup: Setup, hidden_BND: jax.Array) -> jax.Array:

@@ -1,9 +1,20 @@
 """Settings that belong together: one frozen dataclass per method, off by its defaults."""
 
 import dataclasses
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from jdllm.decode.checks import INFINITY, Ranges, check_group
+from jdllm.decode.aims import MAPS
+from jdllm.decode.checks import INFINITY, Ranges, check_group, check_read
+from jdllm.decode.rules import EXITS
+from jdllm.stop.dynamics import Energy
+from jdllm.stop.exit import Curve
+
+if TYPE_CHECKING:
+    type ExitName = str
+    type MapName = str
+else:  # the names in the tables, so that a new row is a new choice
+    ExitName = Literal["off", *EXITS]
+    MapName = Literal[*MAPS]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,3 +138,96 @@ class Dinfer:
 
     def __post_init__(self):
         check_group(self, "dinfer")
+
+
+@dataclasses.dataclass(frozen=True)
+class Klass:
+    """rule=klass: a token is taken once its distribution has stood still."""
+
+    ranges: ClassVar[Ranges] = {"kl": (0, INFINITY), "steps": (1, INFINITY)}
+
+    kl: float = 0.01
+    """What KL(now || before) must stay below."""
+    steps: int = 2
+    """For so many calls in a row."""
+
+    def __post_init__(self):
+        check_group(self, "klass")
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaussian:
+    """EDIT's transfer schedule: where in a block most of its tokens are written."""
+
+    ranges: ClassVar[Ranges] = {"peak": (0, 1), "width": (1e-3, INFINITY)}
+
+    peak: tuple[float, ...] = (0.25,)
+    """schedule=gaussian: after which share of the steps, per block; the last one serves the rest.
+    EDIT's files have the reciprocal, 4."""
+    width: tuple[float, ...] = (0.2,)
+    """schedule=gaussian: the standard deviation as a share of the steps, per block. EDIT's files
+    have the reciprocal, 5. Much above 1 is the uniform schedule."""
+
+    def __post_init__(self):
+        check_group(self, "gaussian")
+        for name in ("peak", "width"):
+            if not getattr(self, name):
+                raise ValueError(f"gaussian.{name}= must have a value per block, or one for all")
+
+
+@dataclasses.dataclass(frozen=True)
+class Exit:
+    """EDIT and its rivals: a block is left, and the rest of it filled, once a signal is calm."""
+
+    ranges: ClassVar[Ranges] = {
+        "patience": (1, INFINITY), "required": (1, INFINITY), "polish": (0, INFINITY),
+        "temperature": (1e-6, INFINITY),
+    }  # fmt: skip
+
+    mode: ExitName = "off"
+    """The signal: docs/edit.md tells each."""
+    threshold: tuple[float, ...] = ()
+    """What the signal is compared with, per block; the last one serves the rest, here and below
+    (default: the mode's)."""
+    patience: tuple[int, ...] = ()
+    """So many steps that the signal must have been calm (default: the mode's)."""
+    required: tuple[int, ...] = ()
+    """So many of them are enough (default: all)."""
+    polish: tuple[int, ...] = ()
+    """Calls in which what is open is written then; 0 is at once (default: the mode's)."""
+    map: MapName = "mean"
+    """code, paper: what activations are compared with: a window of the gradient dynamics, or a
+    control."""
+    modules: Literal["all", "last_query"] | None = None
+    """code, paper: the adapted modules that are read (default: code all, paper the query of the
+    last layer)."""
+    energy: Energy = "l2"
+    """paper: how the rows of a map become one vector."""
+    temperature: float | None = None
+    """code, paper: of the softmax (default: 0.1 for a block that began with nothing but masks)."""
+    curve: Curve = "cosine"
+    """sched: how the bar falls."""
+
+    def __post_init__(self):
+        check_group(self, "exit", "mode")
+        defaults = {f"exit.{f.name}": f.default for f in dataclasses.fields(self)}
+        values = {f"exit.{name}": value for name, value in vars(self).items()}
+        if self.mode not in ("code", "paper"):
+            names = ("exit.map", "exit.modules", "exit.temperature")
+            check_read(values, defaults, names, "exit.mode=code or paper")
+        if self.mode != "paper":
+            check_read(values, defaults, ("exit.energy",), "exit.mode=paper")
+        if self.mode != "sched":
+            check_read(values, defaults, ("exit.curve",), "exit.mode=sched")
+        if self.mode == "step" and not self.threshold:
+            raise ValueError("exit.mode=step leaves after a number of steps; set exit.threshold=")
+
+    @property
+    def on(self) -> bool:
+        """Whether blocks are left early."""
+        return self.mode != "off"
+
+    @property
+    def aims(self) -> bool:
+        """Whether the activations of an adapter are read."""
+        return self.mode in ("code", "paper")

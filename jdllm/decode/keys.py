@@ -70,5 +70,5 @@ def absorb(
     """A model call that only writes keys and values of active rows, of columns before `ends_B`."""
     off_BW = (columns_BW >= ends_B[:, None]) | ~active_B[:, None]
     columns_BW = off_canvas(columns_BW, off_BW, rows.tokens.shape[1])
-    _, cache = feed(model, setup, rows, cache, columns_BW, ends_B)
+    cache = feed(model, setup, rows, cache, columns_BW, ends_B).cache
     return dataclasses.replace(rows, nfe=rows.nfe + active_B, dirty=rows.dirty & ~active_B), cache

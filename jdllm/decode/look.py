@@ -1,19 +1,21 @@
 """What a model call shows of the rows: to the unmasking rule, and to the stop rules."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jdllm import unmask
 from jdllm.decode.feed import feed, guided, paired
-from jdllm.decode.layout import off_canvas, take, take_rows, visible_end, window
+from jdllm.decode.layout import off_canvas, put, take, take_rows, visible_end, window
 from jdllm.decode.rows import Rows
 from jdllm.decode.setup import Setup
 from jdllm.model.cache import Cache
 from jdllm.model.model import Model
-from jdllm.stop import StopView
+from jdllm.stop import Look, StopView
+from jdllm.unmask.confidence import entropy, margin
 
 Judge = Callable[[jax.Array, jax.Array], unmask.Verify]
 """Canvases [B, T] and columns in view [B, N] -> the verifier, as a rule sees it."""
@@ -30,6 +32,8 @@ class Call:
     draws: jax.Array | None = None
     """Uniform draws [B, T] or [B, T, V] instead of those of the rows' keys."""
     judge: Judge | None = None
+    aims: Any = None
+    """What a stop rule compares activations with."""
     commits_B: jax.Array | None = None
     """Rows apart whose finished block is fed for its keys alone; nothing else of them changes."""
     apart: bool = False
@@ -49,6 +53,8 @@ class Seen:
     """Hidden states of the view; under guidance of twice as many rows."""
     hidden_BWD: jax.Array
     """Hidden states of the window."""
+    probes: Mapping[str, jax.Array]
+    """Activations of the window by module, where a stop rule asks for some."""
 
 
 def look_at(
@@ -59,18 +65,19 @@ def look_at(
     if call.apart:
         window_BW = off_canvas(window_BW, ~written(rows, window_BW, call), rows.tokens.shape[1])
     ends_B = visible_end(setup, rows)
-    hidden_BWD, cache = feed(model, setup, rows, cache, window_BW, ends_B)
+    found = feed(model, setup, rows, cache, window_BW, ends_B, setup.asks.probes)
+    hidden_BWD, cache = found.hidden, found.cache
     # A shifted model's logits of a column stand in the column before, or the first one fed.
     source_BN = jnp.maximum(columns_BN - model.config.shift_logits, 0)
     inside_BN = jnp.clip(source_BN - window_BW[:, :1], 0, window_BW.shape[1] - 1)
     hidden_BND = take_rows(hidden_BWD, paired(setup, inside_BN))
     view = view_of(setup, rows, columns_BN, call)
-    special = None if setup.cfg_scale else setup.unmask.special
+    special = None if setup.cfg_scale or setup.asks.entropy else setup.unmask.special
     if special is None:
         view = dataclasses.replace(view, logits=guided(model, setup, hidden_BND))
     else:
         view = dataclasses.replace(view, best=model.best(hidden_BND, special))
-    return Seen(view, columns_BN, window_BW, hidden_BND, hidden_BWD), cache
+    return Seen(view, columns_BN, window_BW, hidden_BND, hidden_BWD, found.probes), cache
 
 
 def written(rows: Rows, window_BW: jax.Array, call: Call) -> jax.Array:
@@ -87,6 +94,8 @@ def view_of(setup: Setup, rows: Rows, columns_BN: jax.Array, call: Call) -> unma
     open_BN = inside_BN & take(rows.open, columns_BN)
     left_B = jnp.sum(open_BN, axis=1)
     quota_B, share_B = setup.schedule(unmask.Pace(rows.opened, left_B, rows.step, rows.block))
+    due_B = jnp.maximum(rows.due, 1)  # a block that is being finished goes by what is left
+    quota_B = jnp.where(rows.due > 0, -(-left_B // due_B), quota_B)
     floor_B = jnp.full(left_B.shape, -jnp.inf)
     return unmask.View(
         ids_BN=take(rows.tokens, columns_BN),
@@ -131,4 +140,29 @@ def stop_view(rows: Rows, opening: bool = False, closing: bool = False) -> StopV
         step_B=rows.step,
         candidates_BT=jnp.full_like(rows.tokens, -1),
         written_BT=jnp.zeros(rows.tokens.shape, bool),
+    )
+
+
+def shown(
+    setup: Setup, rows: Rows, seen: Seen, call: Call, excluded: tuple[int, ...]
+) -> Look | None:
+    """What stop rules asked to see of a call, by the rows before it; None where none asks."""
+    if not setup.looks:
+        return None
+    nothing_BT, asks, view = jnp.zeros(rows.tokens.shape), setup.asks, seen.view
+
+    def on_canvas(x_BN: jax.Array) -> jax.Array:
+        return put(nothing_BT, jnp.where(view.open_BN, x_BN, 0.0), seen.columns_BN)
+
+    return Look(
+        settled_BT=rows.free & ~rows.open,
+        opened_B=rows.opened,
+        block_B=rows.block,
+        steps_B=setup.steps_of(rows.block),
+        due_B=rows.due,
+        margin_BT=on_canvas(margin(view, excluded)) if asks.margin else None,
+        entropy_BT=on_canvas(entropy(view.logits_BNV)) if asks.entropy else None,
+        probes=seen.probes,
+        window_BW=seen.window_BW,
+        aims=call.aims,
     )

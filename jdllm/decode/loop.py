@@ -74,6 +74,7 @@ def enter_block(setup: Setup, rows: Rows, entering_B: jax.Array) -> Rows:
         last=jnp.where(entering_B, last_B, rows.last),
         step=jnp.where(entering_B, zero_B, rows.step),
         left=rows.left & ~entering_B,
+        due=jnp.where(entering_B, -1, rows.due),
         unmask=rows.unmask | keep(entering_B, memory, kept),
     )
     return dataclasses.replace(rows, opened=jnp.where(entering_B, rows.open_B, rows.opened))
@@ -81,7 +82,9 @@ def enter_block(setup: Setup, rows: Rows, entering_B: jax.Array) -> Rows:
 
 def active(setup: Setup, rows: Rows) -> jax.Array:
     """Rows that are in a block which needs another call [B]."""
-    wants_B = setup.unmask.wants(rows.open_B, rows.unmask) & (rows.step < setup.step_limit)
+    wants_B = setup.unmask.wants(rows.open_B, rows.unmask) & (
+        rows.step < setup.limit_of(rows.block)
+    )
     return wants_B & (rows.first < rows.last) & ~rows.left & ~rows.done
 
 
@@ -104,6 +107,7 @@ def step(work: Work, state: State, full: bool, active_B: jax.Array | None = None
         full=full,
         draws=None if recorded is None else recorded[state.forwards],
         judge=partial(verify.judge, work.verifier) if work.verifier else None,
+        aims=work.request.aims,
     )
     rows, cache, seen, decision = block_step(model, setup, state.rows, state.cache, call)
     trace = state.trace
@@ -121,10 +125,22 @@ def leave_block(work: Work, state: State, leaving_B: jax.Array) -> State:
     rows = dataclasses.replace(rows, done=rows.done | (leaving_B & (rows.last >= rows.end)))
     committing_B = leaving_B & ~rows.done & rows.dirty
     state = commit(work, dataclasses.replace(state, rows=rows), committing_B)
-    rows = state.rows
+    rows = noted(state.rows, leaving_B)
     if setup.plan.kind == "block":  # the commit may have spent a budget
         rows = judge_block(setup, rows, leaving_B & ~rows.done)
     return dataclasses.replace(state, rows=dataclasses.replace(rows, block=rows.block + leaving_B))
+
+
+def noted(rows: Rows, leaving_B: jax.Array) -> Rows:
+    """The rows with what the blocks that some of them leave have cost, and how they ended."""
+    if rows.calls is None or rows.exits is None:
+        return rows
+    own_BK = leaving_B[:, None] & (jnp.arange(rows.calls.shape[1]) == rows.block[:, None])
+    return dataclasses.replace(
+        rows,
+        calls=jnp.where(own_BK, rows.step[:, None], rows.calls),
+        exits=jnp.where(own_BK, rows.due[:, None] >= 0, rows.exits),
+    )
 
 
 def judge_block(setup: Setup, rows: Rows, leaving_B: jax.Array) -> Rows:

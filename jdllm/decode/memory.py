@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from jdllm.decode import DecodeConfig, Request, Setup, decode, make_setup
+from jdllm.decode import DecodeConfig, Exit, Request, Setup, decode, make_setup
 from jdllm.model.config import ModelConfig
 from jdllm.model.model import abstract, named
 from jdllm.runtime import sharding
@@ -145,7 +145,10 @@ class Planner:
             moe = dataclasses.replace(moe, dense_layers=())
         some = dataclasses.replace(self.config, layers=layers, dtype=self._dtype, moe=moe)
         some = share(some, self.mesh)
-        setup = make_setup(self.decoding, some)
+        decoding = self.decoding
+        if decoding.exit.aims:  # cosines of an adapter that is not known, some MB per row
+            decoding = dataclasses.replace(decoding, exit=Exit())
+        setup = make_setup(decoding, some)
         return compile_program(some, setup, self._rows(batch), self.length)
 
     def _cache(self, layers: int, batch: int) -> int:

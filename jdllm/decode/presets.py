@@ -27,6 +27,42 @@ _BLOCKINFER = {
     "block_length": 4, "schedule": "columns", "sampling": "categorical", "temperature": 1.0,
 }  # fmt: skip
 
+_EDIT = {
+    "rule": "quota", "schedule": "gaussian", "cache": "none", "exit.mode": "code",
+}  # fmt: skip
+# EDIT's files, from the second block on: 1/peak, 1/width, patience and threshold. The first block
+# has 64 columns, 1/4, 1/5, 6 and 0.05; all are finished in two calls.
+_EDIT_REST: dict[str, tuple[float, float, int, float]] = {
+    "countdown-128": (4, 4, 6, 0.05), "countdown-256": (4, 4, 12, 0.55),
+    "countdown-512": (4, 5, 12, 0.45), "sudoku-128": (4, 3, 6, 0.1),
+    "sudoku-256": (6, 5, 6, 0.05), "sudoku-512": (6, 4, 6, 0.05),
+    "math500-128": (4, 5, 6, 0.1), "math500-256": (4, 3, 6, 0.05),
+    "math500-512": (4, 6, 6, 0.025), "gsm8k-128": (4, 3, 6, 0.05),
+    "gsm8k-256": (4, 4, 6, 0.025), "gsm8k-512": (4, 4, 6, 0.025),
+}  # fmt: skip
+
+
+def edit(gen_length: int, rest: tuple[float, float, int, float]) -> Settings:
+    """EDIT's settings for a length, given those of the blocks behind the first."""
+    peak, width, patience, threshold = rest
+    return _EDIT | {
+        "gen_length": gen_length, "steps": gen_length // 2, "block_length": 64,
+        "gaussian.peak": (1 / 4, 1 / peak), "gaussian.width": (1 / 5, 1 / width),
+        "exit.threshold": (0.05, threshold), "exit.patience": (6, patience), "exit.polish": (2,),
+    }  # fmt: skip
+
+
+def _edit_presets() -> dict[str, Settings]:
+    found = {
+        f"edit-{name}": edit(int(name.rpartition("-")[2]), rest)
+        for name, rest in _EDIT_REST.items()
+    }
+    # one file has two blocks only, of 64 and 192 columns
+    odd = dict(found["edit-countdown-256"])
+    del odd["block_length"]
+    return found | {"edit-countdown-256": odd | {"block_lengths": (64, 192)}}
+
+
 PRESETS: dict[str, Settings] = {
     # LLaDA: generate.py's defaults: one block over all, one token per step
     "llada": {**_LLADA, "block_length": 0},
@@ -135,6 +171,13 @@ PRESETS: dict[str, Settings] = {
     },
     # apd: what it is compared with, one token per step from left to right
     "leftright": {**_LLADA, "block_length": 0, "remasking": "leftright"},
+    # KLASS: GSM8K with LLaDA
+    "klass": {
+        "rule": "klass", "block_length": 64, "threshold": 0.6, "klass.kl": 0.015, "klass.steps": 2,
+        "cache": "none",
+    },
+    # EDIT: its twelve files of settings; they need its adapter, adapter=FOLDER
+    **_edit_presets(),
 }  # fmt: skip
 
 

@@ -47,6 +47,8 @@ class Request:
     """Uniform draws to use instead of the keys: [forwards, B, T] or [forwards, B, T, V]."""
     prefixes: Prefixes | None = None
     """Read by cache=block: the prefill covers what is behind them."""
+    aims: Any = None
+    """What exit.mode=code and paper compare activations with, by module (jdllm.stop.dynamics)."""
 
 
 @jax.tree_util.register_dataclass
@@ -82,6 +84,8 @@ class Rows:
     """int32 [B]: columns that were open when the block began."""
     left: jax.Array
     """bool [B]: a stop rule has left the block; it gets no further call."""
+    due: jax.Array
+    """int32 [B]: calls in which a stop rule wants the block finished; -1 where none has said so."""
     dirty: jax.Array
     """bool [B]: the last call changed the row, so its keys are not those of its tokens."""
     accepted: jax.Array
@@ -92,6 +96,10 @@ class Rows:
     """What the stop rule remembers."""
     inputs: jax.Array | None = None
     """[B, T, D]: what is fed instead of embedded tokens, where inputs are smoothed."""
+    calls: jax.Array | None = None
+    """int32 [B, blocks]: calls of each block that has ended, where a driver notes them."""
+    exits: jax.Array | None = None
+    """bool [B, blocks]: blocks that a stop rule left before their schedule ended."""
 
     @property
     def columns_T(self) -> jax.Array:
@@ -133,6 +141,7 @@ class Rows:
             open=put(self.open, open_BN, columns_BN),
             nfe=self.nfe + active_B,
             step=self.step + active_B,
+            due=jnp.where(active_B & (self.due > 0), self.due - 1, self.due),
             dirty=jnp.where(active_B, jnp.any(changed_BN, axis=1), self.dirty),
             accepted=jnp.where(active_B, jnp.sum(changed_BN, axis=1), self.accepted),
             unmask=keep(active_B, memory, self.unmask),
@@ -141,12 +150,16 @@ class Rows:
     def judged(self, verdict: Verdict, active_B: jax.Array) -> Self:
         """The active rows after the stop rules have had their say."""
         written_BT = active_B[:, None] & (verdict.tokens_BT != self.tokens)
+        due_B = self.due
+        if verdict.finish_B is not None:
+            due_B = jnp.where(active_B & (verdict.finish_B >= 0), verdict.finish_B, due_B)
         return dataclasses.replace(
             self,
             tokens=jnp.where(written_BT, verdict.tokens_BT, self.tokens),
             open=self.open & ~written_BT,
             dirty=self.dirty | jnp.any(written_BT, axis=1),
-            left=self.left | (active_B & verdict.leave_block_B),
+            left=self.left | (active_B & (verdict.leave_block_B | (due_B == 0))),
+            due=due_B,
             done=self.done | (active_B & verdict.end_row_B),
             stop=keep(active_B, verdict.carry, self.stop),
         )

@@ -23,6 +23,7 @@ SELECTIONS: dict[str, Callable[["DecodeConfig"], unmask.Selection]] = {
     "entropy_bound": lambda c: unmask.EntropyBound(c.entropy_bound),
     "origin": lambda c: unmask.Share(),
     "allowance": lambda c: unmask.Allowance(bar(c)),
+    "klass": lambda c: unmask.Threshold(bar(c), "above"),
 }
 """decode.rule: which columns are filled in a step."""
 WHOLE_RULES: dict[str, str] = {"verify": "a causal model decides how much of a draft is kept"}
@@ -46,6 +47,25 @@ STOPS: dict[str, Callable[["DecodeConfig", ModelConfig], stops.Stop]] = {
     "none": lambda c, m: stops.NoStop(),
 }
 """decode.stop: when a row ends before its canvas is full."""
+
+Finish = tuple[tuple[float, ...], tuple[int, ...], tuple[int, ...]]
+EXITS: dict[str, tuple[Callable[["DecodeConfig"], stops.Signal], Finish]] = {
+    "code": (lambda c: drift(c), ((0.05,), (6,), (2,))),
+    "paper": (lambda c: drift(c), ((0.05,), (6,), (2,))),
+    "step": (lambda c: stops.Steps(), ((), (1,), (0,))),
+    "unchanged": (lambda c: stops.Unchanged(), ((0.0,), (3,), (0,))),
+    "entropy": (lambda c: stops.Entropy(), ((0.1,), (1,), (0,))),
+    "prophet": (lambda c: stops.Prophet(), ((1.0,), (1,), (0,))),
+    "sched": (lambda c: stops.SchED(c.exit.curve), ((1.0,), (1,), (0,))),
+}
+"""decode.exit.mode: the signal, and its usual threshold, patience and polish."""
+
+
+def drift(config: "DecodeConfig") -> stops.Drift:
+    """EDIT's signal; whoever has the adapter fills in its modules."""
+    width = max(config.block_lengths, default=config.block_length or 1)
+    paper = config.exit.mode == "paper"
+    return stops.Drift(width, paper, config.exit.temperature, bool(config.cfg_scale))
 
 
 def bar(config: "DecodeConfig") -> float:
@@ -85,6 +105,9 @@ def make_rule(config: "DecodeConfig", model: ModelConfig) -> unmask.Rule:
         credit=unmask.Credit(**vars(config.credit)) if config.credit.alpha else None,
         warp=warp,
         edit=edit,
+        klass=unmask.Klass(config.klass.kl, config.klass.steps, model.vocab)
+        if config.rule == "klass"
+        else None,
     )
 
 
@@ -97,14 +120,41 @@ def make_schedule(config: "DecodeConfig", blocks: int) -> unmask.Schedule:
         return unmask.CarryOver(per_block)
     if config.schedule == "timesteps":
         return unmask.Timesteps(per_block, config.eps)
+    if config.schedule == "gaussian":
+        own = config.gaussian
+        longest = max(config.block_lengths, default=config.block_length or 1)
+        return unmask.Gaussian(steps_of_blocks(config), own.peak, own.width, longest)
     if config.schedule == "columns":  # LLaDA2 counts the steps of every block by itself
         return unmask.Columns(config.block_length or 1, config.steps)
     return unmask.Masks(per_block)
 
 
+def steps_of_blocks(config: "DecodeConfig") -> tuple[int, ...]:
+    """The steps of every block in proportion to its columns; one entry where all are equal."""
+    gen, steps = config.gen_length or 1, config.steps or 1
+    lengths = config.block_lengths or (config.block_length or 1,)
+    return tuple(max(length * steps // gen, 1) for length in lengths)
+
+
+def make_exit(config: "DecodeConfig") -> stops.Exit:
+    """The rule that leaves blocks early, its numbers those of the mode where none are given."""
+    asked = config.exit
+    signal, (threshold, patience, polish) = EXITS[asked.mode]
+    patience = asked.patience or patience
+    return stops.Exit(
+        signal=signal(config),
+        thresholds=asked.threshold or threshold,
+        patience=patience,
+        required=asked.required or patience,
+        polish=asked.polish or polish,
+    )
+
+
 def make_stop(config: "DecodeConfig", model: ModelConfig) -> stops.Stop:
     """The stop rules that `config` names, in order."""
     rules: list[stops.Stop] = []
+    if config.exit.on:
+        rules.append(make_exit(config))
     if config.stable_steps:
         rules.append(stops.Stable(config.stable_steps))
     if config.max_forwards:

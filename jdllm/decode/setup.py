@@ -12,8 +12,10 @@ from jdllm.decode.config import DecodeConfig
 from jdllm.decode.groups import Smooth
 from jdllm.decode.layout import BlockView, OpenView, View
 from jdllm.decode.plan import Plan
-from jdllm.decode.rules import make_rule, make_schedule, make_stop
+from jdllm.decode.rules import make_rule, make_schedule, make_stop, steps_of_blocks
 from jdllm.model.config import ModelConfig
+from jdllm.stop.exit import of_block
+from jdllm.stop.rule import rules_of
 from jdllm.unmask import Rule, Schedule
 
 if TYPE_CHECKING:  # loop.py stands on this file
@@ -54,6 +56,8 @@ class Setup:
     """Steps a block may need beyond those of its schedule, or one per column."""
     block_lengths: tuple[int, ...] = ()
     """Blocks of unequal length, one after another, instead of `block_length`."""
+    block_steps: tuple[int, ...] = ()
+    """Steps of each block, where they have not equally many."""
     driver: Driver | None = None
     """Default: every row in lockstep (loop.py)."""
 
@@ -77,6 +81,32 @@ class Setup:
         """A bound on the calls of a block for any weights: each fills at least one column."""
         steps = self.schedule.steps or self.longest_block + 1
         return steps + self.extra_steps + self.plan.warmup
+
+    def steps_of(self, block_B: jax.Array) -> jax.Array:
+        """Steps of a block by its number [B], as its schedule has them, or one per column."""
+        if self.block_steps:
+            return of_block(self.block_steps, block_B)
+        return jnp.full(block_B.shape, self.schedule.steps or self.longest_block)
+
+    def limit_of(self, block_B: jax.Array) -> jax.Array:
+        """`step_limit` of each row's block [B]."""
+        return self.step_limit - self.most_steps + self.steps_of(block_B)
+
+    @property
+    def most_steps(self) -> int:
+        """The most that `steps_of` says of a block."""
+        return self.schedule.steps or self.longest_block
+
+    @property
+    def asks(self) -> stops.Asks:
+        """What the stop rules read of a call."""
+        found = [rule.asks for rule in rules_of(self.stop) if isinstance(rule, stops.Exit)]
+        return found[0] if found else stops.Asks()
+
+    @property
+    def looks(self) -> bool:
+        """Whether a stop rule reads anything of a call besides its tokens."""
+        return any(isinstance(rule, stops.Exit) for rule in rules_of(self.stop))
 
     @property
     def block_calls(self) -> int:
@@ -171,4 +201,5 @@ def make_setup(config: DecodeConfig, model: ModelConfig) -> Setup:
         lookahead=config.verify.lookahead or None,
         extra_steps=config.edit.passes + 2 if config.edit.on else 0,
         block_lengths=config.block_lengths,
+        block_steps=steps_of_blocks(config) if config.schedule == "gaussian" else (),
     )

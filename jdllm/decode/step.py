@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jdllm.decode.feed import smoothed
 from jdllm.decode.layout import put
-from jdllm.decode.look import Call, Seen, look_at, stop_view
+from jdllm.decode.look import Call, Seen, look_at, shown, stop_view
 from jdllm.decode.rows import Rows, keep
 from jdllm.decode.setup import Setup
 from jdllm.model.cache import Cache
@@ -33,6 +33,7 @@ def block_step(
         view,
         candidates_BT=put(nothing_BT, decision.candidate_BN, seen.columns_BN),
         written_BT=after.tokens != rows.tokens,
+        look=shown(setup, rows, seen, call, (model.config.mask_id,)),
     )
     after = after.judged(setup.stop(view, rows.stop), call.active_B)
     if setup.smooth:

@@ -339,8 +339,8 @@ def check(job: Job, config: EngineConfig) -> None:
 
 def servable(setup: Setup) -> bool:
     """Whether rows of these rules may stand anywhere: not where a reference's loop is copied, a
-    verifier is asked, or guidance has second rows in the cache."""
+    verifier is asked, guidance has second rows in the cache, or an exit reads what calls show."""
     guided = bool(setup.cfg_scale) and setup.plan.cached
-    if isinstance(setup.unmask, Speculate):
+    if isinstance(setup.unmask, Speculate) or setup.looks:
         return False
     return setup.driver is None and setup.plan.window is None and not guided

@@ -132,7 +132,7 @@ def begin(
     rows = Rows(
         tokens=tokens_BT, open=open_BT, free=open_BT, prompt=prompt_B, end=end_B, keys=keys_B,
         done=done_B, nfe=reads_B.astype(jnp.int32), block=zero_B, first=first_B, last=first_B,
-        step=zero_B, opened=zero_B, left=no_B, dirty=no_B, accepted=zero_B,
+        step=zero_B, opened=zero_B, left=no_B, due=zero_B - 1, dirty=no_B, accepted=zero_B,
         unmask=setup.unmask.start(B, setup.view.length(T), setup.block_calls),
         stop=setup.stop.start(tokens_BT),
         inputs=model.embed(tokens_BT) if setup.smooth else None,

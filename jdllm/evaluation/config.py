@@ -103,8 +103,30 @@ class EvalConfig(TaskArgs):
         if self.output and self.output.exists() and not self.output.is_dir():
             raise ValueError(f"output={self.output} is a file; name a folder")
         check_verifier(self.verifier, [self.settings])
+        if self.preset.startswith("edit-"):
+            self.check_edit()
         if self.samples < 1:
             raise ValueError(f"samples={self.samples} must be 1 or more")
+
+    def check_edit(self) -> None:
+        """ValueError where one of EDIT's presets is used for another task or length.
+
+        Their thresholds were chosen for each.
+        """
+        kind, _, length = self.preset.removeprefix("edit-").rpartition("-")
+        for name in self.tasks:
+            if name.removesuffix("_boxed").removesuffix("_d1") != kind:
+                raise ValueError(
+                    f"preset={self.preset} has thresholds that were chosen for {kind}, not for "
+                    f"task={name}; use a preset of that task, or set decode.exit.* yourself"
+                )
+        own = self.settings
+        if (own.gen_length or 0) != int(length):
+            raise ValueError(
+                f"preset={self.preset} has thresholds and blocks for {length} columns, not for "
+                f"decode.gen_length={own.gen_length}; use edit-{kind}-{own.gen_length} if there "
+                "is one, or set decode.* yourself"
+            )
 
     @property
     def departures(self) -> list[str]:

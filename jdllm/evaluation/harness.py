@@ -84,6 +84,7 @@ class JdllmLM(LM):
         device: str | None = None,
         verifier: str | None = None,
         allow_unknown: Sequence[str] = (),
+        adapter: str | None = None,
         **settings: Any,
     ):
         """Loads `model` (see LLM.load; `pretrained` is lm-eval's word for it), or wraps an LLM.
@@ -92,10 +93,10 @@ class JdllmLM(LM):
         among lm-eval's model_args; decode settings given so (in `decode`: what is not the default)
         win over a request's gen_kwargs, and `length` over its max_gen_toks. What is finished goes
         into `journal` (a folder, or a Journal) and is not done again. `verifier` is the causal
-        model that decode.rule=verify asks; a loaded LLM has its own. `allow_unknown` are keys of a
-        Hugging Face config.json to ignore (as text: separated by spaces). A `batch_size` of auto is
-        32 rows, or `max_batch_size` if less. ValueError for a word that is no setting, OSError
-        where another run holds the folder.
+        model that decode.rule=verify asks, `adapter` a LoRA adapter; an LLM has its own.
+        `allow_unknown` are keys of a published config.json to ignore (as text: separated by
+        spaces). A `batch_size` of auto is 32 rows, or `max_batch_size` if less. ValueError for an
+        unknown word, OSError where another run holds the folder.
         """
         super().__init__()
         check_device(device)
@@ -110,7 +111,7 @@ class JdllmLM(LM):
             self.llm = named
         else:
             check_verifier(verifier, [self.decode])
-            self.llm = LLM.load(named, mesh, dtype, seed, verifier, allow_unknown)
+            self.llm = LLM.load(named, mesh, dtype, seed, verifier, allow_unknown, adapter=adapter)
         self.tokenizer: Any = self.llm.tokenizer
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer, and the prompts of a task are text")
@@ -124,8 +125,7 @@ class JdllmLM(LM):
         self.scored: list[Scored] = []
         self.gen_kwargs: dict[str, dict[str, Any]] = {}  # by task: decode settings it changed
         self._used: dict[DecodeConfig, None] = {}
-        self._rendered: set[str] = set()
-        self._said: set[str] = set()
+        self._rendered, self._said = set[str](), set[str]()
 
     @property
     def likelihoods(self) -> list[Likelihood]:
@@ -305,6 +305,8 @@ class JdllmLM(LM):
         for i, fact in enumerate(facts):
             if model and owner[i].decode.rule == "verify":
                 fact["verifier"] = self.verifier_fingerprint
+            if model and owner[i].decode.exit.aims:
+                fact["maps"] = self.llm.maps.digest(owner[i].decode.exit)
         return number_repeats([digest(fact) for fact in facts])
 
     def _bar(self, requests: Sequence[Instance], hidden: bool) -> Bar:

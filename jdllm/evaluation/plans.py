@@ -79,7 +79,9 @@ def read_plan(name: str) -> Plan:
     if facts is None:
         path = Path(name).expanduser()
         if not path.is_file():
-            raise ValueError(f"plan={name} is neither a file nor one of {', '.join(BUILT_IN)}")
+            raise ValueError(
+                f"plan={name} is neither a file nor one of {', '.join(BUILT_IN)}, edit"
+            )
         try:
             facts = json.loads(path.read_text()) if path.suffix == ".json" else _yaml(path)
         except ValueError as error:

@@ -33,6 +33,10 @@ class Sample:
     """What was read out of the completion, or the most likely of the choices."""
     finish_reason: str | None = None
     """Of a completion: stop or length."""
+    calls: list[int] = dataclasses.field(default_factory=list)
+    """Of a completion: model calls of each block."""
+    exits: list[int] = dataclasses.field(default_factory=list)
+    """Of a completion: numbers of the blocks that exit.* left early."""
     choices: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     """Of likelihoods: each text with its value in nats and the standard error of that."""
 

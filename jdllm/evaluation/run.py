@@ -75,7 +75,7 @@ def generated(record: Any, left: str | None, facts: dict[str, Any]) -> Sample:
     return Sample(
         prompt=record.prompt, completion=text, nfe=done.nfe, tokens=len(done.ids),
         seconds=record.cost.seconds, answer=read(text) if read else left,
-        finish_reason=done.finish_reason, **facts,
+        finish_reason=done.finish_reason, calls=done.calls, exits=done.exits, **facts,
     )  # fmt: skip
 
 
@@ -124,6 +124,8 @@ def evaluate(
         framed |= lm.frames
     resolved = dataclasses.replace(config, decode=decode, chat=framed, **placed(llm))
     facts = {"command": cli.command(config, "jdllm.eval")} | report(resolved, llm.config, results)
+    if decode.exit.aims:
+        facts["cosines"] = llm.maps.alignment(decode.exit)
     return facts, results
 
 
@@ -189,6 +191,9 @@ def main(config: EvalConfig) -> None:
         if config.output and processes.is_main():  # before it is shown to whoever has gone
             save(config.output, facts, results)
         show(facts["speed"], results)
+        if cosines := facts.get("cosines"):
+            own = ", ".join(f"{name} {value:+.3f}" for name, value in cosines.items())
+            print(f"cosine of exit.map={config.settings.exit.map} and B: {own}\n")
         if row:
             print(f"\n{compared(row, results[0], config.departures)}\n")
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jdllm.decode import DecodeConfig
+from jdllm.evaluation import edit_folder, exit_sweep, exits
 from jdllm.evaluation.config import EvalConfig, TaskArgs
 from jdllm.evaluation.plans import Plan, read_plan
 from jdllm.evaluation.report import NO_PLOTS, Row, can_plot, write_report
@@ -26,11 +27,19 @@ class SweepConfig(TaskArgs):
     """A sweep over models, tasks and decode settings."""
 
     plan: str = "bundled"
-    """bundled, dllmexp, tune, or a YAML or JSON file with models, tasks, settings, grid."""
+    """bundled, dllmexp, tune, or a YAML or JSON file with models, tasks, settings, grid; edit
+    compares exits (docs/edit.md)."""
     model: str = ""
     """Instead of the plan's models: one or more, separated by commas."""
     task: str = ""
     """Instead of the plan's tasks: one or more, separated by commas."""
+    lengths: tuple[int, ...] = ()
+    """plan=edit: lengths of completions (default: 128,256,512)."""
+    rules: str = ""
+    """plan=edit: patterns of rules, with commas: code,paper,step-* (default: all)."""
+    edit_folder: Path | None = None
+    """A folder that EDIT's own eval has left: its accuracies and steps are counted, nothing is run.
+    """
     dry_run: bool = False
     """Say what would be done, without weights: prompts, model calls at most, memory."""
     output: Path = Path("results/sweep")
@@ -38,10 +47,23 @@ class SweepConfig(TaskArgs):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.edit_folder and not self.edit_folder.is_dir():
+            raise ValueError(f"edit_folder={self.edit_folder} is no folder; name one of EDIT's")
+        if self.compares_exits:
+            self.check_tasks((self.task or exits.TASKS).split(","))
+            exit_sweep.planned(self)  # every mistake is found here
+            return
+        if self.lengths or self.rules:
+            raise ValueError("lengths= and rules= belong to plan=edit; leave them out")
         plan = self.chosen()
         self.check_tasks(plan.tasks)
         check_verifier(self.verifier, plan.settings)
         self.runs()  # every mistake in the plan is found here
+
+    @property
+    def compares_exits(self) -> bool:
+        """Whether exits are compared with full decoding, which has a report of its own."""
+        return self.plan == "edit"
 
     @property
     def going_on(self) -> str:
@@ -57,6 +79,8 @@ class SweepConfig(TaskArgs):
 
     def runs(self) -> list[EvalConfig]:
         """What each run evaluates, models outermost; ValueError where one cannot be."""
+        if self.compares_exits:
+            return [run for *_, run in exit_sweep.planned(self)]
         plan = self.chosen()
         return [
             self.run_of(model, task, decode)
@@ -121,6 +145,9 @@ def perform(runs: Sequence[EvalConfig], journal: Journal) -> Iterator[tuple[Eval
 
 def main(config: SweepConfig) -> None:
     """Runs the plan and writes the report."""
+    if config.edit_folder:
+        print(edit_folder.report(config.edit_folder))
+        return
     if not can_plot():
         print(f"note: {NO_PLOTS}", file=sys.stderr)
     enable_compilation_cache()
@@ -131,10 +158,15 @@ def main(config: SweepConfig) -> None:
         return
     with alone(config.output):
         write_json(config.output / "config.json", dataclasses.asdict(config))
-        journal = Journal(config.output / FINISHED)
-        rows = [row for _, row in perform(config.runs(), journal)]
-        facts = {"command": cli.command(config, "jdllm.sweep"), **environment()}
-        facts["mesh"] = sharding.describe(sharding.parse_mesh(config.mesh))
-        names = write_report(config.output, rows, facts)
+        names = exit_sweep.main(config) if config.compares_exits else sweep(config)
     print((config.output / "table.md").read_text())
     print(f"wrote {', '.join(names)} to {config.output}", file=sys.stderr)
+
+
+def sweep(config: SweepConfig) -> list[str]:
+    """Runs a plan of models, tasks and settings; returns the names of the report's files."""
+    journal = Journal(config.output / FINISHED)
+    rows = [row for _, row in perform(config.runs(), journal)]
+    facts = {"command": cli.command(config, "jdllm.sweep"), **environment()}
+    facts["mesh"] = sharding.describe(sharding.parse_mesh(config.mesh))
+    return write_report(config.output, rows, facts)

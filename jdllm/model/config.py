@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from jdllm.model import facts
+from jdllm.runtime.fields import check_fields, read
 
 FORMAT = "jdllm-1"
 NO_ID = -1
@@ -41,7 +41,7 @@ class MoEConfig:
     """Dtype of the routers in the Hugging Face files (here: float32). Only exporting reads it."""
 
     def __post_init__(self):
-        facts.check(self, {"shared_mlp": 0, "dense_layers": 0}, "moe.")
+        check_fields(self, "moe.", least={"shared_mlp": 0, "dense_layers": 0})
         counts = {
             name: getattr(self, name) for name in ("experts", "top_k", "groups", "top_groups")
         }
@@ -101,7 +101,7 @@ class ModelConfig:
 
     def __post_init__(self):
         ids = {"eos_id": 0, "pad_id": 0, "stop_ids": 0, "mask_id": NO_ID if self.causal else 0}
-        facts.check(self, ids)
+        check_fields(self, least=ids)
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
         if not self.stop_ids:
@@ -132,8 +132,8 @@ class ModelConfig:
         if not isinstance(found, dict) or found.pop("format", None) != FORMAT:
             raise ValueError(f"not a converted config: the key 'format' must be '{FORMAT}'")
         if found.get("moe") is not None:
-            found["moe"] = facts.read(MoEConfig, found["moe"], "moe of the converted config")
-        return facts.read(cls, found, "the converted config")
+            found["moe"] = read(MoEConfig, found["moe"], "moe of the converted config")
+        return read(cls, found, "the converted config")
 
 
 def is_converted(folder: Path) -> bool:
@@ -159,21 +159,6 @@ def count_parameters(config: ModelConfig) -> int:
         layers += 3 * config.embed * width
     ends = (1 if config.tied_head else 2) * config.vocab * config.embed
     return layers + ends + config.embed
-
-
-def require_trainable(config: ModelConfig) -> None:
-    """ValueError for a model that can decode but not be trained."""
-    if config.causal or config.shift_logits:
-        fact = "causal" if config.causal else "shift_logits"
-        raise ValueError(
-            f"a model with {fact}=true predicts token t + 1 in row t of its logits, which training "
-            "does not read yet; use another model"
-        )
-    if config.block_causal is not None:
-        raise ValueError(
-            f"the model attends block by block (block_causal={config.block_causal}), which "
-            "training cannot do yet; use another model"
-        )
 
 
 LLADA_8B = ModelConfig(

@@ -47,6 +47,8 @@ class Best:
     """float32 [B, N]: the same, or -inf where the token is no part of the softmax."""
     rest: jax.Array
     """float32 [B, N]: logsumexp of all other logits of the softmax."""
+    second: jax.Array
+    """float32 [B, N]: the logit of the second best token; -inf where there is none."""
 
     @property
     def odds(self) -> jax.Array:
@@ -68,12 +70,14 @@ def reference(logits_BNV: jax.Array, special: Special, columns_V: jax.Array | No
     score_BN = jnp.max(scores_BNV, axis=-1)
     # Where no token is usable, as in a chunk of [MASK] alone, none is chosen: all are others.
     chosen_BN = jnp.where(score_BN == -jnp.inf, -1, place_BN)
-    others_BNV = counted_V & (jnp.arange(logits_BNV.shape[-1]) != chosen_BN[..., None])
+    left_BNV = jnp.arange(logits_BNV.shape[-1]) != chosen_BN[..., None]
+    others_BNV = counted_V & left_BNV
     return Best(
         ids=columns_V[place_BN].astype(jnp.int32),
         score=score_BN,
         own=jnp.where(counted_V[place_BN], score_BN, -jnp.inf),
         rest=jax.nn.logsumexp(jnp.where(others_BNV, logits_BNV, -jnp.inf), axis=-1),
+        second=jnp.max(jnp.where(left_BNV, scores_BNV, -jnp.inf), axis=-1),
     )
 
 
@@ -87,7 +91,9 @@ def combine(parts: Best) -> Best:
         return jnp.take_along_axis(x, winner_BN[None], axis=0)[0]
 
     rest_BN = jax.nn.logsumexp(rest, axis=0)
-    return Best(won(parts.ids), won(parts.score), won(parts.own), rest_BN)
+    losers = jnp.where(lost, parts.score, -jnp.inf)
+    second_BN = jnp.maximum(won(parts.second), jnp.max(losers, axis=0))
+    return Best(won(parts.ids), won(parts.score), won(parts.own), rest_BN, second_BN)
 
 
 def best(
@@ -101,7 +107,7 @@ def best(
 
     `head` is [D, V], or the embedding [V, D] where `tied`. The logits exist for `chunk` tokens of
     the vocabulary at a time (default: by LOGIT_BYTES and CHUNK). Where the vocabulary lies in
-    slices on a mesh, every device searches its own, and one all-reduce of 16 bytes per position and
+    slices on a mesh, every device searches its own, and one all-reduce of 20 bytes per position and
     slice settles it.
     """
     axes = ("vocab", None) if tied else (None, "vocab")
@@ -159,8 +165,8 @@ def _exchange(own: Best) -> Best:
 
 
 def _pack(best: Best) -> jax.Array:
-    """The four fields as one int32 array [4, ...], bit for bit: sums with zeros change nothing."""
-    floats = (best.score, best.own, best.rest)
+    """The five fields as one int32 array [5, ...], bit for bit: sums with zeros change nothing."""
+    floats = (best.score, best.own, best.rest, best.second)
     bits = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in floats]
     return jnp.stack([best.ids, *bits])
 

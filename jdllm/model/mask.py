@@ -58,6 +58,8 @@ class Mask:
     """Of the keys: int32 [B], where rows see their first so many columns, or bool [B, S]."""
     keys: jax.Array | None = None
     """int32 [B, S]: positions of a cache's columns, where column s is not position s."""
+    documents: jax.Array | None = None
+    """int32 [B, T] of a whole canvas that holds several: a column sees its own document alone."""
     kind: Kind = dataclasses.field(default="full", metadata={"static": True})
     size: int = dataclasses.field(default=1, metadata={"static": True})
     """Columns of a block (blocks, two_stream), or the reach of a window."""
@@ -85,12 +87,17 @@ class Mask:
         """What attention is told: `visible` where every query sees the same, else bool [B, T, S].
 
         The queries stand at `positions_BT`; the keys there too, or in the `columns` of a cache.
-        ValueError for two streams over a cache.
+        ValueError for two streams or documents over a cache.
         """
+        if columns is not None and (self.kind == "two_stream" or self.documents is not None):
+            kind = "document" if self.kind != "two_stream" else "two-stream"
+            raise ValueError(f"a {kind} mask is for whole canvases: call without a cache")
+        if self.documents is not None:
+            own = dataclasses.replace(self, documents=None).resolve(positions_BT)
+            own_BTS = own if own.ndim == 3 else as_mask(own, positions_BT.shape[1])[:, None]
+            return own_BTS & (self.documents[:, :, None] == self.documents[:, None, :])
         if self.kind == "full":
             return self.visible
-        if self.kind == "two_stream" and columns is not None:
-            raise ValueError("a two-stream mask is for whole canvases: call without a cache")
         keys_BS = positions_BT if columns is None else jnp.arange(columns)[None]
         keys_BS = keys_BS if self.keys is None else self.keys
         visible_BS = as_mask(self.visible, keys_BS.shape[1])

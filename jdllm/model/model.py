@@ -15,8 +15,9 @@ from flax import nnx
 from jdllm.model.cache import Cache
 from jdllm.model.config import ModelConfig
 from jdllm.model.head import NOTHING, Best, Special
+from jdllm.model.lora import Adapter, joined
 from jdllm.model.mask import Mask
-from jdllm.model.transformer import Output, Transformer
+from jdllm.model.transformer import Output, Remat, Transformer
 
 STATIC: Any = {"static": True}
 
@@ -39,11 +40,14 @@ class Model:
     """What is computed in. Training keeps its parameters in float32 whatever this is."""
     kernel: str = dataclasses.field(default="auto", metadata=STATIC)
     """Implementations that are forced, as `kernels.choose.parse` reads them."""
+    adapter: Adapter | None = None
+    """LoRA's factors, which `net` joins to the parameters."""
 
     @functools.cached_property
     def net(self) -> Transformer:
-        """The modules, with the parameters in them."""
-        return nnx.merge(self.graph, self.params)
+        """The modules, with the parameters in them, adapted where there is an adapter."""
+        params = joined(self.params, self.adapter) if self.adapter else self.params
+        return nnx.merge(self.graph, params)
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """Input embeddings [B, T, D] in the compute dtype."""
@@ -60,7 +64,7 @@ class Model:
         mask: Mask,
         cache: Cache | None = None,
         probes: Sequence[str] | None = None,
-        remat: bool = False,
+        remat: Remat = "none",
     ) -> Output:
         """Hidden states, cache and probes of embedded tokens: see `Transformer.__call__`."""
         return self.net(x_BTD, positions_BT, mask, cache, probes, remat, self.kernel)

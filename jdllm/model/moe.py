@@ -13,7 +13,7 @@ from flax import nnx
 
 from jdllm.kernels.choose import experts
 from jdllm.model.config import MoEConfig
-from jdllm.model.weights import bias, product, weight
+from jdllm.model.weights import bias, dense, product, weight
 from jdllm.runtime import sharding
 
 
@@ -89,7 +89,7 @@ class Experts(nnx.Module):
     def route(self, x_BTD: jax.Array) -> Routing:
         """Logits, picks and weights of every token."""
         bias_E = None if self.moe.expert_bias == "none" else self.bias[...].astype(jnp.float32)
-        return route(router_logits(x_BTD, self.router[...]), bias_E, self.moe)
+        return route(router_logits(x_BTD, dense(self.router)), bias_E, self.moe)
 
     def __call__(
         self, x_BTD: jax.Array, shared: Sequence[nnx.Param] = (), kernel: str = "auto"
@@ -116,5 +116,5 @@ class Experts(nnx.Module):
 
         rows = ("batch", None, "embed")
         inputs = (rows, *(param.get_metadata("axes") for param in params))
-        arrays = [param[...] for param in params]
+        arrays = [dense(param, x_BTD.dtype) for param in params]
         return sharding.per_shard(run, arrays[0], inputs, rows)(x_BTD, *arrays)

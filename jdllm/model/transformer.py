@@ -8,6 +8,7 @@ import dataclasses
 import fnmatch
 from collections.abc import Sequence
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,13 @@ from jdllm.model.mask import Mask
 from jdllm.model.moe import Experts, swiglu
 from jdllm.model.weights import bias, probing, product, weight
 from jdllm.runtime import sharding
+
+Remat = Literal["none", "products", "layers"]
+KEPT = {
+    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "layers": jax.checkpoint_policies.nothing_saveable,
+}
+"""What is kept of a layer that is computed again in the backward pass, by what is."""
 
 
 @jax.tree_util.register_dataclass
@@ -157,7 +165,7 @@ class Attention(nnx.Module):
         queries, keys = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
         mask = ("batch", *[None] * (visible.ndim - 1))
         inputs = (queries, keys, keys, mask)
-        run = sharding.per_shard(attend, self.out[...], inputs, queries)
+        run = sharding.per_shard(attend, self.out, inputs, queries)
         return run(q_BTHK, k_BSGK, v_BSGK, visible)
 
 
@@ -258,7 +266,7 @@ class Transformer(nnx.Module):
         mask: Mask,
         cache: Cache | None = None,
         probes: Sequence[str] | None = None,
-        remat: bool = False,
+        remat: Remat = "none",
         kernel: str = "auto",
     ) -> Output:
         """Final-normed hidden states of embedded tokens [B, T, D], and what `Output` has besides.
@@ -266,14 +274,14 @@ class Transformer(nnx.Module):
         Without a cache the T columns attend to each other (S = T). With one, they are first written
         to its slots (`Cache.at`; default: `positions_BT`), then attend to all S columns of it.
         `probes` are patterns such as "layers.*.attention.out"; ValueError for one that matches no
-        product of an activation and a parameter. `remat` computes each layer again in the backward
-        pass instead of keeping its activations.
+        product of an activation and a parameter. `remat` says what the backward pass computes again
+        instead of keeping it: whole layers, or all of them but the products with weights.
         """
         if cache is not None and cache.slots is None:
             cache = cache.at(positions_BT)
         visible = mask.resolve(positions_BT, None if cache is None else cache.length)
         run = partial(Layer.__call__, kernel=kernel, probes=probes)
-        run = jax.checkpoint(run) if remat else run
+        run = jax.checkpoint(run, policy=KEPT[remat]) if remat != "none" else run
         found = {}
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer{i}"):

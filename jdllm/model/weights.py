@@ -5,12 +5,17 @@ import fnmatch
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+from jdllm.model import lora, quantise
+from jdllm.model.lora import Adapted
+from jdllm.model.quantise import Quantised
 
 
 def initial(key: jax.Array, shape: Sequence[int], dtype: str, fan_in: int | None) -> jax.Array:
@@ -34,15 +39,49 @@ def bias(shape: Sequence[int], axes: Sequence[str], dtype: str) -> nnx.Param:
     return nnx.Param(jnp.zeros(shape, dtype), axes=tuple(axes), fan_in=None)
 
 
+def held(weight: Any) -> Any:
+    """What a parameter holds; anything else as it is."""
+    return weight.get_value() if isinstance(weight, nnx.Variable) else weight
+
+
+def dense(weight: Any, dtype: Any = jnp.float32) -> jax.Array:
+    """A weight as an array, for what takes it apart itself; `dtype` is that of a quantised one."""
+    value = held(weight)
+    if isinstance(value, Adapted):
+        return value.dense(dense(value.base, dtype))
+    return value.dense(dtype) if isinstance(value, Quantised) else value
+
+
 def plain(spec: str, x: jax.Array, weight: jax.Array, **options: Any) -> jax.Array:
     """The product with an array, which is cast to the dtype of `x`."""
     return jnp.einsum(spec, x, weight.astype(x.dtype), **options)
 
 
-PRODUCTS: dict[type, Callable[..., jax.Array]] = {jax.Array: plain, np.ndarray: plain}
-"""By what a weight is: how it is multiplied. A quantised or an adapted weight is a row more."""
-
 _asked: ContextVar[tuple[Sequence[str], dict[str, jax.Array]] | None] = ContextVar("asked")
+
+
+def multiply(spec: str, x: jax.Array, weight: Any, **options: Any) -> jax.Array:
+    """The product with what a parameter holds, by its row of PRODUCTS."""
+    for kind, times in PRODUCTS.items():
+        if isinstance(weight, kind):
+            return times(spec, x, weight, **options)
+    raise TypeError(f"{type(weight).__name__} is no weight; PRODUCTS lists those that are")
+
+
+def note(name: str, found: jax.Array) -> None:
+    """Keeps a product where its name is asked for (`probing`)."""
+    asked = _asked.get(None)
+    if asked and any(fnmatch.fnmatchcase(name, pattern) for pattern in asked[0]):
+        asked[1][name] = found
+
+
+PRODUCTS: dict[type, Callable[..., jax.Array]] = {
+    jax.Array: plain,
+    np.ndarray: plain,
+    Quantised: quantise.product,
+    Adapted: partial(lora.product, multiply, note),
+}
+"""By what a weight is: how it is multiplied."""
 
 
 def product(
@@ -58,12 +97,11 @@ def product(
     parameter, or what one holds. A parameter's products can be asked for by its name (`probing`).
     TypeError for a weight that is not in PRODUCTS.
     """
-    value = weight[...] if isinstance(weight, nnx.Variable) else weight
-    for kind, multiply in PRODUCTS.items():
-        if isinstance(value, kind):
-            found = multiply(spec, x, value, preferred_element_type=result, precision=precision)
-            return _noted(weight, found)
-    raise TypeError(f"{type(value).__name__} is no weight; PRODUCTS lists those that are")
+    value = held(weight)
+    found = multiply(spec, x, value, preferred_element_type=result, precision=precision)
+    if isinstance(weight, nnx.Variable):
+        note(weight.get_metadata("name"), found)
+    return found
 
 
 @contextlib.contextmanager
@@ -78,12 +116,3 @@ def probing(patterns: Sequence[str] | None) -> Iterator[dict[str, jax.Array]]:
         yield found
     finally:
         _asked.reset(token)
-
-
-def _noted(weight: Any, found: jax.Array) -> jax.Array:
-    asked = _asked.get(None)
-    if asked and isinstance(weight, nnx.Variable):
-        name = weight.get_metadata("name")
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in asked[0]):
-            asked[1][name] = found
-    return found

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from jdllm import decode
 from jdllm.decode import DecodeConfig, Setup
 from jdllm.model.config import ModelConfig
-from jdllm.parity import apd, dinfer, dream, fast_dllm, llada, llada2, sglang
+from jdllm.parity import apd, dinfer, dream, edit, fast_dllm, llada, llada2, sglang
 
 Copy = Callable[[Setup, DecodeConfig, ModelConfig], Setup]
 
@@ -22,6 +22,7 @@ COPIES: dict[str, Copy] = {
     "llada2": llada2.copy,
     "sglang": sglang.copy,
     "apd": apd.copy,
+    "edit": edit.copy,
 }
 
 

@@ -8,29 +8,37 @@ attribute `renamed` (old name -> dotted name) tells what a setting is called now
 
 import contextlib
 import dataclasses
+import io
 import os
 import re
 import shlex
 import sys
-import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tyro
 
 from jdllm.runtime import signals
-from jdllm.runtime.fields import NUMBERS, nested
-from jdllm.runtime.hints import asked, nearest, nearest_choices, nearest_settings
+from jdllm.runtime.fields import NUMBERS, nested, preset_tables
+from jdllm.runtime.hints import asked, nearest
+from jdllm.runtime.mistakes import (
+    TRUTH,
+    as_typed,
+    check_given,
+    check_names,
+    check_values,
+    listed,
+    refuse,
+    setting_of,
+    unboxed,
+)
 
 WORD = re.compile(r"[A-Za-z_][\w.-]*=")
 HELP_ALL = {"--help-all", "--help_all"}
 HELP = {"-h", "--help", *HELP_ALL}
 CONF = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
-TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-Presets = Mapping[str, Mapping[str, Any]]
-"""Settings by name; what a dataclass may have as its class attribute `presets`."""
 REGISTRY = tyro.constructors.ConstructorRegistry()
 
 
@@ -56,13 +64,15 @@ def _read_truth(word: str) -> bool:
 
 @REGISTRY.primitive_rule
 def _numbers(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
-    """Tuples of integers, as one word with commas."""
-    if info.type != NUMBERS:
+    """Tuples of numbers, as one word with commas."""
+    if info.type not in NUMBERS:
         return None
+    kind = NUMBERS[info.type]
+    name = kind.__name__.upper()
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
-        metavar="INT,INT,...",
-        instance_from_str=lambda words: tuple(int(word) for word in words[0].split(",") if word),
+        metavar=f"{name},{name},...",
+        instance_from_str=lambda words: tuple(kind(word) for word in words[0].split(",") if word),
         is_instance=lambda value: isinstance(value, tuple),
         str_from_instance=lambda value: [",".join(map(str, value))],
     )
@@ -82,114 +92,38 @@ def _path(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
     )
 
 
-def field_names(config: type) -> list[str]:
-    """Every setting of a dataclass by its dotted name, those of nested dataclasses included."""
-    groups = {prefix.removesuffix(".") for prefix, _ in nested(config)}
-    fields = [p + field.name for p, kind in nested(config) for field in dataclasses.fields(kind)]
-    return [name for name in fields if name not in groups] + list(preset_tables(config))
-
-
-def renamed(config: type) -> dict[str, str]:
-    """What settings are called now, by the dotted names that they had."""
-    return {
-        prefix + old: prefix + new
-        for prefix, kind in nested(config)
-        for old, new in getattr(kind, "renamed", {}).items()
-    }
-
-
-def preset_tables(config: type) -> dict[str, Presets]:
-    """The presets of a dataclass and of those nested in it, by the setting that names one."""
-    tables = (
-        (f"{prefix}preset", getattr(kind, "presets", None)) for prefix, kind in nested(config)
-    )
-    return {setting: table for setting, table in tables if table}
-
-
-def _name(option: str) -> str:
-    """The setting that an option sets; "" for other words."""
-    return option[2:].partition("=")[0].replace("-", "_") if option.startswith("--") else ""
-
-
-def expand_presets(config: type, options: Sequence[str], prog: str | None) -> list[str]:
+def expand_presets(config: type, options: Sequence[str], prog: str) -> list[str]:
     """Turns `--x.preset=NAME` into that preset's settings, but for those that are given as well.
 
     Exits with status 2 and the nearest names where there is no such preset.
     """
     tables = preset_tables(config)
     fields = [p + field.name for p, kind in nested(config) for field in dataclasses.fields(kind)]
-    given = {_name(option) for option in options}
+    given = {setting_of(option) for option in options}
     chosen: dict[str, str] = {}
     kept = []
     words = iter(options)
     for word in words:
-        if (setting := _name(word)) in tables:
+        if (setting := setting_of(word)) in tables:
             chosen[setting] = word.partition("=")[2] if "=" in word else next(words, "")
         else:
             kept.append(word)
     for setting, name in sorted(chosen.items(), key=lambda item: -item[0].count(".")):
         if name not in tables[setting]:
-            hint = asked(nearest(name, tables[setting])) or _listed(tables[setting])
-            who = prog or "this command"
-            print(f"error: {who} knows no {setting}={name}; {hint}", file=sys.stderr)
-            raise SystemExit(2)
+            hint = asked(nearest(name, tables[setting])) or listed(tables[setting])
+            refuse(f"{prog} knows no {setting}={name}; {hint}")
         prefix = setting.removesuffix("preset")
         table = {prefix + key: value for key, value in tables[setting][name].items()}
-        kept += [f"--{key}={value}" for key, value in table.items() if key not in given]
+        kept += [f"--{key}={as_word(value)}" for key, value in table.items() if key not in given]
         kept += [f"--{setting}={name}"] if setting in fields else []
         given |= set(table)  # decode.preset=NAME counts more than preset=NAME
     return kept
 
 
-def _listed(names: Iterable[str]) -> str:
-    return f"there are {', '.join(names)}"
-
-
-def check_names(config: type, options: Sequence[str], prog: str | None) -> None:
-    """Exits with status 2 and the new or the nearest names where an option is no setting."""
-    names, old_names = field_names(config), renamed(config)
-    for option in options:
-        name = option.removeprefix("--").partition("=")[0].replace("-", "_")
-        if not option.startswith("--") or name in names:
-            continue
-        now = [new for old, new in old_names.items() if f".{old}".endswith(f".{name}")]
-        hint = asked(nearest_settings(name, names)) or f"{_listed(names)}."
-        hint = f"it is {now[0]} now" if now else hint
-        print(f"error: {prog or 'this command'} has no setting {name!r}; {hint}", file=sys.stderr)
-        raise SystemExit(2)
-
-
-def choices(kind: Any) -> list[str]:
-    """The words that a Literal, or one that may be None, allows; [] for other types."""
-    several = typing.get_origin(kind) in (typing.Union, types.UnionType)
-    kinds = typing.get_args(kind) if several else (kind,)
-    if not all(one is types.NoneType or typing.get_origin(one) is Literal for one in kinds):
-        return []
-    words = [str(word) for one in kinds for word in typing.get_args(one)]
-    return words + ["None"] * (types.NoneType in kinds)
-
-
-def check_choices(config: type, options: Sequence[str], prog: str | None) -> None:
-    """Exits with status 2 and the nearest choices where a setting has none of its own."""
-    kinds = {
-        prefix + name: kind
-        for prefix, group in nested(config)
-        for name, kind in typing.get_type_hints(group).items()
-    }
-    for i, option in enumerate(options):
-        name, equals, value = _name(option), "=" in option, option.partition("=")[2]
-        value = value if equals else next(iter(options[i + 1 : i + 2]), "")
-        known = choices(kinds.get(name))
-        if not known or value in known:
-            continue
-        near = nearest_choices(value, known)
-        hint = f"; did you mean {', or '.join(near)}?" if near else ""
-        print(
-            f"error: {prog or 'this command'} knows no {name}={value}; it is one of "
-            f"{', '.join(known)}{hint}",
-            file=sys.stderr,
-        )
-        raise SystemExit(2)
+def as_word(value: Any) -> Any:
+    """Returns several numbers as one word, anything else as it is."""
+    several = isinstance(value, tuple) and not any(isinstance(each, str) for each in value)
+    return ",".join(map(str, value)) if several else value
 
 
 def to_options(words: Sequence[str]) -> list[str]:
@@ -225,9 +159,12 @@ def parse[T](
 
         print(page(config, prog or "this command", default, full=bool(asked & HELP_ALL)))
         raise SystemExit(0)
-    options = expand_presets(config, options, prog)
-    check_names(config, options, prog)
-    check_choices(config, options, prog)
+    name = prog or "this command"
+    options = expand_presets(config, options, name)
+    check_names(config, options, name)
+    check_values(config, options, name)
+    if default is None:
+        check_given(config, options, name)
     shared: Any = {
         "args": options,
         "prog": prog,
@@ -235,19 +172,22 @@ def parse[T](
         "registry": REGISTRY,
         "use_underscores": True,  # as the settings are written everywhere else
     }
+    if default is not None:
+        shared["default"] = default
+    said = io.StringIO()
     try:
-        if default is None:
+        with contextlib.redirect_stderr(said):
             return tyro.cli(config, **shared)
-        return tyro.cli(config, default=default, **shared)
-    except ValueError as error:  # a rule between fields, raised by the dataclass itself
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    except SystemExit:
+        print(unboxed(said.getvalue()), end="", file=sys.stderr)
+        raise
 
 
 def command(settings: Any, module: str) -> str:
     """The command line that gives these settings: what is not the default, as words."""
     words = []
     for name, value in _changed(settings):
+        value = as_word(value)
         several = isinstance(value, tuple)
         text = " ".join(shlex.quote(str(each)) for each in (value if several else (value,)))
         words.append(f"--{name} {text}" if several else f"{name}={text}")
@@ -272,7 +212,7 @@ def run[T](main: Callable[[T], Any], config: type[T], prog: str) -> None:
     """
     try:
         with one_sentence():
-            settings = parse(config, prog=prog)
+            settings = parse(config, prog=as_typed(prog))
             with one_sentence(getattr(settings, "going_on", "")):
                 main(settings)
     except BaseException as error:
@@ -332,7 +272,7 @@ def _missing_platforms() -> str:
 
 def _end(sentence: str, status: int) -> typing.NoReturn:
     """Says why the process ends and ends it; what cannot be written any more is dropped."""
-    for stream, text in ((sys.stdout, ""), (sys.stderr, sentence + "\n")):
+    for stream, text in ((sys.stdout, ""), (sys.stderr, as_typed(sentence) + "\n")):
         try:
             stream.write(text)
             stream.flush()
@@ -353,6 +293,7 @@ def dispatch(
     names.
     """
     words = sys.argv[1:] if words is None else words
+    prog = as_typed(prog)
     usage = f"usage: {prog} {{{','.join(commands)}}} [key=value ...]"
     name = words[0] if words else ""
     if name in ("-h", "--help"):

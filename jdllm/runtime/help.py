@@ -12,14 +12,19 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from jdllm.runtime.cli import choices, nested, preset_tables
+from jdllm.runtime.fields import nested, preset_tables
+from jdllm.runtime.mistakes import choices
 
 WORDS = {bool: "true|false", int: "INTEGER", float: "NUMBER", Path: "PATH"}
 GROUPS = {
-    "model": "model source tokenizer allow_unknown verifier mesh dtype batch_size batch",
+    "model": "model source tokenizer adapter allow_unknown verifier mesh dtype kernel batch_size "
+    "batch",
     "task": "task preset data dataset include_path prompt_file prompt shots chat limit samples "
     "num_samples skip_sample confirm_run_unsafe_code",
-    "output": "output json viz fps trace html replay",
+    "text": "examples length response_length padding packing group_by_length",
+    "training": "objective normalise accumulation epochs remat seed",
+    "watching": "log_every logger save_every eval_data eval_every sample_prompt sample_every",
+    "output": "output save_dtype json viz fps trace html replay",
 }
 """Settings that several commands share, by what they are about; the others are "more"."""
 COLUMN = 30  # where the texts begin

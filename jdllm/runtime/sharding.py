@@ -29,6 +29,7 @@ RULES: dict[str, str | None] = {
     "embed": None,
     "head_dim": None,
     "stack": None,
+    "rank": None,
 }
 # Key/value heads are few: where they do not divide evenly, every shard keeps all of them. So do
 # the rows of a batch that was not padded to the mesh.
@@ -136,18 +137,19 @@ def by_row(mesh: Mesh) -> NamedSharding:
 
 def per_shard(
     function: Callable[..., jax.Array],
-    weight: jax.Array,
+    weight: Any,
     inputs: Sequence[Axes],
     output: Axes,
 ) -> Callable[..., jax.Array]:
     """Returns `function` as every device runs it on its own slices of the arrays.
 
-    The mesh is the one that `weight` lies on, so callers need not pass it. Without a mesh (one
-    device, or inside another `per_shard`) the function is returned unchanged. `inputs` and `output`
-    name logical axes; each output axis is one of the inputs'. The function itself sums what must
-    be summed over shards (`sum_shards`). XLA does not split its inside, so it may call a kernel.
+    The mesh is the one that `weight`, a tree of arrays, lies on, so callers need not pass it.
+    Without a mesh (one device, or inside another `per_shard`) the function is returned unchanged.
+    `inputs` and `output` name logical axes; each output axis is one of the inputs'. The function
+    itself sums what must be summed over shards (`sum_shards`). XLA does not split its inside, so it
+    may call a kernel.
     """
-    mesh = jax.typeof(weight).sharding.mesh
+    mesh = jax.typeof(jax.tree.leaves(weight)[0]).sharding.mesh
     if mesh.size <= 1 or mesh.manual_axes:
         return function
 

@@ -6,7 +6,7 @@ table of words and a function that walks it: nothing of this package runs while 
 
 from collections.abc import Iterator, Mapping
 
-from jdllm.runtime.cli import preset_tables
+from jdllm.runtime.fields import preset_tables
 from jdllm.runtime.help import settings_of
 
 Row = tuple[str, str, str]
@@ -65,9 +65,40 @@ complete -o default -F _{name} {name}  # default: files, behind a = that has no 
 """
 
 
+ZSH = r"""#compdef {name}
+# Completes {name} in zsh; made by: {name} completion zsh
+_{name}_table='{table}'
+_{name}() {{
+    local row_path row_word choices word current=$words[CURRENT]
+    local place={name}
+    local -a whole open
+    for word in "${{(@)words[2,CURRENT-1]}}"; do
+        [[ $_{name}_table == *$'\n'"$place $word "* && $word != --* ]] && place+=/$word
+    done
+    while read -r row_path row_word choices; do
+        [[ $row_path == $place ]] || continue
+        if [[ $row_word == *= && $current == "$row_word"* ]]; then
+            compset -P '*='
+            if [[ -n $choices ]]; then compadd -- ${{=choices}}; else _files; fi
+            return
+        elif [[ $row_word == *= ]]; then
+            open+=($row_word)
+        else
+            whole+=($row_word)
+        fi
+    done <<< "$_{name}_table"
+    compadd -- $whole
+    compadd -S '' -- $open  # a value follows at once
+}}
+(( $+functions[compdef] )) && compdef _{name} {name}
+"""
+SCRIPTS = {"bash": BASH, "zsh": ZSH}
+
+
 def script(shell: str, name: str, commands: Mapping[str, type | None]) -> str:
     """Returns the script that completes `name` in `shell`; ValueError for shells without one."""
-    if shell != "bash":
-        raise ValueError(f"there is no completion for {shell or 'no shell'}; there is one for bash")
+    if shell not in SCRIPTS:
+        known = " and ".join(SCRIPTS)
+        raise ValueError(f"there is no completion for {shell or 'no shell'}; there is for {known}")
     table = "\n" + "".join(" ".join(row) + "\n" for row in rows(name, commands))
-    return BASH.format(name=name, table=table)
+    return SCRIPTS[shell].format(name=name, table=table)

@@ -4,7 +4,7 @@ Rules know only arrays. No rule changes a row's completion up to its first end.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -36,6 +36,44 @@ class StopView:
     """The token that each column in view would take now, -1 elsewhere."""
     written_BT: jax.Array
     """Columns that the last step wrote."""
+    look: "Look | None" = None
+    """What else the last step showed, for rules that ask; None when a block closes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """What the model call of a step showed besides candidates."""
+
+    settled_BT: jax.Array
+    """Generated columns that held a token when the call was made."""
+    opened_B: jax.Array
+    """Columns that were open when the block began."""
+    block_B: jax.Array
+    """The number of the row's block."""
+    steps_B: jax.Array
+    """Steps that the schedule has for the block."""
+    due_B: jax.Array
+    """Calls, this one included, in which the block was to be finished; -1 where none said so."""
+    margin_BT: jax.Array | None = None
+    """How far the logit of each open column's best token exceeds the second best."""
+    entropy_BT: jax.Array | None = None
+    """The entropy of each open column's prediction, in nats."""
+    probes: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
+    """Activations [R, W, ...] by module; under guidance R is two rows for each of the batch."""
+    window_BW: jax.Array | None = None
+    """The columns that the probes are of, increasing."""
+    aims: Any = None
+    """What activations are compared with, by module (jdllm.stop.dynamics.Aim)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Asks:
+    """What of a `Look` a rule reads, so that nothing else is computed."""
+
+    margin: bool = False
+    entropy: bool = False
+    probes: tuple[str, ...] = ()
+    """Patterns of modules' names."""
 
 
 class Verdict(NamedTuple):
@@ -49,6 +87,9 @@ class Verdict(NamedTuple):
     """Rows that are finished."""
     carry: Any
     """The memory of the rule."""
+    finish_B: jax.Array | None = None
+    """int32: calls in which what is open in the row's block is to be written, before the block is
+    left; -1 where the schedule goes on."""
 
 
 class Stop(Protocol):
@@ -96,15 +137,26 @@ class Stops:
 
     def __call__(self, view: StopView, carry: tuple[Any, ...]) -> Verdict:
         none_B = jnp.zeros(view.tokens_BT.shape[0], bool)
-        leave_B, end_B, kept = none_B, none_B, []
+        leave_B, end_B, finish_B, kept = none_B, none_B, None, []
         for rule, memory in zip(self.rules, carry, strict=True):
             verdict = rule(view, memory)
             leave_B |= verdict.leave_block_B
             end_B |= verdict.end_row_B
             kept.append(verdict.carry)
+            if verdict.finish_B is not None:
+                finish_B = verdict.finish_B
             open_BT = view.open_BT & (verdict.tokens_BT == view.tokens_BT)
             view = dataclasses.replace(view, tokens_BT=verdict.tokens_BT, open_BT=open_BT)
-        return Verdict(view.tokens_BT, leave_B, end_B, tuple(kept))
+        return Verdict(view.tokens_BT, leave_B, end_B, tuple(kept), finish_B)
+
+
+def rules_of(stop: Any) -> Iterator[Any]:
+    """Yields a rule, and those that it is composed of."""
+    yield stop
+    inside = stop.rules if isinstance(stop, Stops) else [getattr(stop, "inner", None)]
+    for rule in inside:
+        if rule is not None:
+            yield from rules_of(rule)
 
 
 def with_rule(stop: Stop, rule_type: type, change: Callable[[Any], Stop]) -> Stop:

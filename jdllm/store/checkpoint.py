@@ -141,9 +141,15 @@ def save_model(folder: Path, model: Model) -> None:
 
 
 def refuse_run(folder: Path) -> None:
-    """Raises ValueError for the folder of a training run, whose model is one folder deeper."""
+    """Raises ValueError for the folder of a training run or of an adapter, which is no model."""
     if is_converted(folder / "model"):
         raise ValueError(f"{folder} is a training run; its model is {folder / 'model'}")
+    named = "adapter_config.json"
+    if (folder / named).exists() and not (folder / "config.json").exists():
+        raise ValueError(f"{folder} is a LoRA adapter; use it with model=BASE adapter={folder}")
+    if (folder / "adapter" / named).exists() and (folder / "checkpoints").exists():
+        adapter = folder / "adapter"
+        raise ValueError(f"{folder} is a training run; use it with model=BASE adapter={adapter}")
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -201,6 +207,33 @@ def _read(store: Any, dtype: np.dtype, index: Index) -> np.ndarray:
     array = memory[start : start + view.size * dtype.itemsize].view(dtype).reshape(view.shape)
     tensorstore.array(array, copy=False).write(view).result()
     return array
+
+
+def stored_units(folder: Path, config: ModelConfig) -> Iterator[tuple[str, dict[str, LazyArray]]]:
+    """Yields the units of a converted folder, read in pieces as they are written or placed.
+
+    Raises ValueError, naming a weight, where the folder does not hold what `config` asks for.
+    """
+    with ocp.StandardCheckpointer() as checkpointer:
+        for unit, leaves in units(config).items():
+            path = folder.absolute() / "weights" / unit
+            _check_shapes(checkpointer, path, {n: _shape(leaf) for n, leaf in leaves.items()})
+            arrays = {}
+            for name, leaf in leaves.items():
+                dtype = np.dtype(leaf.dtype)
+                read = functools.partial(_read, _open(path, name), dtype)
+                arrays[name] = LazyArray(leaf.shape, dtype, read)
+            yield unit, arrays
+
+
+def _shape(leaf: nnx.Param) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def read_array(path: Path, name: str, dtype: str) -> np.ndarray:
+    """Returns the whole stored array `name` of the checkpoint at `path`."""
+    store = _open(path.absolute(), name)
+    return _read(store, np.dtype(dtype), (slice(None),) * store.rank)
 
 
 def _restore(path: Path, name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:

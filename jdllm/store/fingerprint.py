@@ -18,15 +18,20 @@ SALTS = (0x2545F491, 0x9E3779B9)
 def fingerprint(model: Model) -> str:
     """Hexadecimal digest of a model's facts and of every weight's bits and places.
 
-    Weights of another dtype are another model: they decode differently. Two salted sums of 32 bits
-    per weight make accidental collisions unlikely; they are no defence against an adversary.
+    Weights of another dtype are another model: they decode differently. So is one with an adapter.
+    Two salted sums of 32 bits per weight make accidental collisions unlikely; they are no defence
+    against an adversary.
     """
     facts = [json.dumps(dataclasses.asdict(model.config), sort_keys=True)]
     for name, leaf in sorted(named(model).items()):
-        array = leaf[...]
-        sums = jax.device_get(_sums(array))
-        facts.append(f"{name} {array.shape} {array.dtype} {sums.tolist()}")
+        facts += [f"{name} {_told(array)}" for array in jax.tree.leaves(leaf)]
+    for name, factors in sorted(model.adapter.factors.items() if model.adapter else ()):
+        facts.append(f"{name} {factors.scale} {_told(factors.a)} {_told(factors.b)}")
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]
+
+
+def _told(array: jax.Array) -> str:
+    return f"{array.shape} {array.dtype} {jax.device_get(_sums(array)).tolist()}"
 
 
 @jax.jit

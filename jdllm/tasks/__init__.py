@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from jdllm.tasks.puzzles import countdown, expression, sudoku
+from jdllm.tasks.puzzles import countdown, countdown4, expression, sudoku
 
 Doc = dict
 
@@ -64,6 +64,17 @@ _COUNTDOWN = Task(
     gen_length=countdown.GEN_LENGTH,
     generate=countdown.generate,
 )
+_COUNTDOWN4 = Task(
+    name="countdown4",
+    prompt=countdown4.prompt,
+    response=countdown4.response,
+    target=countdown.target,
+    extract=expression.extract,
+    grade=countdown4.grade,
+    metric="solved",
+    gen_length=countdown4.GEN_LENGTH,
+    generate=countdown4.generate,
+)
 
 TASKS: dict[str, Task] = {
     "sudoku": _SUDOKU,
@@ -72,4 +83,6 @@ TASKS: dict[str, Task] = {
     "countdown_d1": replace(
         _COUNTDOWN, name="countdown_d1", read=countdown.read, grade=countdown.grade_d1
     ),
+    "countdown4": _COUNTDOWN4,
+    "countdown4_dream": replace(_COUNTDOWN4, name="countdown4_dream", read=countdown4.read),
 }

@@ -8,6 +8,7 @@ says what keeps a row from being the published one to the letter.
 from collections.abc import Iterator
 from typing import Any
 
+from jdllm.decode.presets import PRESETS as decoding
 from jdllm.runtime.hints import asked, nearest
 from jdllm.tasks.published import Preset
 
@@ -279,9 +280,7 @@ def _d1_and_edit() -> Iterator[Preset]:
     wording = "prompts are worded differently (prompt_file= takes the original)"
     drawn = {"sudoku_d1": "; 256 of the 500 puzzles were drawn"}
     part = {"gsm8k_boxed": "; 1130 of the 1319 problems are in d1's files", **drawn}
-    lost = (
-        "; EDIT's gaussian schedule and early exit and its LoRA checkpoint 200 are not in the row"
-    )
+    lost = "; it needs an adapter with its dynamics: EDIT's checkpoint 200 is not public"
     for system, numbers, block, model in (
         ("d1", baseline, 32, LLADA),
         ("edit", edit, 64, LLADA),
@@ -299,7 +298,8 @@ def _d1_and_edit() -> Iterator[Preset]:
                     "counted by its parser",
                     0,
                     chat=True,
-                    decode=vanilla(length, block, length // 2),
+                    decode=decoding.get(f"{system}-{short}-{length}")
+                    or vanilla(length, block, length // 2),
                     note=wording
                     + (part if system == "d1" else drawn).get(task, "")
                     + (lost if system == "edit" else ""),

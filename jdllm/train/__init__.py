@@ -1,1 +1,1 @@
-"""One training step: what is masked, the loss, the update."""
+"""Training on arrays: what is masked, the loss, the update."""

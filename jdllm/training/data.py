@@ -1,117 +1,129 @@
-"""Training data as arrays: examples from a file or from task generators, encoded once and cached.
+"""Training text: where it comes from, and how a row of it becomes an example.
 
-A row is prompt ids, response ids, then padding with eos, which is trained on (it teaches length).
+An example is plain text, or a conversation whose assistant turns are learned.
 """
 
 import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import batched
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-from tqdm import tqdm
-
-from jdllm.model.config import ModelConfig
-from jdllm.runtime import processes
-from jdllm.runtime.files import atomic_file
 from jdllm.runtime.hints import asked, nearest
 from jdllm.tasks import TASKS
-from jdllm.tokenizer import Message, encode_prompts, encode_responses
+from jdllm.tokenizer import Message
 
-type Pair = tuple[str | Sequence[Message], str]
-CHUNK = 20_000
+type Example = str | list[Message]
+FILES = (".jsonl", ".txt")
+HUB = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
+S1K = (  # how d1 asks for the form in which s1K's answers are given
+    "\nRespond in the following format:\n<reasoning>\nYour reasoning here\n</reasoning>\n"
+    "<answer>\n...\n</answer>\n\n\n"
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
-    """Encoded examples: tokens [n, T] (uint16 or int32), prompt lengths and lengths [n] int32."""
+class Source:
+    """One file, folder or hub data set of a mixture, or one generated task."""
 
-    tokens: np.ndarray
-    prompt_lengths: np.ndarray
-    lengths: np.ndarray
-
-    def place(self, index: np.ndarray, sharding: jax.sharding.Sharding) -> tuple[jax.Array, ...]:
-        """The rows at `index` [A, B] on a mesh, as int32 [A, B, T], [A, B] and [A, B].
-
-        A process reads only the rows of its own devices.
-        """
-
-        def one(array: np.ndarray) -> jax.Array:
-            def read(part: Any) -> np.ndarray:
-                return array[index[part[:2]]].astype(np.int32)
-
-            return jax.make_array_from_callback(index.shape + array.shape[1:], sharding, read)
-
-        return one(self.tokens), one(self.prompt_lengths), one(self.lengths)
-
-    def digest(self) -> str:
-        """A short hash of the content, the same wherever and whenever the rows were made."""
-        whole = hashlib.sha256()
-        for array in (self.tokens, self.prompt_lengths, self.lengths):
-            whole.update(f"{array.dtype} {array.shape}".encode())
-            whole.update(np.ascontiguousarray(array).data)
-        return whole.hexdigest()[:16]
+    name: str
+    share: float | None = None
+    """How much of an epoch it is, against the others; None: each of its examples once."""
+    split: str = "train"
+    """Of a folder or a hub data set."""
+    generated: bool = False
+    """Whether it is a task that makes its examples."""
 
 
-def parse_mixture(text: str) -> list[tuple[str, float]]:
-    """Reads "sudoku:1,countdown:3" into names and shares (1 where none is given).
+def parse_mixture(text: str, setting: str) -> list[tuple[str, float | None]]:
+    """Reads "a:1,b:3" into names and shares; all of them have a share or none has.
 
-    ValueError, with the nearest names, for an unknown task, and for a share that is not above 0.
+    ValueError for a share that is not above 0, and where some have one and some have none.
     """
-    mixture = []
+    mixture: list[tuple[str, float | None]] = []
     for part in text.split(","):
-        name, colon, share = part.strip().partition(":")
-        if name not in TASKS:
-            hint = (near := asked(nearest(name, TASKS))) and f"{near} "
-            raise ValueError(f"task={name} is unknown; {hint}there are {', '.join(sorted(TASKS))}")
+        name, colon, share = part.strip().rpartition(":")
+        if not colon:
+            mixture.append((part.strip(), None))
+            continue
         try:
-            weight = float(share) if colon else 1.0
+            weight = float(share)
         except ValueError:
             weight = 0.0
         if not 0 < weight < float("inf"):
-            raise ValueError(f"task={part}: a share must be a number above 0, for example {name}:2")
+            raise ValueError(
+                f"{setting}={part}: a share must be a number above 0, for example {name}:2"
+            )
         mixture.append((name, weight))
+    if len({share is None for _, share in mixture}) > 1:
+        raise ValueError(f"{setting}={text}: give each a share, or none")
     return mixture
 
 
-def generated_pairs(mixture: str, examples: int, seed: int) -> Iterator[tuple[str, str]]:
-    """Prompt and response of `examples` generated docs, split over tasks by share."""
-    parsed = parse_mixture(mixture)
-    total = sum(share for _, share in parsed)
-    for name, share in parsed:
-        task = TASKS[name]
-        for doc in task.generate(round(examples * share / total), seed, held_out=False):
-            yield task.prompt(doc), task.response(doc)
+def parse_tasks(text: str) -> list[Source]:
+    """Reads "sudoku:1,countdown:3"; a task without a share has 1.
 
-
-def check_file(path: Path) -> None:
-    """FileNotFoundError where there is no file, ValueError where its name ends in another way."""
-    if not path.is_file():
-        raise FileNotFoundError(f"data={path}: there is no such file")
-    if path.suffix not in (".jsonl", ".txt"):
-        raise ValueError(
-            f"data={path} must end in .jsonl (one example a line) or .txt (plain text)"
-        )
-
-
-def file_pairs(path: Path) -> Iterator[Pair]:
-    """Prompt and response of every row of a .jsonl file; a .txt file is one response.
-
-    A row has the keys prompt and response, or messages (the last one is the response, all turns
-    before it are the prompt), or text; empty lines are skipped. An empty prompt means plain text.
-    ValueError, naming the line, for any other row; FileNotFoundError where there is no such file.
+    ValueError, with the nearest names, for an unknown task, and as in `parse_mixture`.
     """
-    check_file(path)
+    found = parse_mixture(text, "task")
+    for name, _ in found:
+        if name not in TASKS:
+            hint = (near := asked(nearest(name, TASKS))) and f"{near} "
+            raise ValueError(f"task={name} is unknown; {hint}there are {', '.join(sorted(TASKS))}")
+    return [Source(name, share or 1.0, generated=True) for name, share in found]
+
+
+def parse_data(text: str, setting: str = "data") -> list[Source]:
+    """Reads "a.jsonl:2,owner/name@split:1": files, folders and hub data sets with shares.
+
+    ValueError for an empty name, a name that can be none of them, and as in `parse_mixture`.
+    """
+    sources = []
+    for full, share in parse_mixture(text, setting):
+        name, _, split = full.partition("@")
+        name = os.path.expanduser(name)
+        folder = Path(name).is_dir() or name.endswith(os.sep)
+        if not (name and (Path(name).suffix in FILES or folder or HUB.fullmatch(name))):
+            raise ValueError(
+                f"{setting}={name} must end in .jsonl (one example a line) or .txt (plain text), "
+                "or be a folder or an id of the hub, owner/name"
+            )
+        sources.append(Source(name, share, split or "train"))
+    return sources
+
+
+def is_file(source: Source) -> bool:
+    """Whether the source is one file, read by us, and not a data set of the hub or a folder."""
+    return Path(source.name).suffix in FILES and not Path(source.name).is_dir()
+
+
+def check_sources(sources: Iterable[Source]) -> None:
+    """FileNotFoundError where a file is not there: asked before a large model is loaded."""
+    for source in sources:
+        if is_file(source) and not Path(source.name).is_file():
+            raise FileNotFoundError(f"data={source.name}: there is no such file")
+
+
+def read(source: Source) -> Iterator[Example]:
+    """The examples of a file, a folder or a hub data set.
+
+    ValueError, naming the row, for one of no known form; FileNotFoundError or ValueError where
+    there is no such data set.
+    """
+    check_sources([source])
+    if not is_file(source):
+        yield from _hub_examples(source)
+        return
+    path = Path(source.name)
     try:
         if path.suffix == ".jsonl":
-            yield from _jsonl_pairs(path)
+            yield from _jsonl_examples(path)
         else:
-            yield "", _not_blank(path, path.read_text(encoding="utf-8-sig"))
+            yield _not_blank(path, path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"data={path} must be UTF-8 text: {error.reason}") from None
 
@@ -122,13 +134,13 @@ def _not_blank(path: Path, text: str) -> str:
     return text
 
 
-def _jsonl_pairs(path: Path) -> Iterator[Pair]:
+def _jsonl_examples(path: Path) -> Iterator[Example]:
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                yield _parse_row(json.loads(line))
+                yield example_of(json.loads(line))
             except json.JSONDecodeError as error:
                 reason = f"not valid JSON: {error.msg} at column {error.colno}"
                 raise ValueError(f"{path}, line {number}: {reason}") from None
@@ -136,147 +148,108 @@ def _jsonl_pairs(path: Path) -> Iterator[Pair]:
                 raise ValueError(f"{path}, line {number}: {error}") from None
 
 
-def _parse_row(row: Any) -> Pair:
-    """Prompt and response of one row; a single question is a string, a conversation its turns."""
-    match row:
-        case {"prompt": str(prompt), "response": str(response)}:
-            return prompt, response
-        case {
-            "messages": [
-                *earlier,
-                {"role": "user", "content": str(prompt)},
-                {"role": "assistant", "content": str(response)},
-            ]
-        } if all(map(_is_turn, earlier)):
-            return [*earlier, {"role": "user", "content": prompt}] if earlier else prompt, response
-        case {"text": str(text)}:
-            return "", text
-    rule = (
-        "a row needs the strings prompt and response, or messages (each with the strings role and "
-        "content) that end with a user and an assistant turn, or the string text"
-    )
-    keys = f"it has the keys {', '.join(row) or '(none)'}" if isinstance(row, dict) else ""
-    raise ValueError(f"{rule}; {keys or f'it is of type {type(row).__name__}'}")
+@functools.lru_cache(maxsize=8)
+def load_rows(source: Source) -> Any:
+    """The rows of a hub data set or of a folder that `datasets` reads; ValueError without them."""
+    import datasets  # half a second, hence its place
+
+    owner, _, rest = source.name.partition("/")
+    path, name = source.name, None
+    if not Path(path).is_dir() and "/" in rest:  # owner/name/config
+        path, _, name = source.name.rpartition("/")
+    try:
+        return datasets.load_dataset(path, name, split=source.split)
+    except Exception as error:  # the library and what it stands on raise all kinds
+        reason = " ".join(str(error).split())
+        raise ValueError(f"data={source.name}@{source.split} cannot be loaded: {reason}") from None
 
 
-def _is_turn(message: Any) -> bool:
-    match message:
-        case {"role": str(), "content": str()}:
-            return True
-    return False
+def _hub_examples(source: Source) -> Iterator[Example]:
+    for number, row in enumerate(load_rows(source), 1):
+        try:
+            yield example_of(row)
+        except ValueError as error:
+            raise ValueError(f"{source.name}, row {number}: {error}") from None
 
 
-def _encode(
-    tokenizer: Any, pairs: Sequence[Pair], config: ModelConfig
-) -> Iterator[tuple[list[int], list[int]]]:
-    """Ids of prompts and responses; an answer ends with the turn, plain text with eos."""
-    framed = iter(encode_prompts(tokenizer, [p for p, _ in pairs if p]))
-    responses = encode_responses(tokenizer, [r for _, r in pairs])
-    for (prompt, _), response in zip(pairs, responses, strict=True):
-        if prompt:
-            yield next(framed), [*response, config.stop_ids[-1]]
-        else:
-            yield [], [*response, config.eos_id]
+def generated(source: Source, sources: list[Source], examples: int, seed: int) -> Iterator[Example]:
+    """A task's part of so many generated documents: prompts and responses."""
+    total = sum(other.share or 0 for other in sources)
+    task, share = TASKS[source.name], source.share or 0
+    for doc in task.generate(round(examples * share / total), seed, held_out=False):
+        yield conversation(task.prompt(doc), task.response(doc))
 
 
-def _canvases(
-    prompt: list[int], response: list[int], length: int, response_length: int | None
-) -> Iterator[tuple[list[int], int]]:
-    """Canvases of one example: all its ids, which may be too many, and the end column.
-
-    Plain text longer than a canvas becomes several; an answer is never split, but cut. Nothing
-    where the prompt leaves no room.
-    """
-    end = min(length, len(prompt) + (response_length or length))
-    step = len(response) if prompt else end
-    if len(prompt) < end:
-        for start in range(0, len(response), step):
-            yield prompt + response[start : start + step], end
+def fingerprint(source: Source) -> str:
+    """A hash of what a source holds, or of what names it where it is not a file."""
+    if source.generated:
+        return source.name
+    if is_file(source):
+        with Path(source.name).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    return getattr(load_rows(source), "_fingerprint", "")
 
 
-def encode_rows(
-    tokenizer: Any,
-    pairs: Iterable[Pair],
-    config: ModelConfig,
-    length: int,
-    response_length: int | None,
-) -> Rows:
-    """Encodes examples into canvases of `length` columns.
+# Rows
 
-    With `response_length` the canvas of a row ends that many columns after its prompt (as in
-    decoding with that gen_length) and the rest is hidden; without it every row fills all `length`
-    columns, as in LLaDA's and EDIT's recipe. Longer examples lose their end, and those whose
-    prompt leaves no room are left out; a note counts both. ValueError where no example is left,
-    or where the tokenizer is not the model's.
-    """
-    if len(tokenizer) > config.vocab:
+
+def conversation(prompt: str, response: str) -> list[Message]:
+    """One question and its answer."""
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+
+
+def _alpaca(row: Mapping[str, Any]) -> Example:
+    prompt = "\n\n".join(filter(None, [row["instruction"], row.get("input") or ""]))
+    return conversation(prompt, row["output"])
+
+
+def _s1k(row: Mapping[str, Any]) -> Example:
+    """As d1 and EDIT frame it: the first trajectory is the reasoning, the attempt the answer."""
+    thoughts = row["thinking_trajectories"][0]
+    answer = f"<reasoning>{thoughts}</reasoning>\n<answer>{row['attempt']}</answer>"
+    return conversation(S1K + row["question"], answer)
+
+
+def _messages(row: Mapping[str, Any]) -> Example:
+    """A conversation up to its last answer."""
+    messages = row["messages"]
+    turns = [m for m in messages if isinstance(m, Mapping)]
+    if len(turns) != len(messages) or not all(
+        isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in turns
+    ):
+        raise ValueError("messages need the strings role and content each")
+    answers = [i for i, m in enumerate(turns) if m["role"] == "assistant"]
+    if not answers or not any(m["role"] == "user" for m in turns[: answers[-1]]):
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} ids, but the model knows only {config.vocab}; "
-            "name the model's own with tokenizer="
+            "messages need an assistant turn behind a user's: there is nothing to learn"
         )
-    kind = np.uint16 if config.vocab <= 1 << 16 else np.int32
-    parts: list[tuple[np.ndarray, list[int], list[int]]] = []
-    cut = dropped = 0
-    with tqdm(desc="encoding", unit=" examples", unit_scale=True, mininterval=1.0) as bar:
-        for chunk in batched(pairs, CHUNK):
-            canvases, starts, ends = [], [], []
-            for prompt, response in _encode(tokenizer, chunk, config):
-                before = len(canvases)
-                for ids, end in _canvases(prompt, response, length, response_length):
-                    canvases.append(ids[:end])
-                    starts.append(len(prompt))
-                    ends.append(end)
-                    cut += len(ids) > end
-                dropped += len(canvases) == before
-            tokens = np.full((len(canvases), length), config.pad_id, kind)
-            for row, ids in zip(tokens, canvases, strict=True):
-                row[: len(ids)] = ids
-            parts.append((tokens, starts, ends))
-            bar.update(len(chunk))
-    if not sum(len(tokens) for tokens, _, _ in parts):
-        reason = f"{dropped} prompts leave none within length={length}" if parts else "it is empty"
-        raise ValueError(f"no example has room for a response in the training text: {reason}")
-    if cut:
-        processes.say(f"note: {cut} examples are longer than their canvas and lose their end")
-    if dropped:
-        processes.say(f"note: {dropped} examples are left out: their prompt fills length={length}")
-    tokens, starts, ends = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return Rows(tokens, starts.astype(np.int32), ends.astype(np.int32))
+    return list(turns[: answers[-1] + 1])
 
 
-def fingerprint(path: Path) -> str:
-    """A hash of a file's content; "" where there is no file."""
-    if not path.is_file():
-        return ""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+FORMS: dict[tuple[str, ...], Callable[[Mapping[str, Any]], Example]] = {
+    ("messages",): _messages,
+    ("prompt", "response"): lambda row: conversation(row["prompt"], row["response"]),
+    ("instruction", "output"): _alpaca,
+    ("question", "thinking_trajectories", "attempt"): _s1k,
+    ("question", "answer"): lambda row: conversation(row["question"], row["answer"]),
+    ("text",): lambda row: row["text"],
+}
+"""How a row becomes an example, by the columns that it has; the first that fit count."""
+LISTS = {"messages", "thinking_trajectories"}
 
 
-def cached_rows(folder: Path, key: dict[str, Any], build: Callable[[], Rows]) -> Rows:
-    """`build()`'s rows, kept in `folder` under a name made from `key` and read back next time."""
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    path = folder / f"rows-{name}.npz"
-    if not path.exists():
-        rows = build()
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as file:
-            np.savez(file, **dataclasses.asdict(rows))
-    with np.load(path) as stored:
-        return Rows(**stored)
-
-
-@functools.lru_cache(maxsize=1)
-def _order(rows: int, epoch: int, seed: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(rows)
-
-
-def batch_index(rows: int, size: int, step: int, seed: int) -> np.ndarray:
-    """Row numbers of batch `step`: a fresh permutation an epoch, and a function of step alone.
-
-    So a resumed run sees the batches that it would have seen. Rows that do not fill the last
-    batch of an epoch wait for the next one; a batch larger than the data wraps around.
-    """
-    per_epoch = max(rows // size, 1)
-    epoch, place = divmod(step, per_epoch)
-    order = _order(rows, epoch, seed)
-    return np.take(order, np.arange(place * size, (place + 1) * size), mode="wrap")
+def example_of(row: Any) -> Example:
+    """The example of one row; an empty prompt means plain text. ValueError for no known form."""
+    if isinstance(row, Mapping):
+        for columns, form in FORMS.items():
+            if all(isinstance(row.get(c), list if c in LISTS else str) for c in columns):
+                found = form(row)
+                if isinstance(found, list) and len(found) == 2 and not found[0]["content"]:
+                    return found[1]["content"]
+                return found
+    known = "; ".join(" and ".join(columns) for columns in FORMS)
+    keys = f"it has the keys {', '.join(row) or '(none)'}" if isinstance(row, Mapping) else ""
+    raise ValueError(
+        f"a row needs the strings of one of these forms: {known} (messages is a list); "
+        f"{keys or f'it is of type {type(row).__name__}'}"
+    )

@@ -2,174 +2,36 @@
 
 import contextlib
 import dataclasses
-import json
-import math
-import os
-import time
+import itertools
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import optax
 import orbax.checkpoint as ocp
 
-from jdllm.load import choose_mesh, compute_dtype, load_model, locate
-from jdllm.model.config import ModelConfig, count_parameters, require_trainable
-from jdllm.model.model import Model
 from jdllm.runtime import files, processes, sharding, signals
 from jdllm.runtime.progress import Bar
-from jdllm.store import checkpoint
-from jdllm.tokenizer import FILES, copy_tokenizer, load_tokenizer
 from jdllm.train import step as train
+from jdllm.train.memory import plan_step, shown
+from jdllm.train.objective import Batch
+from jdllm.train.optimiser import make_optimizer
 from jdllm.training.config import SFTConfig
-from jdllm.training.data import (
-    Rows,
-    batch_index,
-    cached_rows,
-    check_file,
-    encode_rows,
-    file_pairs,
-    fingerprint,
-    generated_pairs,
-)
-
-# Settings that a resumed run may change; on another mesh sums are ordered differently, so its loss
-# curve goes on alike, but not bit for bit.
-FREE = {"output", "allow_unknown", "save_every", "log_every", "mesh"}
+from jdllm.training.dynamics import draw_heat_maps, open_log
+from jdllm.training.metrics import Metrics, draw_curve, logging
+from jdllm.training.prepare import Job, prepare, split_rows
+from jdllm.training.subject import new_run, refuse_other, result, write_result
+from jdllm.training.watch import Watch
 
 
-def flatten(facts: dict[str, Any]) -> dict[str, Any]:
-    """Settings by dotted name: recipe.steps stands for facts["recipe"]["steps"]."""
-    flat = {}
-    for name, value in facts.items():
-        inner = flatten(value) if isinstance(value, dict) else {"": value}
-        flat |= {f"{name}.{k}" if k else name: v for k, v in inner.items()}
-    return flat
-
-
-def settle(config: SFTConfig, rows: Rows | None = None) -> None:
-    """Refuses an output folder whose run has other settings; with `rows`, writes config.json.
-
-    It is written when everything could be loaded, so that a mistyped first start blocks nobody.
-    Settings that the old run did not know yet are taken to agree. ValueError names each change.
-    """
-    facts = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    if rows is not None:
-        facts["training_text"] = rows.digest()
-    path = config.output / "config.json"
-    if path.exists():
-        try:
-            old = flatten(json.loads(path.read_text()))
-            old["recipe.steps"]
-        except (ValueError, KeyError, AttributeError):
-            raise ValueError(f"{path} is not of a training run; name another output") from None
-        new = flatten(facts)
-        changed = [
-            f"{name}={new[name]} (there {old[name]})"
-            for name in sorted(new.keys() & old.keys() - FREE)
-            if new[name] != old[name]
-        ]
-        if changed:
-            raise ValueError(
-                f"{config.output} holds a run with other settings: {', '.join(changed)}; "
-                "resume it with its own or name another output"
-            )
-    if rows is not None:
-        files.write_json(path, facts)
-
-
-def split_rows(config: SFTConfig, mesh: jax.sharding.Mesh) -> int:
-    """Rows of a micro-batch; ValueError where the data axis of the mesh does not divide them."""
-    micro = config.batch // config.accumulation
-    if micro % mesh.shape["data"]:
-        raise ValueError(
-            f"a micro-batch of {micro} rows (batch / accumulation) cannot be split over "
-            f"{mesh.shape['data']} devices; change batch, accumulation or mesh"
-        )
-    return micro
-
-
-def load_rows(config: SFTConfig, model: ModelConfig, source: Path) -> Rows:
-    """Encodes the training text once; later starts of the same run read it back.
-
-    `source` is the tokenizer's folder. The cache goes by the content of the files, not their age.
-    """
-    if config.length > model.max_length:
-        raise ValueError(f"length={config.length} exceeds the model's {model.max_length} columns")
-    tokenizer = load_tokenizer(source)
-    if tokenizer is None:
-        raise ValueError(f"{source} has no tokenizer.json; name a tokenizer's folder: tokenizer=")
-
-    def build() -> Rows:
-        if config.data is not None:
-            pairs = file_pairs(config.data)
-        else:
-            pairs = generated_pairs(config.task or "", config.examples, config.seed)
-        return encode_rows(tokenizer, pairs, model, config.length, config.response_length)
-
-    key = {
-        name: getattr(config, name)
-        for name in ("task", "examples", "seed", "length", "response_length")
-    } | {
-        "data": (config.data.suffix, fingerprint(config.data)) if config.data else None,
-        "tokenizer": [fingerprint(source / name) for name in FILES],
-        "model": [model.vocab, model.pad_id, *model.stop_ids],
-        "prompts": "whole conversations",  # rows of before had the last question alone
-    }
-    return cached_rows(config.output / "cache", key, build)
-
-
-def batches(
-    config: SFTConfig, rows: Rows, mesh: jax.sharding.Mesh, start: int
-) -> Iterator[train.Batch]:
+def batches(config: SFTConfig, job: Job, mesh: jax.sharding.Mesh, start: int) -> Iterator[Batch]:
     """Batches [A, B, ...] from step `start` on, rows split over the data axis."""
     shape = config.accumulation, split_rows(config, mesh)
     by_row = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "data"))
-    for step in range(start, config.recipe.steps):
-        index = batch_index(len(rows.tokens), config.batch, step, config.seed)
-        yield train.Batch(*rows.place(index.reshape(shape), by_row))
-
-
-class Metrics:
-    """metrics.jsonl: one line every `every` steps. Values are fetched one line late, so that the
-    device never waits for the host.
-
-    Opening it drops the lines after step `start` (the run will write them again) and a torn one.
-    Of several processes one `writes`.
-    """
-
-    def __init__(self, path: Path, every: int, start: int, writes: bool = True):
-        self.every, self.writes = every, writes
-        self.pending: tuple[int, float, dict[str, jax.Array]] | None = None
-        self.last: dict[str, float] = {}
-        if writes:
-            self._cut(path, start)
-        self.file = (path if writes else Path(os.devnull)).open("a")
-
-    def _cut(self, path: Path, start: int) -> None:
-        kept = []
-        if path.exists():
-            lines = (line for line in path.read_text().splitlines() if line.endswith("}"))
-            kept = [line for line in lines if json.loads(line)["step"] <= start]
-        with files.atomic_file(path) as file:
-            file.write("".join(line + "\n" for line in kept).encode())
-
-    def add(self, step: int, values: dict[str, jax.Array]) -> None:
-        """Notes the metrics of update `step` (counted from 1)."""
-        if self.writes and step % self.every == 0:
-            self.flush()
-            self.pending = (step, time.time(), values)
-
-    def flush(self) -> None:
-        """Writes what was noted last; a value that is not finite becomes null, which is JSON."""
-        if self.pending:
-            step, now, values = self.pending
-            self.last = {name: float(value) for name, value in values.items()}
-            line = {k: v if math.isfinite(v) else None for k, v in self.last.items()}
-            self.file.write(json.dumps({"step": step, "time": now} | line) + "\n")
-            self.file.flush()
-        self.pending = None
+    for step in range(start, job.recipe.steps):
+        index, visit = job.order.at(step)
+        draw = (config.seed, step)
+        yield job.rows.place(index.reshape(shape), visit.reshape(shape), by_row, draw)
 
 
 def interruptible() -> contextlib.AbstractContextManager[Callable[[], BaseException | None]]:
@@ -184,121 +46,108 @@ def interruptible() -> contextlib.AbstractContextManager[Callable[[], BaseExcept
 
 def fit(
     config: SFTConfig,
-    rows: Rows,
-    model: Model,
+    job: Job,
     state: train.TrainState,
     optimizer: optax.GradientTransformation,
-    mesh: jax.sharding.Mesh,
 ) -> train.TrainState:
     """Runs the remaining steps, saving as it goes; picks up the newest checkpoint in the output.
 
     A checkpoint is a state of the run: its metrics are on disk before it is, and its name says
-    after how many updates it was taken. Orbax writes it beside and renames it when it is complete.
+    after how many updates it was taken, which is also where the data goes on. Orbax writes it
+    beside, with the facts of the job, and renames it when it is complete. ValueError where the
+    newest one is of another base, target list or data.
     """
+    facts, args, start = job.facts | {"run": new_run()}, ocp.args, 0
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
-    key = processes.device_put(jax.random.key(config.seed), sharding.replicated(mesh))
     folder = config.output.absolute() / "checkpoints"
-    steps = config.recipe.steps
     with ocp.CheckpointManager(folder, options=options) as manager:
         start = int(processes.broadcast_text(str(manager.latest_step() or 0)))
         if start:
-            like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-            state = manager.restore(start, args=ocp.args.StandardRestore(like))
+            found = manager.restore(start, args=args.Composite(run=args.JsonRestore()))
+            refuse_other(folder / str(start), found.run, job.facts)
+            facts["run"] = found.run["run"]
+            like = args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
+            state = manager.restore(start, args=args.Composite(state=like)).state
             processes.say(f"resumed at step {start}")
-        leads = processes.is_main()
-        metrics = Metrics(config.output / "metrics.jsonl", config.log_every, start, writes=leads)
-        bar = Bar(total=steps, initial=start, unit="step", mininterval=1.0, disable=not leads)
-        with metrics.file, bar, interruptible() as asked:
-            bar.set_postfix_str("compiling")
-            for step, batch in enumerate(batches(config, rows, mesh, start), start + 1):
-                state, values = train.train_step(
-                    state, batch, key,
-                    model=model, optimizer=optimizer, remat=config.remat,
-                )  # fmt: skip
-                metrics.add(step, values)
-                bar.update()
-                bar.set_postfix({k: f"{v:.4f}" for k, v in metrics.last.items()}, refresh=False)
-                ended = asked()
-                if step % config.save_every == 0 or step == steps or ended:
-                    metrics.flush()
-                    manager.save(step, args=ocp.args.StandardSave(state), force=True)
-                if ended:
-                    raise ended
-            metrics.flush()
+
+        def save(step: int, state: train.TrainState) -> None:
+            parts = {"state": args.StandardSave(state), "run": args.JsonSave(facts)}
+            manager.save(step, args=args.Composite(**parts), force=True)
+
+        settings = dataclasses.asdict(config)
+        with logging(config.logger, config.output, facts["run"], settings) as logger:
+            path, leads = config.output / "metrics.jsonl", processes.is_main()
+            metrics = Metrics(path, config.log_every, start, leads, logger)
+            with metrics.file:
+                return loop(config, job, state, optimizer, metrics, start, save)
+
+
+def loop(
+    config: SFTConfig,
+    job: Job,
+    state: train.TrainState,
+    optimizer: optax.GradientTransformation,
+    metrics: Metrics,
+    start: int,
+    save: Callable[[int, train.TrainState], Any],
+) -> train.TrainState:
+    """The steps from `start` on, with what watches them, and saves."""
+    subject, steps = job.subject, job.recipe.steps
+    mesh = subject.frozen.mesh
+    key = processes.device_put(jax.random.key(config.seed), sharding.replicated(mesh))
+    fixed: dict[str, Any] = {
+        "frozen": subject.frozen, "join": subject.join, "objective": job.objective,
+        "optimizer": optimizer, "remat": config.remat, "micro": config.normalise == "micro",
+    }  # fmt: skip
+    for first in itertools.islice(batches(config, job, mesh, start), 1):
+        device = jax.local_devices()[0].memory_stats() or {}
+        plan = plan_step(state, first, key, **fixed)
+        processes.say(shown(plan, device.get("bytes_limit")))
+    bar = Bar(
+        total=steps, initial=start, unit="step", mininterval=1.0, disable=not processes.is_main()
+    )
+    with bar, interruptible() as asked:
+        watch = Watch(config, job, metrics, start)
+        log = open_log(config.output, config.log_every, start, state.dynamics)
+        if not start:
+            watch.look(0, state.trained)
+        for step, batch in enumerate(batches(config, job, mesh, start), start + 1):
+            state, values = train.train_step(state, batch, key, **fixed)
+            metrics.add(step, values)
+            log.add(step, state.moments)
+            bar.update()
+            bar.set_postfix(metrics.shown(), refresh=False)
+            watch.look(step, state.trained)
+            ended = asked()
+            if step % config.save_every == 0 or step == steps or ended:
+                metrics.flush()
+                log.flush()
+                save(step, state)
+            if ended:
+                raise ended
+        metrics.flush()
     return state
-
-
-def write_model(
-    folder: Path, model: Model, state: train.TrainState, dtype: str, source: Path
-) -> None:
-    """Writes the trained weights as `dtype`, with the tokenizer from `source`, or nothing."""
-    with processes.shared_folder(folder) as partial:
-        params = jax.tree.map(lambda x: x.astype(dtype), state.params)
-        config = dataclasses.replace(model.config, dtype=dtype)
-        checkpoint.save_model(partial, dataclasses.replace(model, config=config, params=params))
-        if processes.is_main():
-            copy_tokenizer(source, partial)
-    processes.say(f"wrote {folder}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """Everything that training needs, loaded and checked."""
-
-    model: Model
-    rows: Rows
-    tokenizer: Path
-
-
-def prepare(config: SFTConfig) -> Job | None:
-    """Loads the model and the rows, and settles the output folder; None for a finished run.
-
-    ValueError or OSError, in one sentence, for whatever is wrong with the input.
-    """
-    finished = False
-    if processes.is_main():
-        settle(config)
-        finished = (config.output / "model").exists()
-    if processes.broadcast_text("finished" * finished):
-        return None
-    if not config.output.is_dir():  # process 0 has made it
-        raise ValueError(
-            f"output={config.output} is not there for process {jax.process_index()}; name a folder "
-            "on a disk that all processes share"
-        )
-    mesh = choose_mesh(config.mesh, config.model, "float32", config.allow_unknown, copies=4)
-    processes.say(f"{processes.describe()}, {sharding.describe(mesh)}")
-    split_rows(config, mesh)
-    if config.data is not None:
-        check_file(config.data)  # before a large model is loaded
-    source = locate(config.tokenizer or config.model, config.allow_unknown)
-    if source is None:
-        raise ValueError(f"model={config.model} has no tokenizer of its own; add tokenizer=bundled")
-    model = load_model(config.model, mesh, "float32", config.seed, config.allow_unknown)
-    dtype = compute_dtype(config.dtype, "bfloat16")
-    model = dataclasses.replace(model, dtype=dtype, kernel=config.kernel)
-    require_trainable(model.config)
-    rows = processes.main_first(lambda: load_rows(config, model.config, source))
-    if processes.is_main():
-        settle(config, rows)
-    processes.say(f"{len(rows.tokens)} examples, {count_parameters(model.config):,} parameters")
-    return Job(model, rows, source)
 
 
 @processes.joined()
 def fine_tune(config: SFTConfig) -> None:
-    """Trains, then writes the weights to output/model; a finished run is left as it is.
+    """Trains, then writes what was trained; a finished run is left as it is.
 
     ValueError or OSError, in one sentence, where the input or the disk is at fault.
     """
-    final = config.output / "model"
+    final = result(config)
     with files.alone(config.output) if processes.is_main() else contextlib.nullcontext():
         job = prepare(config)
         if job is None:
             processes.say(f"{final} is there already: this run is finished, nothing to do")
             return
-        optimizer = train.make_optimizer(config.recipe)
-        mesh, bare = job.model.mesh, dataclasses.replace(job.model, params=None)
-        state = train.create_state(job.model.params, optimizer, mesh)
-        state = fit(config, job.rows, bare, state, optimizer, mesh)
-        write_model(final, bare, state, config.save_dtype, job.tokenizer)
+        optimizer = make_optimizer(job.recipe)
+        subject = job.subject
+        begin = config.dynamics.begin(job.recipe)
+        state = train.create_state(subject.trained, optimizer, subject.frozen.mesh, begin)
+        state = fit(config, job, state, optimizer)
+        if processes.is_main() and (curve := draw_curve(config.output)):
+            processes.say(f"drew {curve}")
+        if begin and processes.is_main():
+            draw_heat_maps(config.output)
+        write_result(config, subject, state.trained, job.tokenizer, state.dynamics)

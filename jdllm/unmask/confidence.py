@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jdllm.model.head import Best
-from jdllm.unmask.view import Draw, gumbel, without
+from jdllm.unmask.view import Draw, View, gumbel, without
 
 
 class Confidence(Protocol):
@@ -109,8 +109,7 @@ class NegativeEntropy(Plain):
     """Rates by minus the entropy in nats, sum p log(p + 1e-10) (Dream, d3LLM, BlockInfer)."""
 
     def __call__(self, logits_BNV: jax.Array, ids_BN: jax.Array, draw: Draw) -> jax.Array:
-        p_BNV = jax.nn.softmax(logits_BNV, axis=-1)
-        return jnp.sum(p_BNV * jnp.log(p_BNV + 1e-10), axis=-1)
+        return -entropy(logits_BNV)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,3 +129,17 @@ class Tempered(Plain):
 
 def _leftmost(ids_BN: jax.Array) -> jax.Array:
     return jnp.broadcast_to(-jnp.arange(ids_BN.shape[1], dtype=jnp.float32), ids_BN.shape)
+
+
+def entropy(logits_BNV: jax.Array) -> jax.Array:
+    """Returns the entropy [B, N] in nats, minus sum p log(p + 1e-10)."""
+    p_BNV = jax.nn.softmax(logits_BNV.astype(jnp.float32), axis=-1)
+    return -jnp.sum(p_BNV * jnp.log(p_BNV + 1e-10), axis=-1)
+
+
+def margin(view: View, excluded: tuple[int, ...]) -> jax.Array:
+    """Returns how far the best token's logit exceeds the second best [B, N], but for `excluded`."""
+    if view.best is not None:
+        return view.best.score - view.best.second
+    top_BN2 = jax.lax.top_k(without(view.logits_BNV.astype(jnp.float32), excluded), 2)[0]
+    return top_BN2[..., 0] - top_BN2[..., 1]

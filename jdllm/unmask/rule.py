@@ -11,6 +11,7 @@ from jdllm.unmask.candidate import Argmax, Candidate, Warp
 from jdllm.unmask.confidence import Confidence
 from jdllm.unmask.credit import Credit
 from jdllm.unmask.edit import Edit
+from jdllm.unmask.klass import Klass
 from jdllm.unmask.selection import Selection
 from jdllm.unmask.view import View, without
 
@@ -67,10 +68,11 @@ class Unmasker:
     credit: Credit | None = None
     warp: Warp | None = None
     edit: Edit | None = None
+    klass: Klass | None = None
 
     @property
     def special(self) -> Special | None:
-        changes = self.credit or self.warp or (self.edit and self.edit.penalty)
+        changes = self.credit or self.warp or self.klass or (self.edit and self.edit.penalty)
         if changes or not isinstance(self.candidate, Argmax) or self.confidence.reads_logits:
             return None
         suppressed = getattr(self.confidence, "suppressed", ())
@@ -82,13 +84,15 @@ class Unmasker:
             carry["credit"] = self.credit.start(rows, columns, calls)
         if self.edit:
             carry["edit"] = self.edit.start(rows)
+        if self.klass:
+            carry["klass"] = self.klass.start(rows, columns)
         return carry
 
     def wants(self, open_B: jax.Array, carry: Carry) -> jax.Array:
         return self.edit.wants(open_B, carry["edit"]) if self.edit else open_B > 0
 
     def __call__(self, view: View, carry: Carry) -> tuple[Decision, Carry]:
-        carry = dict(carry)
+        carry, still_BN = dict(carry), None
         if view.best is not None:
             ids_BN = view.best.ids
             score_BN = self.confidence.of_best(view.best, view.draw)
@@ -100,10 +104,13 @@ class Unmasker:
                 logits = self.edit.discourage(logits, view.ids_BN)
             if self.warp:
                 logits = self.warp(logits)
+            if self.klass:
+                still_BN, carry["klass"] = self.klass(logits, carry["klass"])
             ids_BN = self.candidate(logits, view.draw)
             score_BN = self.confidence(logits, ids_BN, view.draw)
         value_BN = self.confidence.value(score_BN)
-        chosen_BN = self.selection(score_BN, value_BN, view)
+        sure_BN = value_BN if still_BN is None else jnp.where(still_BN, value_BN, -jnp.inf)
+        chosen_BN = self.selection(score_BN, sure_BN, view)
         new_BN, open_BN = jnp.where(chosen_BN, ids_BN, view.ids_BN), view.open_BN & ~chosen_BN
         if self.edit:
             new_BN, carry["edit"] = self.edit(new_BN, ids_BN, value_BN, view, carry["edit"])

@@ -4,6 +4,7 @@ A schedule with `steps` bounds the steps of a block; otherwise the block's lengt
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple, Protocol
 
 import jax
@@ -73,6 +74,60 @@ class Columns:
     def __call__(self, pace: Pace) -> tuple[jax.Array, jax.Array]:
         columns_B = jnp.full_like(pace.open_B, self.length)
         return split_quota(columns_B, self.steps, pace.step_B), jnp.ones(columns_B.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaussian:
+    """Spreads a block's masks over its steps by a Gaussian of each block's own (EDIT).
+
+    The weight of step s of n is exp(-((s/n - peak) / width)^2 / 2). Each step takes the whole part
+    of its share of the masks; the rest goes one each to the largest fractions, the earlier step
+    first. EDIT truncates the float32 sum of the fractions instead, and so loses a token of some
+    blocks; `jdllm.parity.edit` has its counts.
+    """
+
+    steps_of: tuple[int, ...]
+    """Steps of every block; the last one serves all that follow, here and below."""
+    peaks: tuple[float, ...]
+    widths: tuple[float, ...]
+    longest: int
+    """Columns of the longest block."""
+
+    @property
+    def steps(self) -> int | None:
+        return max(self.steps_of)
+
+    def __call__(self, pace: Pace) -> tuple[jax.Array, jax.Array]:
+        table = jnp.asarray(self.table())
+        known_B = pace.step_B < table.shape[2]
+        block_B = jnp.minimum(pace.block_B, table.shape[0] - 1)
+        quota_B = table[block_B, pace.opened_B, jnp.minimum(pace.step_B, table.shape[2] - 1)]
+        return jnp.where(known_B, quota_B, 0), jnp.ones(quota_B.shape)
+
+    def table(self) -> np.ndarray:
+        """Returns the tokens of every step, int32 [blocks, masks at the start, step]."""
+        blocks = max(map(len, (self.steps_of, self.peaks, self.widths)))
+        found = np.zeros((blocks, self.longest + 1, max(self.steps_of)), np.int32)
+        for i in range(blocks):
+            steps, peak, width = (
+                values[min(i, len(values) - 1)]
+                for values in (self.steps_of, self.peaks, self.widths)
+            )
+            for masks in range(self.longest + 1):
+                found[i, masks, :steps] = split_by_gaussian(masks, steps, peak, width)
+        return found
+
+
+@functools.cache
+def split_by_gaussian(masks: int, steps: int, peak: float, width: float) -> tuple[int, ...]:
+    """Returns how many of `masks` tokens each of `steps` steps takes; they sum to `masks`."""
+    weight = np.exp(-0.5 * ((np.arange(steps) / steps - peak) / width) ** 2)
+    # Shares that mirror each other are equal; rounding must not tell them apart.
+    share = np.round(weight / weight.sum() * masks, 9)
+    count = np.floor(share).astype(int)
+    order = np.argsort(-np.round(share - count, 9), kind="stable")
+    count[order[: masks - count.sum()]] += 1
+    return tuple(count.tolist())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -103,6 +103,16 @@ def test_what_is_on_the_hub_converts(tmp_path: Path, golden: str):
     assert_same_bits(load_named(tmp_path / "ours"), load_named(tmp_path / "full"))
 
 
+def test_every_id_that_ends_a_text_outlives_an_export(tmp_path: Path):
+    """Those of config.json's own list, which no file of the tokenizer has, too."""
+    as_on_the_hub(tmp_path / "hf", "llada_moe", eos_token_id=[310, 307, 305])
+    tokenizer(tmp_path / "hf", {}, **{"<|mask|>": 319})
+    main(["llada_moe", f"source={tmp_path / 'hf'}", f"output={tmp_path / 'ours'}"])
+    main(["export", f"source={tmp_path / 'ours'}", f"output={tmp_path / 'back'}"])
+    there, back = (families.open_source(tmp_path / name).config for name in ("hf", "back"))
+    assert back == there and {310, 307, 305} <= set(back.stop_ids)
+
+
 SIZES = (
     "num_hidden_layers", "hidden_size", "intermediate_size", "moe_intermediate_size",
     "num_attention_heads", "max_position_embeddings",

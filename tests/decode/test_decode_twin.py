@@ -7,14 +7,15 @@ ends are. The marker slow runs MORE of them, and searches the settings too.
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, reject, settings
 from hypothesis import strategies as st
 
-from jdllm import DecodeConfig
+from jdllm import LLM, DecodeConfig
 from jdllm.parity import make_setup
 from tests.support.oracle import is_close, oracle
-from tests.support.tiny_models import canvases, plain, random_prompts, tiny
+from tests.support.tiny_models import adapted, canvases, plain, random_prompts, tiny
 
 LOOSE: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 SEARCH = 100  # examples, new ones in every run, or those of --hypothesis-seed=N
@@ -24,23 +25,40 @@ VALUES = {
     "end_bias": st.sampled_from([0.5, 1.5, 3.0]),
 }
 SHORT: dict[str, Any] = {"gen_length": 12, "block_length": 4}
+GAUSSIAN: dict[str, Any] = {
+    "rule": "quota", "schedule": "gaussian", "steps": 11, "gaussian.peak": (0.25, 0.5),
+    "gaussian.width": (0.2, 0.3), "stop": "none", "block_length": None, "block_lengths": (5, 7),
+}  # fmt: skip
 EXACT: dict[str, Any] = {"threshold": 0.6, "stop": "none"}
 
 
 def check(kind: str, options: dict[str, Any], seed: int, lengths: list[int], end_bias: float):
-    llm = tiny(kind, end_bias)
     config = DecodeConfig.of(SHORT | options)
+    llm = adapted(kind, end_bias) if config.exit.aims else tiny(kind, end_bias)
+    maps = plain_maps(llm, config)
     prompts = random_prompts(seed, lengths)
     judge = tiny("judge", end_bias) if config.rule == "verify" else None
     rows, nfe, forwards = canvases(llm, config, prompts, judge)
     model, resolved, second = plain(llm), llm.resolve(config), judge and plain(judge)
-    expected = [oracle(model, resolved, prompt, second) for prompt in prompts]
+    expected = [oracle(model, resolved, prompt, second, maps) for prompt in prompts]
     if (rows, nfe) != ([tokens for tokens, _ in expected], [n for _, n in expected]):
-        assume(not any(is_close(model, resolved, prompt, second) for prompt in prompts))
+        assume(not any(is_close(model, resolved, prompt, second, maps) for prompt in prompts))
     assert rows == [tokens for tokens, _ in expected]
     assert nfe == [count for _, count in expected]
     assert max(nfe) <= forwards <= sum(nfe)
     assert max(nfe) <= (config.max_forwards or 1000)
+
+
+def plain_maps(llm: LLM, config: DecodeConfig) -> dict[str, np.ndarray]:
+    """What the exit compares activations with, as float64; the paper's is one vector each."""
+    if not config.exit.aims:
+        return {}
+    found, paper = llm.maps.of(config.exit), config.exit.mode == "paper"
+    names = sorted(found)[-2:-1] if paper else sorted(found)  # k, q, v: the query
+    return {
+        name: np.linalg.norm(found[name], axis=1, keepdims=True) if paper else found[name]
+        for name in names
+    }
 
 
 MEANT = pytest.mark.filterwarnings("ignore:steps=")  # a floor beside a threshold
@@ -80,9 +98,32 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("shifted", {"threshold": 0.6}),
     ("shifted", {"threshold": 0.6, "cache": "prefix", "vicinity.before": 2, "align": True}),
     ("plain", {"rule": "verify", "verify.weight": 0.8, "stop": "none"}),
+    ("plain", GAUSSIAN | {"exit.mode": "code", "exit.map": "weights", "exit.threshold": (0.8, 0.4),
+                          "exit.patience": (2, 1, 3)}),
+    ("plain", {"threshold": 0.8, "exit.mode": "prophet", "exit.polish": (2,)}),
+    ("plain", {"rule": "klass", "threshold": 0.3, "klass.kl": 0.5, "klass.steps": 1,
+               "cache": "none", "block_length": 6}),
     ("blocks", EXACT),
     ("blocks", EXACT | {"cache": "none"}),
     ("blocks", {"threshold": 0.5, "edit.threshold": 0.4, "stop": "eos_block"}),
+]  # fmt: skip
+EXITS: list[tuple[str, dict[str, Any]]] = [
+    ("plain", GAUSSIAN | {"exit.mode": "paper", "exit.map": "weights", "exit.threshold": (0.02,),
+                          "exit.patience": (2,)}),
+    ("plain", GAUSSIAN | {"exit.mode": "code", "exit.map": "gaussian", "exit.threshold": (1.0,),
+                          "exit.patience": (3,), "exit.required": (2,), "exit.temperature": 0.3,
+                          "cfg_scale": 0.0, "exit.polish": (1,)}),
+    ("plain", GAUSSIAN | {"exit.mode": "step", "exit.threshold": (3, 2)}),
+    ("plain", GAUSSIAN | {"exit.mode": "unchanged", "exit.patience": (1,), "cache": "dual"}),
+    ("plain", {"rule": "quota", "steps": 12, "exit.mode": "entropy", "exit.threshold": (1.5,)}),
+    ("plain", {"rule": "quota", "exit.mode": "prophet", "exit.threshold": (0.5,)}),
+    ("blocks", {"rule": "quota", "exit.mode": "sched", "exit.threshold": (0.4,)}),
+    ("shifted", {"threshold": 0.9, "exit.mode": "sched", "exit.curve": "linear",
+                 "exit.polish": (3, 1), "exit.threshold": (0.5,)}),
+    ("plain", {"rule": "quota", "exit.mode": "sched", "exit.curve": "exponential",
+               "exit.threshold": (0.6,), "cache": "prefix", "cfg_scale": 1.0}),
+    ("plain", {"rule": "hierarchy", "exit.mode": "unchanged", "exit.polish": (2,),
+               "exit.patience": (2,), "stable_steps": 2, "max_forwards": 9}),
 ]  # fmt: skip
 MORE: list[tuple[str, dict[str, Any]]] = [
     ("plain", {"threshold": 0.8, "edge": "above", "credit.alpha": 2.0,
@@ -201,10 +242,13 @@ def test_loop_equals_twin_for_any_settings(kind, rule, cache, rest, seed):
     check(kind, options, seed, [1, 6, 13], 1.0)
 
 
+ALL = CASES + EXITS + MORE
+
+
 @MEANT
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:steps=")  # with a threshold they are a floor
-@pytest.mark.parametrize(("kind", "options"), CASES + MORE, ids=range(len(CASES + MORE)))
+@pytest.mark.parametrize(("kind", "options"), ALL, ids=range(len(ALL)))
 @settings(max_examples=SEARCH, **LOOSE)
 @given(**VALUES)
 def test_loop_equals_twin_at_length(kind: str, options: dict[str, Any], **values):

@@ -1,8 +1,9 @@
-"""The command `jdllm`: its list, what it starts, and what bash completes."""
+"""The command `jdllm`: its list, what it starts, and what shells complete."""
 
 import dataclasses
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -82,26 +83,48 @@ def completed(script: str, typed: str, breaks: str = "=:") -> list[str]:
     return done.stdout.split()
 
 
-@pytest.mark.parametrize(
-    ("typed", "offered"),
-    [
-        ("jdllm ", "--help one many"),
-        ("jdllm o", "one"),
-        ("jdllm one ", "--help --help-all output= decode.cache= decode.deep="),
-        ("jdllm one output=x dec", "decode.cache= decode.deep="),
-        ("jdllm one decode.cache=", "none dual"),
-        ("jdllm one decode.cache=d", "dual"),
-        ("jdllm one decode.deep=t", "true"),
-        ("jdllm one output=some", ""),
-        ("jdllm many ", "--help inner"),
-        ("jdllm many inner ou", "output="),
-        ("jdllm one --help-a", "--help-all"),
-        ("jdllm two", ""),
-    ],
-)
+COMPLETED = {
+    "jdllm ": "--help one many",
+    "jdllm o": "one",
+    "jdllm one ": "--help --help-all output= decode.cache= decode.deep=",
+    "jdllm one output=x dec": "decode.cache= decode.deep=",
+    "jdllm one decode.cache=": "none dual",
+    "jdllm one decode.cache=d": "dual",
+    "jdllm one decode.deep=t": "true",
+    "jdllm one output=some": "",
+    "jdllm many ": "--help inner",
+    "jdllm many inner ou": "output=",
+    "jdllm one --help-a": "--help-all",
+    "jdllm two": "",
+}
+
+
+@pytest.mark.parametrize(("typed", "offered"), COMPLETED.items())
 def test_bash_completes_commands_settings_and_choices(typed: str, offered: str):
     script = shell.script("bash", "jdllm", {"one": Config, "many": None, "many inner": Config})
     assert completed(script, typed) == offered.split()
+
+
+ZSH = """
+eval "$1"
+compadd() {  # what the completion system's own does with words behind --
+    for word in ${argv[$(( ${argv[(i)--]} + 1 )),-1]}; do
+        [[ $word == "$current"* ]] && print -n -- "$word "
+    done
+}
+compset() { current=${current#*=} }
+_files() { }
+words=("${(@s: :)2}") CURRENT=${#words} _jdllm
+"""
+
+
+@pytest.mark.skipif(not shutil.which("zsh"), reason="zsh is not installed")
+@pytest.mark.parametrize(("typed", "offered"), COMPLETED.items())
+def test_zsh_completes_the_same(typed: str, offered: str):
+    script = shell.script("zsh", "jdllm", {"one": Config, "many": None, "many inner": Config})
+    words = ["zsh", "-f", "-c", ZSH, "zsh", script, typed]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.stdout.split(), done.stderr) == (offered.split(), "")
 
 
 def test_bash_may_leave_words_whole():
@@ -110,8 +133,8 @@ def test_bash_may_leave_words_whole():
 
 
 def test_other_shells_are_refused():
-    with pytest.raises(ValueError, match="no completion for zsh; there is one for bash"):
-        shell.script("zsh", "jdllm", {})
+    with pytest.raises(ValueError, match="no completion for fish; there is for bash and zsh"):
+        shell.script("fish", "jdllm", {})
 
 
 def test_the_script_knows_every_command(monkeypatch, capsys):
@@ -122,7 +145,7 @@ def test_the_script_knows_every_command(monkeypatch, capsys):
         "jdllm convert plan mem": "memory=",
         "jdllm bench grid bloc": "blocks=",
         "jdllm sft recipe.st": "recipe.steps=",
-        "jdllm completion ": "--help bash",
+        "jdllm completion ": "--help bash zsh",
     }.items():
         assert completed(script, typed) == offered.split(), typed
 

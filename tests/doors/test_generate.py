@@ -105,6 +105,19 @@ def test_the_documented_reader_reads(tmp_path: Path, monkeypatch, capsys):
     )
 
 
+def test_a_system_prompt_is_a_turn_of_its_own(folder: Path, monkeypatch, capsys):
+    """As its messages in Python; the JSON tells both."""
+    framed = []
+    encode = LLM.encode
+    monkeypatch.setattr(LLM, "encode", lambda *a, **k: framed.append(encode(*a, **k)) or framed[-1])
+    generate(config(folder, system="Short.", json=True))
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["prompt"], facts["system"]) == ("1 2 3", "Short.")
+    turns = [{"role": "system", "content": "Short."}, {"role": "user", "content": "1 2 3"}]
+    llm = LLM.load(str(folder), mesh="1x1")
+    assert framed[-1] == encode(llm, [turns]) != encode(llm, ["1 2 3"])
+
+
 def test_what_is_not_watched_is_not_recorded(folder: Path, monkeypatch, capsys):
     def fail(*_, **__):
         raise AssertionError("nobody asked for a record")
@@ -133,6 +146,7 @@ def test_an_interrupted_run_leaves_no_file(folder: Path, tmp_path: Path, monkeyp
         (["prompt=x", "fps=0"], "fps=0.0 must lie above 0"),
         (["prompt=x", "trace=a", "html=a"], "trace and html are both a"),
         (["prompt=x", "html=."], "html=. is a folder; name a file"),
+        (["prompt=x", "system=y", "chat=false"], "system= needs the chat template"),
         (["replay=a"], "add viz=live or html=FILE"),
         (["replay=a", "prompt=x", "viz=live"], "leave prompt and trace out"),
         (["replay=a", "trace=b", "viz=live"], "leave prompt and trace out"),

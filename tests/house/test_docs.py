@@ -11,11 +11,12 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 from lm_eval._cli import HarnessCLI
 
 from jdllm.checkup import DoctorConfig
-from jdllm.convert.commands import ConvertConfig, ExportConfig
+from jdllm.convert.commands import ConvertConfig, ExportConfig, MergeConfig
 from jdllm.convert.families import COMMANDS, FAMILIES
 from jdllm.convert.plan import PlanConfig, with_model
 from jdllm.evaluation.bench import BenchConfig
@@ -29,7 +30,10 @@ from jdllm.runtime import cli
 from jdllm.runtime.launch import LaunchConfig, split
 from jdllm.server.config import ServeConfig
 from jdllm.server.terminal import ChatConfig
+from jdllm.store.dynamics import write_dynamics
+from jdllm.train.objective import OBJECTIVES
 from jdllm.training.config import SFTConfig
+from jdllm.training.presets import table
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -46,6 +50,7 @@ CONFIGS = {
     "jdllm.sweep": SweepConfig,
     "jdllm.tune": TuneConfig,
     "jdllm.convert export": ExportConfig,
+    "jdllm.convert merge": MergeConfig,
     "jdllm.convert plan": PlanConfig,
 } | {f"jdllm.convert {family}": ConvertConfig for family in COMMANDS}
 
@@ -53,9 +58,10 @@ CONFIGS = {
 # What an example asks for that a CPU without a network does not have, and the word that says so
 # between the last heading (or example) and this one. What asks for nothing is run: see below.
 NEEDS = {
-    r"(GSAI-ML|inclusionAI|Dream-org|apple|Qwen)/|plan\.yaml|preset=llada"
+    r"(GSAI-ML|inclusionAI|Dream-org|apple|Qwen)/|plan\.yaml|preset=(llada|edit)"
     rf"|jdllm\.convert ({'|'.join(COMMANDS)})\b": "download",
-    r"FOLDER|FILE|OUTPUT|(chats|prompt)\.(jsonl|txt)|my_tasks|models/mine": "of yours",
+    r"FOLDER|FILE|OUTPUT|(chats|prompt|book)\.(jsonl|txt)|my_tasks|models/mine"
+    r"|runs/mine/": "of yours",
     r"mesh=(?!1x1)[0-9]+x": "devices",
     r"random:llada-8b|jdllm\.sft": "GPU",
     r"jdllm\.(serve|chat)\b": "end",
@@ -145,6 +151,8 @@ def named_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, text in {"plan.yaml": plan, "tuned.json": "{}", "FILE.jsonl": ""}.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "FOLDER").mkdir()
+    maps = {"mean": {"layers.0.attention.q": np.ones((2, 1))}}
+    write_dynamics(tmp_path / "FOLDER", maps, {"windows": ["mean"]})
     monkeypatch.chdir(tmp_path)
 
 
@@ -231,6 +239,17 @@ def test_the_table_of_families_is_complete_and_true():
         count = next(count_parameters(c) for c in NAMED.values() if c.family == family)
         assert float(parameters.removesuffix(" B")) == round(count / 1e9, 1)
         assert int(memory.removesuffix(" GB")) == round(2 * count / 1e9)
+
+
+def test_presets_and_objectives_of_training_are_listed():
+    assert table() in (ROOT / "docs" / "training.md").read_text()
+    rows = re.findall(
+        r"^\| ([\w-]+) \|.*\| \(([\d.]+), ([\d.]+)\) \|",
+        (ROOT / "docs" / "objectives.md").read_text(), re.M,
+    )  # fmt: skip
+    assert {name: (float(low), float(high)) for name, low, high in rows} == {
+        name: (each.low, each.high) for name, each in OBJECTIVES.items()
+    }
 
 
 def test_the_table_is_the_measured_one():

@@ -129,11 +129,10 @@ def test_biases_are_placed_by_their_axes(name: str):
 # ---------------------------------------------------------------- what cannot be done
 
 
-@pytest.mark.parametrize("name, fact", [("dream", "shift_logits"), ("qwen2", "causal")])
-def test_training_refuses(tmp_path: Path, name: str, fact: str):
-    config, arrays = random_model(name)
+def test_training_refuses_a_causal_model(tmp_path: Path):
+    config, arrays = random_model("qwen2")
     checkpoint.save_model(tmp_path, jax.tree.map(jnp.asarray, assemble(config, arrays)))
-    with pytest.raises(ValueError, match=f"{fact}=true predicts token t . 1 in row t"):
+    with pytest.raises(ValueError, match="a causal model has no mask to predict at"):
         train(
             SFTConfig(
                 task="sudoku:1", model=str(tmp_path), tokenizer="bundled", output=tmp_path / "run"

@@ -29,7 +29,7 @@ def inputs(seed: int, levels: int) -> tuple[np.ndarray, np.ndarray]:
     return hidden, head
 
 
-def by_hand(logits_V: np.ndarray, special: Special) -> tuple[int, float, float, float]:
+def by_hand(logits_V: np.ndarray, special: Special) -> tuple[int, float, float, float, float]:
     """One position in float64, token by token."""
     usable = set(range(V)) - {*special.excluded, *special.forbidden}
     counted = set(range(V)) - {*special.suppressed, *special.forbidden}
@@ -37,13 +37,15 @@ def by_hand(logits_V: np.ndarray, special: Special) -> tuple[int, float, float, 
     rest = [float(logits_V[i]) for i in counted - {ident}]
     score = float(logits_V[ident])
     own = score if ident in counted else -np.inf
-    return ident, score, own, float(np.logaddexp.reduce(rest))
+    second = max((float(logits_V[i]) for i in usable - {ident}), default=-np.inf)
+    return ident, score, own, float(np.logaddexp.reduce(rest)), second
 
 
 def assert_same(ours: Best, theirs: Best) -> None:
     np.testing.assert_array_equal(ours.ids, theirs.ids)
     np.testing.assert_array_equal(ours.score, theirs.score)
     np.testing.assert_array_equal(ours.own, theirs.own)
+    np.testing.assert_array_equal(ours.second, theirs.second)
     np.testing.assert_allclose(ours.rest, theirs.rest, atol=1e-5)
 
 
@@ -56,7 +58,7 @@ def test_the_reference_is_the_definition(seed: int, levels: int, special: Specia
     for b, n in np.ndindex(B, N):
         ident, *numbers = by_hand(logits[b, n].astype(float), special)
         assert int(found.ids[b, n]) == ident
-        ours = [x[b, n] for x in (found.score, found.own, found.rest)]
+        ours = [x[b, n] for x in (found.score, found.own, found.rest, found.second)]
         np.testing.assert_allclose(ours, numbers, atol=1e-5)
 
 
@@ -115,7 +117,7 @@ def test_random_logits_of_a_large_vocabulary():
 
 
 def test_it_exchanges_a_few_numbers_a_position():
-    """One all-reduce, of four numbers per position and shard, and nothing else."""
+    """One all-reduce, of five numbers per position and shard, and nothing else."""
     grid = sharding.parse_mesh("2x4")
     hidden = jax.ShapeDtypeStruct((B, N, D), jnp.float32, sharding=sharding.by_row(grid))
     head = jax.ShapeDtypeStruct((D, V), jnp.float32, sharding=NamedSharding(grid, P(None, "model")))
@@ -123,7 +125,7 @@ def test_it_exchanges_a_few_numbers_a_position():
     (entry,) = [name for name in computations(text) if name.startswith("main")]
     (found,) = collectives(text, entry)
     assert found.kind == "all-reduce"
-    assert found.elements == 4 * 4 * (B // 2) * N
+    assert found.elements == 4 * 5 * (B // 2) * N
 
 
 @pytest.mark.parametrize(("chunk", "bound"), [(CHUNK, 0.7), (CHUNK // 4, 0.2)])

@@ -7,14 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jdllm.kernels import choose
+from jdllm.kernels import choose, triton_call
 from jdllm.kernels.attention import cudnn
 from jdllm.kernels.attention.reference import attention as reference
 from jdllm.kernels.choose import attention
 from jdllm.kernels.shapes import ATTENTION as SHAPES
 from jdllm.model.mask import Mask
 
-IMPLEMENTATIONS = choose.TABLES["attention"]
+# Triton's kernels run on GPUs alone: experiments/gpu_check.py holds them against the reference.
+IMPLEMENTATIONS = [name for name in choose.TABLES["attention"] if name != "split"]
 
 
 MASKED = [name for name in IMPLEMENTATIONS if name != "cudnn"]  # those that serve any mask
@@ -125,6 +126,25 @@ def test_cudnn_serves_enough_16_bit_rows_that_see_their_first_keys(without_cudnn
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", absent)
     assert attention(*low, lengths) is v
+
+
+@pytest.mark.parametrize("backend, reason", [("cpu", "needs a GPU"), ("gpu", "NVIDIA's GPUs")])
+def test_tritons_kernels_fall_through_with_a_reason(backend, reason, monkeypatch):
+    q, k, v, _ = random_inputs((2, 8, 9, 4, 2, 16), 6)
+    lengths = jnp.array([4, 9], jnp.int32)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    with pytest.raises(ValueError, match=f"split: it .*{reason}"):
+        attention(q, k, v, lengths, "attention:split")
+    assert attention(q, k, v, lengths).shape == q.shape
+
+
+def test_a_kernel_whose_canary_is_wrong_is_not_used(monkeypatch):
+    monkeypatch.setattr(triton_call, "_errors", {})
+    x = jnp.ones(4)
+    triton_call.canary("right", lambda x: x * 1.001, lambda x: x, x)
+    with pytest.raises(NotImplementedError, match="canary is off by 0.1: wrong numbers"):
+        triton_call.canary("wrong", lambda x: x * 1.1, lambda x: x, x)
+    assert list(triton_call._errors) == ["right", "wrong"]
 
 
 def test_a_row_that_sees_nothing_is_finite():

@@ -6,6 +6,7 @@ tests; the few in QUICK by default, the rest with `-m slow`.
 
 import dataclasses
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ from jdllm.model.model import Model, forward, named
 from jdllm.parity import make_setup
 from jdllm.runtime import sharding
 from jdllm.tasks.puzzles import countdown
-from jdllm.train import step as train
+from jdllm.train import objective
+from jdllm.train.step import all_parameters
 from tests.parity import test_traces
+from tests.support.batches import batch_of
 from tests.support.collectives import Collective, in_loops
 from tests.support.models import on_mesh, random_arrays
 from tests.support.recordings import ROOT, Case, has_ties, load, supported
@@ -297,6 +300,8 @@ def test_the_bundled_model_differs_in_near_ties_only(mesh: str):
 
 # One training step
 
+LLADA = objective.OBJECTIVES["llada"]
+
 
 @pytest.mark.parametrize(
     ("name", "mesh"),
@@ -311,18 +316,20 @@ def test_loss_and_gradients(name: str, mesh: str):
     """Within 1e-5 of the loss, and of the largest entry of each weight's gradient, in float32."""
     config = MODELS[name]
     rng = np.random.default_rng(0)
-    batch = train.Batch(
-        jnp.array(rng.integers(0, 300, (8, 12)), jnp.int32),
-        jnp.array(rng.integers(1, 6, 8), jnp.int32),
-        jnp.array(rng.choice([9, 12], 8), jnp.int32),
-    )
-    step = jax.jit(jax.value_and_grad(train.batch_loss, has_aux=True), static_argnums=4)
+    batch = batch_of(rng.integers(0, 300, (8, 12)), rng.integers(1, 6, 8), rng.choice([9, 12], 8))
+
+    @jax.jit
+    @partial(jax.value_and_grad, has_aux=True)
+    def step(params, model, batch):
+        noisy = objective.corrupt(LLADA, jax.random.key(3), batch, model.config.mask_id)
+        return objective.losses(LLADA, all_parameters(params, model), noisy, "layers")
+
     arrays, found = random_arrays(config), {}
     for text in ("1x1", mesh):
         grid = sharding.parse_mesh(text)
         model = on_mesh(config, arrays, grid)
         placed = jax.device_put(batch, sharding.by_row(grid))
-        found[text] = step(model.params, model, placed, jax.random.key(3), True)
+        found[text] = step(model.params, model, placed)
     (losses, gradients), (expected, reference) = found[mesh], found["1x1"]
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     for ours, theirs in zip(jax.tree.leaves(gradients), jax.tree.leaves(reference), strict=True):

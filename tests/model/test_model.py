@@ -1,6 +1,7 @@
 """The model's seams: a pytree, masks from the caller, slots of a cache, probes, forced kernels."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -138,7 +139,7 @@ def test_positions_and_slots_are_two_things(model: Model):
     expected = states(model, tokens, order, mask)
     slots = columns(2, T, 4)
     positions = jnp.concatenate([columns(2, 4), order], 1)
-    seen = Mask(positions * 0 + jnp.arange(T + 4) >= 4, positions, "blocks", BLOCK)
+    seen = Mask(positions * 0 + jnp.arange(T + 4) >= 4, positions, kind="blocks", size=BLOCK)
     found = model(model.embed(tokens), order, seen, model.empty_cache(2, T + 4).at(slots))
     np.testing.assert_allclose(found.hidden, expected, atol=1e-5)
     assert found.cache is not None and found.cache.slots is None
@@ -159,8 +160,8 @@ def test_a_cache_is_told_where_to_write(model: Model):
 # ---------------------------------------------------------------- probes
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_probes_are_products_by_name(model: Model, remat: bool):
+@pytest.mark.parametrize("remat", ["none", "layers"])
+def test_probes_are_products_by_name(model: Model, remat: Any):
     mask, x = Mask(jnp.full(2, T)), model.embed(ids(2, T))
     asked = ("layers.*.attention.out", "layers.0.mlp.gate_up")
 

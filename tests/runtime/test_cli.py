@@ -18,7 +18,7 @@ from jdllm.convert.commands import ConvertConfig
 from jdllm.evaluation.config import EvalConfig
 from jdllm.evaluation.sweeps import SweepConfig
 from jdllm.generation import GenerateConfig
-from jdllm.runtime import cli, hints, signals
+from jdllm.runtime import cli, fields, hints, mistakes, signals
 from jdllm.training.config import SFTConfig
 
 
@@ -110,7 +110,48 @@ def test_a_rule_between_fields_is_one_sentence(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.parse(Config, ["count=0"], "prog")
     assert stop.value.code == 2
-    assert "count=0 makes no sense: ask for at least 1" in capsys.readouterr().err
+    assert capsys.readouterr().err == "error: count=0 makes no sense: ask for at least 1\n"
+
+
+WRONG_VALUES = [
+    (["limit=x"], "limit=x must be a whole number or None"),
+    (["--limit", "1.5"], "limit=1.5 must be a whole number or None"),
+    (["decode.temperature=hot"], "decode.temperature=hot must be a finite number"),
+    (["decode.align=perhaps"], "decode.align=perhaps must be true or false or None"),
+    (["decode.block_lengths=4,b"], "decode.block_lengths=4,b must be a list, each item a whole"),
+    (
+        ["decode.temperature=-1"],
+        "decode: temperature=-1.0 is out of range: it must lie in [0, inf]",
+    ),
+    (["decode.edit.threshold=2"], "decode.edit: edit.threshold=2.0 is out of range"),
+]
+
+
+@pytest.mark.parametrize("words, sentence", WRONG_VALUES, ids=str)
+@pytest.mark.parametrize("columns", ["40", "1000"])
+def test_wrong_values_are_one_sentence(words, sentence, columns, capsys, monkeypatch):
+    """However wide the terminal: what tyro draws a box around is told without it."""
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(EvalConfig, words, "prog")
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {sentence}") and said.count("\n") == 1
+
+
+def test_a_setting_that_is_needed_is_asked_for(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(SFTConfig, ["task=sudoku"], "prog")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: prog needs output=; prog --help says what it is\n"
+
+
+def test_commands_are_told_as_they_were_typed(monkeypatch):
+    text = "let python -m jdllm.doctor say why"
+    monkeypatch.setattr(sys, "orig_argv", ["/bin/python3", "/bin/jdllm", "eval"])
+    assert mistakes.as_typed(text) == "let jdllm doctor say why"
+    monkeypatch.setattr(sys, "orig_argv", ["/bin/python3", "-m", "jdllm.eval"])
+    assert mistakes.as_typed(text) == text
 
 
 def helped(config: type, word: str, capsys, prog: str = "prog", **default: Any) -> str:
@@ -150,9 +191,9 @@ def test_help_is_short(capsys, monkeypatch):
 def test_the_help_of_every_command(config: type, capsys):
     """The full one has every setting, the short one every name on two screens."""
     short, full = (helped(config, word, capsys) for word in ("--help", "--help-all"))
-    assert len(short.splitlines()) < 90 and max(map(len, short.splitlines())) <= 100
+    assert len(short.splitlines()) < 95 and max(map(len, short.splitlines())) <= 100
     groups = {prefix.removesuffix(".") for prefix, _ in cli.nested(config)}
-    for name in set(cli.field_names(config)) - groups:
+    for name in set(fields.field_names(config)) - groups:
         assert f"  {name}=" in full and name.rpartition(".")[2] in short
     assert "\nmodel\n" in short and "\ntask\n" in short or config is GenerateConfig
 
@@ -245,14 +286,14 @@ def test_words_of_other_tools_name_ours(word: str, meant: str, capsys):
 
 def test_every_alias_is_of_a_setting_that_some_command_has():
     commands = (EvalConfig, SFTConfig, GenerateConfig, SweepConfig, ConvertConfig)
-    names = {name.rpartition(".")[2] for one in commands for name in cli.field_names(one)}
+    names = {name.rpartition(".")[2] for one in commands for name in fields.field_names(one)}
     assert set(hints.ALIASES) <= names
     allowed = {
         word
         for one in commands
         for _, group in cli.nested(one)
         for kind in get_type_hints(group).values()
-        for word in cli.choices(kind)
+        for word in mistakes.choices(kind)
     }
     assert set(hints.CHOICES.values()) <= allowed | {"float16"}
 

@@ -129,7 +129,7 @@ def test_budget_counts_each_row_for_itself():
     tokens = jnp.array([[5, MASK], [5, MASK]])
     facts = {"tokens_BT": tokens, "open_BT": tokens == MASK, "nfe_B": jnp.array([3, 2])}
     seen = stop_view([5, MASK], 1, (1, 2), candidates_BT=jnp.array([[-1, 4]]), **facts)
-    after, _, done, _ = Budget(3)(seen, None)
+    after, _, done, *_ = Budget(3)(seen, None)
     assert after.tolist() == [[5, 4], [5, MASK]]
     assert done.tolist() == [True, False]
 
@@ -140,7 +140,7 @@ def steps(stop, tokens: list[int], candidates: list[list[int]], block=(1, 4)) ->
     carry, seen = stop.start(canvas), []
     for now in candidates:
         facts = stop_view(canvas[0].tolist(), 1, block, candidates_BT=jnp.array([now]))
-        canvas, _, done, carry = stop(facts, carry)
+        canvas, _, done, carry, _ = stop(facts, carry)
         assert not done[0]
         seen.append(canvas[0].tolist())
     return seen
@@ -168,7 +168,7 @@ def test_stable_begins_anew_in_every_block():
     carry = stop.start(canvas)
     for block in ((1, 2), (2, 4)):
         facts = stop_view([5, 6, MASK, MASK], 1, block, candidates_BT=ahead)
-        canvas, _, _, carry = stop(facts, carry)
+        canvas, _, _, carry, _ = stop(facts, carry)
     assert canvas[0].tolist() == [5, 6, MASK, MASK]
 
 
@@ -180,9 +180,9 @@ def test_stops_combine(order: int):
     canvas = jnp.array([tokens])
     carry = stop.start(canvas)
     facts = stop_view(tokens, 1, (1, 4), candidates_BT=jnp.array([[-1, 3, 1, 2]]))
-    canvas, _, done, carry = stop(facts, carry)
+    canvas, _, done, carry, _ = stop(facts, carry)
     assert canvas[0].tolist() == tokens and not done[0]
-    canvas, _, done, _ = stop(facts, carry)
+    canvas, _, done, *_ = stop(facts, carry)
     filled = [5, 3, 1, 1] if order == 1 else [5, 3, 1, 2]
     assert canvas[0].tolist() == filled and bool(done[0]) == (order == 1)
     assert stop(stop_view(tokens, 1, (1, 4), nfe_B=jnp.array([9])), carry).end_row_B[0]

@@ -7,11 +7,14 @@ greedy candidates and our own loop (parity=none), not random draws or a referenc
 
 import dataclasses
 import itertools
+import math
+from collections.abc import Collection, Mapping
 from fractions import Fraction
 
 import numpy as np
 
 from jdllm.decode import DecodeConfig
+from tests.support.plain_exit import PlainExit
 from tests.support.plain_model import Keys, PlainModel, softmax
 
 
@@ -52,8 +55,18 @@ def runs(places: list[int]) -> list[list[int]]:
     return found
 
 
-def select(c: np.ndarray, open_: list[int], config: DecodeConfig, quota: int, floor: float):
-    """Returns which of the open positions are filled; the lowest index wins ties."""
+def select(
+    c: np.ndarray,
+    open_: list[int],
+    config: DecodeConfig,
+    quota: int,
+    floor: float,
+    still: Collection[int] | None = None,
+):
+    """Returns which of the open positions are filled; the lowest index wins ties.
+
+    Above a threshold only those that stand `still` are, where that is said.
+    """
     order = sorted(open_, key=lambda i: (-c[i], i))
     threshold = config.threshold or 0.0
     bar = max(-threshold if config.remasking == "entropy" else threshold, floor)
@@ -63,10 +76,12 @@ def select(c: np.ndarray, open_: list[int], config: DecodeConfig, quota: int, fl
         return order[:quota]
     if config.rule == "allowance":
         return [i for r, i in enumerate(order[:quota]) if r == 0 or c[i] >= threshold]
-    if config.rule == "threshold":
+    if config.rule in ("threshold", "klass"):
         if config.edge == "slack":
             bar = min(bar, c[order[0]] - 1e-5)
-        sure = [i for i in order if (c[i] > bar if config.edge == "above" else c[i] >= bar)]
+        above = config.edge == "above" or config.rule == "klass"
+        calm = order if still is None else [i for i in order if i in still]
+        sure = [i for i in calm if (c[i] > bar if above else c[i] >= bar)]
         return sure if len(sure) >= quota else order[:quota]
     if config.rule == "hierarchy":
         best = [min(run, key=lambda i: (-c[i], i)) for run in runs(open_)]
@@ -95,11 +110,29 @@ def times(steps: int, eps: float) -> np.ndarray:
 class Quotas:
     """How many tokens each step of a block should reveal."""
 
-    def __init__(self, config: DecodeConfig, blocks: int, opened: int):
+    def __init__(self, config: DecodeConfig, blocks: int, opened: int, number: int = 0):
         self.config, self.opened, self.left_over = config, opened, 0
+        self.number = number
         self.steps = max((config.steps or 0) // blocks, 1)
         if config.schedule == "columns":
             self.steps = config.steps or 1
+        if config.schedule == "gaussian":
+            lengths = config.block_lengths or (config.block_length or 1,)
+            own = lengths[min(number, len(lengths) - 1)]
+            self.steps = max(own * (config.steps or 1) // (config.gen_length or 1), 1)
+
+    def gaussian(self) -> list[int]:
+        """Returns the tokens of every step: whole parts, then the largest fractions, in order."""
+        peaks, widths = self.config.gaussian.peak, self.config.gaussian.width
+        peak, width = (x[min(self.number, len(x) - 1)] for x in (peaks, widths))
+        places = [(s / self.steps - peak) / width for s in range(self.steps)]
+        weights = [math.exp(-x * x / 2) for x in places]
+        shares = [round(w / sum(weights) * self.opened, 9) for w in weights]
+        counts = [int(share) for share in shares]
+        order = sorted(range(self.steps), key=lambda s: (-round(shares[s] - counts[s], 9), s))
+        for s in order[: self.opened - sum(counts)]:
+            counts[s] += 1
+        return counts
 
     def split(self, total: int, step: int) -> int:
         if step >= self.steps:
@@ -116,6 +149,8 @@ class Quotas:
             return max(due - (self.opened - masks), 1)
         if config.schedule == "columns":
             return self.split(config.block_length or 1, step)
+        if config.schedule == "gaussian":
+            return (self.gaussian() + [0] * (step + 1))[step]
         if config.schedule == "timesteps":
             t = times(self.steps, config.eps)
             if step >= self.steps - 1:
@@ -136,6 +171,22 @@ class Block:
     calls: int = 0
     clean_calls: int = 0
     finished: bool = False
+    exit: PlainExit | None = None
+    chances: np.ndarray | None = None
+    """Distributions of the call before, for KLASS."""
+    calm: np.ndarray | None = None
+    """For how many calls they have stood still."""
+
+    def still(self, logits: np.ndarray, config: DecodeConfig) -> list[int]:
+        """Returns the positions whose distribution has stood still for long enough."""
+        p, before = softmax(logits), self.chances
+        if before is None or self.calm is None:
+            self.calm = np.zeros(len(p), int)
+        else:
+            kl = (p * np.log(np.maximum(p, 1e-300) / before)).sum(-1)
+            self.calm = np.where(kl < config.klass.kl, self.calm + 1, 0)
+        self.chances = p
+        return np.flatnonzero(self.calm >= config.klass.steps).tolist()
 
 
 class Row:
@@ -147,13 +198,15 @@ class Row:
         config: DecodeConfig,
         prompt: list[int],
         verifier: PlainModel | None = None,
+        maps: Mapping[str, np.ndarray] | None = None,
     ):
-        facts, self.verifier = model.facts, verifier
+        facts, self.verifier, self.maps = model.facts, verifier, maps or {}
         assert config.gen_length and config.block_length
         self.length = config.block_length
         if facts.block_causal:
             facts = dataclasses.replace(facts, block_causal=self.length)
-        self.model, self.facts, self.config = PlainModel(facts, model.weights), facts, config
+        self.model = PlainModel(facts, model.weights, model.factors)
+        self.facts, self.config = facts, config
         end = len(prompt) + config.gen_length
         if facts.block_causal:
             end = -(-end // self.length) * self.length
@@ -249,11 +302,14 @@ class Row:
             open_ = [i for i in open_ if i < open_[0] + config.verify.lookahead]
         floor = 1 - n * config.smooth.decay if config.smooth.weight else -np.inf
         quota = block.quotas(block.calls, len(open_))
+        if block.exit and block.exit.due > 0:
+            quota = math.ceil(len(open_) / block.exit.due)
         new = old.copy()
         if config.rule == "verify":
             chosen = self.agreed(own, ids, open_, block.first)
         else:
-            chosen = select(c, open_, config, quota, floor)
+            still = block.still(own, config) if config.rule == "klass" else open_
+            chosen = select(c, open_, config, quota, floor, still)
         for i in chosen:
             new[i] = ids[i]
         if config.edit.threshold is not None:
@@ -266,8 +322,26 @@ class Row:
         self.dirty = bool((new != old).any())
         self.now = {i + block.first: ids[i] for i in open_}
         block.calls += 1
+        if block.exit:
+            settled = [i for i in range(len(old)) if old[i] != mask_id]
+            settled = [i for i in settled if i + block.first >= self.prompt]
+            self.leave(block, own, open_, settled)
         if config.smooth.weight:
             self.smooth(logits, n)
+
+    def leave(self, block: Block, own: np.ndarray, open_: list[int], settled: list[int]) -> None:
+        """Leaves the block early, or gets it ready to be finished."""
+        exit = block.exit
+        assert exit is not None
+        exit.due -= exit.due > 0
+        if exit.fires(self, own, open_, settled, block.calls):
+            exit.due = max(min(exit.polish(), exit.steps - block.calls), 0)
+        if exit.due == 0:
+            for i, token in self.now.items():
+                if self.tokens[i] == self.facts.mask_id:
+                    self.tokens[i] = token
+                    self.inputs[i] = self.embedded(self.tokens[i])
+                    self.dirty = True
 
     def agreed(self, own: np.ndarray, ids: np.ndarray, open_: list[int], first: int) -> list[int]:
         """Returns drafts up to the first that the mixture with the verifier would not have drawn.
@@ -309,8 +383,18 @@ class Row:
             if self.tokens[i] == self.facts.mask_id:
                 self.inputs[i] += weight * softmax(logits[i]) @ self.model.table_VD
 
+    def exit(self, block: Block, number: int, opened: int) -> PlainExit:
+        """Returns the exit of a block, which knows how many steps its schedule has."""
+        config, own = self.config, block.quotas
+        scheduled = config.steps and not config.tokens_per_step and config.rule != "allowance"
+        longest = max(config.block_lengths, default=self.length)
+        steps = own.steps if scheduled else longest
+        return PlainExit(config, number, steps, opened, block.first, block.last - block.first)
+
     def unfinished(self, block: Block) -> bool:
         """Returns whether a block needs another call."""
+        if block.exit and block.exit.due == 0:
+            return False
         if self.open(block.first, block.last):
             return True
         edits = self.config.edit.threshold is not None
@@ -365,10 +449,12 @@ class Row:
         cached = self.config.cache == "block"
         if cached:
             self.absorb(0, self.start)
-        for first, last in itertools.pairwise(self.edges):
+        for number, (first, last) in enumerate(itertools.pairwise(self.edges)):
             opened = len(self.open(first, last))
-            quotas = Quotas(self.config, self.blocks, opened)
+            quotas = Quotas(self.config, self.blocks, opened, number)
             block = Block(first, last, quotas, np.zeros((last - first, self.facts.vocab)))
+            if self.config.exit.mode != "off":
+                block.exit = self.exit(block, number, opened)
             while self.unfinished(block):
                 assert block.calls < 100, "the twin itself does not end"
                 self.call(block)
@@ -387,10 +473,14 @@ class Row:
 
 
 def oracle(
-    model: PlainModel, config: DecodeConfig, prompt: list[int], verifier: PlainModel | None = None
+    model: PlainModel,
+    config: DecodeConfig,
+    prompt: list[int],
+    verifier: PlainModel | None = None,
+    maps: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[list[int], int]:
     """Returns canvas and NFE of one prompt, by a resolved config."""
-    row = Row(model, config, prompt, verifier).run()
+    row = Row(model, config, prompt, verifier, maps).run()
     return row.tokens.tolist(), row.nfe
 
 
@@ -399,12 +489,13 @@ def is_close(
     config: DecodeConfig,
     prompt: list[int],
     verifier: PlainModel | None = None,
+    maps: Mapping[str, np.ndarray] | None = None,
     runs: int = 4,
 ) -> bool:
     """Returns whether some decision changes when logits move by 1e-4, more than float32 is off."""
-    row = Row(model, config, prompt, verifier).run()
+    row = Row(model, config, prompt, verifier, maps).run()
     for seed in range(runs):
-        rng, shaken = np.random.default_rng(seed), Row(model, config, prompt, verifier)
+        rng, shaken = np.random.default_rng(seed), Row(model, config, prompt, verifier, maps)
         shaken.shake = lambda logits, rng=rng: logits + rng.uniform(-1e-4, 1e-4, logits.shape)
         if shaken.run().story != row.story:
             return True

@@ -22,6 +22,12 @@ class PlainModel:
 
     facts: ModelConfig
     weights: dict[str, np.ndarray]
+    factors: dict[str, tuple[np.ndarray, np.ndarray, float]] = dataclasses.field(
+        default_factory=dict
+    )
+    """LoRA by module: A [D, R], B [R, H, K] and the scale."""
+    seen: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    """What B gave in the last call [W, H K], by module."""
 
     @property
     def table_VD(self) -> np.ndarray:
@@ -48,8 +54,10 @@ class PlainModel:
             }
             h = self.norm(x_WD, layer["attention_norm"])
             kv = np.einsum("td,dcgk->ctgk", h, layer["attention.kv"])
-            k[columns], v[columns] = self.rotate(kv[0], columns), kv[1]
-            q = self.rotate(np.einsum("td,dhk->thk", h, layer["attention.q"]), columns)
+            own = {part: self.added(h, f"layers.{i}.attention.{part}") for part in "qkv"}
+            k[columns], v[columns] = self.rotate(kv[0] + own["k"], columns), kv[1] + own["v"]
+            q = np.einsum("td,dhk->thk", h, layer["attention.q"]) + own["q"]
+            q = self.rotate(q, columns)
             group = facts.heads // facts.kv_heads
             scores = np.einsum("thk,shk->hts", q, k.repeat(group, 1)) / np.sqrt(facts.head_dim)
             mixed = softmax(np.where(seen, scores, -np.inf)) @ v.repeat(group, 1).swapaxes(0, 1)
@@ -58,6 +66,15 @@ class PlainModel:
             gate, up = np.einsum("td,dcf->ctf", h, layer["mlp.gate_up"])
             x_WD = x_WD + (gate / (1 + np.exp(-gate)) * up) @ layer["mlp.down"]
         return self.norm(x_WD, self.weights["norm"]) @ self.weights["head"]
+
+    def added(self, h_WD: np.ndarray, name: str) -> np.ndarray | float:
+        """What LoRA adds to a module, noted before its scale."""
+        if name not in self.factors:
+            return 0.0
+        a, b, scale = self.factors[name]
+        found = np.einsum("tr,rhk->thk", h_WD @ a, b)
+        self.seen[name] = found.reshape(len(found), -1)
+        return scale * found
 
     def norm(self, x: np.ndarray, scale: np.ndarray) -> np.ndarray:
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + self.facts.norm_eps) * scale

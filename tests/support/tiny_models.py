@@ -10,9 +10,12 @@ import numpy as np
 
 from jdllm import DecodeConfig
 from jdllm.decode import Setup, decode
+from jdllm.decode.aims import aimed
 from jdllm.llm import LLM
 from jdllm.load import BUNDLED
 from jdllm.model.config import NAMED, ModelConfig
+from jdllm.model.linear import modules
+from jdllm.model.lora import Adapter, Factors
 from jdllm.model.model import assemble, named
 from jdllm.parity import make_setup
 from jdllm.runtime import sharding
@@ -67,7 +70,26 @@ def tiny(kind: str = "plain", end_bias: float = 1.0, mask_bias: float = 1.0) -> 
 def plain(llm: LLM) -> PlainModel:
     """Returns the same model in numpy."""
     arrays = {name: np.array(x[...], np.float64) for name, x in named(llm.model).items()}
-    return PlainModel(llm.config, arrays)
+    own = llm.model.adapter.factors if llm.model.adapter else {}
+    factors = {
+        name: (np.array(f.a, np.float64), np.array(f.b, np.float64), f.scale)
+        for name, f in own.items()
+    }
+    return PlainModel(llm.config, arrays, factors)
+
+
+@functools.cache
+def adapted(kind: str = "plain", end_bias: float = 1.0) -> LLM:
+    """Returns the model with random factors for q, k and v, large enough to matter."""
+    llm, rng = tiny(kind, end_bias), np.random.default_rng(5)
+    own = modules(named(llm.model))
+    names = [name for name in own if name.split(".")[-1] in "qkv"]
+
+    def draw(*shape: int) -> jnp.ndarray:
+        return jnp.asarray(rng.normal(0, shape[0] ** -0.5, shape), jnp.float32)
+
+    factors = {n: Factors(draw(*own[n].inputs, 4), draw(4, *own[n].outputs), 2.0) for n in names}
+    return LLM(dataclasses.replace(llm.model, adapter=Adapter(factors)))
 
 
 def random_prompts(seed: int, lengths: list[int]) -> list[list[int]]:
@@ -84,6 +106,7 @@ def canvases(llm: LLM, config: DecodeConfig, prompts: list[list[int]], verifier:
     config = llm.resolve(config)
     setup = make_setup(config, llm.config)
     request = llm._request(prompts, [0] * len(prompts), config, setup)
+    setup = aimed(setup, llm.maps.aims(config.exit))
     key = (llm.config, setup, request.tokens.shape)
     judge = {"verifier": verifier.model} if verifier else {}
     if key not in PROGRAMS:

@@ -161,17 +161,18 @@ def grade(doc: dict, completion: str) -> dict[str, float]:
     solved: the expression uses exactly the given numbers and has exactly the target's value.
     exact_match: it is also written as the canonical answer is, character for character.
     """
-    written = expression.extract(completion)
-    tree = expression.parse(written)
-    solved = (
+    written, right = expression.extract(completion), solved(doc, completion)
+    return {"solved": right, "exact_match": float(right and written == solution(doc)[1])}
+
+
+def solved(doc: dict, completion: str) -> float:
+    """Returns 1.0 where the expression uses exactly the document's numbers and makes its target."""
+    tree = expression.parse(expression.extract(completion))
+    return float(
         tree is not None
         and sorted(expression.numbers(tree)) == sorted(doc["numbers"])
         and expression.value(tree) == doc["target"]
     )
-    return {
-        "solved": float(solved),
-        "exact_match": float(solved and written == solution(doc)[1]),
-    }
 
 
 def grade_d1(doc: dict, completion: str) -> dict[str, float]:

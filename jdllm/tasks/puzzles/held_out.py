@@ -2,7 +2,7 @@
 
 An item's key (the sudoku's puzzle string, a countdown's sorted numbers and target) is hashed with
 sha256. One hash in HELD_OUT_SHARE is reserved for evaluation whatever seed drew it, and the
-hashes listed in held_out.txt (d1's published test items) are never trained on either.
+hashes listed in held_out.txt (published test items of d1 and Dream) are never trained on either.
 """
 
 import functools

@@ -1,0 +1,327 @@
+"""A LoRA step on one GPU: memory and tokens per second by remat policy, and torch with peft beside.
+
+python experiments/lora_speed.py output=experiments/results/lora_speed.json
+
+Random weights of LLaDA-8B, one row: rank 128 on q, k, v at 4096 columns, rank 32 on every linear
+map at 1024; and LLaDA2-mini at 2048. torch's model has the same shapes, bfloat16 weights, peft's
+LoRA, fused attention and torch.compile per layer, and computes the same loss.
+"""
+
+# pyright: reportMissingImports=false
+
+import concurrent.futures
+import dataclasses
+import datetime
+import gc
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jdllm.load import enable_compilation_cache
+from jdllm.model.config import NAMED, ModelConfig, count_parameters
+from jdllm.model.linear import modules
+from jdllm.model.lora import Adapter, LoraConfig, find, initial
+from jdllm.model.model import Model, abstract, named
+from jdllm.runtime import cli, files, sharding
+from jdllm.store.checkpoint import random_model
+from jdllm.train.objective import Batch, choose
+from jdllm.train.optimiser import Recipe, make_optimizer
+from jdllm.train.step import beside, create_state, train_step
+
+DENSE_RATE = 989.4e12  # bfloat16 operations per second of the data sheet
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is trained."""
+
+    model: str
+    lora: LoraConfig
+    length: int
+
+
+CASES = {
+    "qkv": Case("llada-8b", LoraConfig(rank=128, targets="q,k,v", dropout=0.05), 4096),
+    "all": Case("llada-8b", LoraConfig(rank=32, targets="all"), 1024),
+    "tiny": Case("tiny", LoraConfig(rank=4, targets="all"), 64),  # to try the script
+    "sparse": Case("llada2-mini", LoraConfig(rank=16, targets="all"), 2048),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeedConfig:
+    """Timings of training steps."""
+
+    output: Path
+    cases: tuple[str, ...] = ("qkv", "all", "sparse")
+    remats: tuple[str, ...] = ("none", "products", "layers")
+    steps: int = 6
+    torch: bool = True
+    """Time torch and peft on the cases of LLaDA-8B, too."""
+
+
+def batch_of(config: ModelConfig, length: int) -> Batch:
+    """One example: an eighth of it is a prompt."""
+    rng = np.random.default_rng(0)
+    low = min(config.mask_id, config.eos_id, *config.stop_ids)
+    tokens = jnp.asarray(rng.integers(0, low, (1, 1, length)), jnp.int32)
+    learned = jnp.broadcast_to(jnp.arange(length) >= length // 8, tokens.shape)
+    example = jnp.zeros(tokens.shape, jnp.int32)
+    return Batch(tokens, learned, example, jnp.zeros((1, 1), jnp.int32))
+
+
+def operations(config: ModelConfig, length: int) -> float:
+    """Of a step: products forward, and backward to the activations alone; attention both ways.
+
+    Of experts only those that a token picks count. What is computed again does not count.
+    """
+    if config.moe:
+        picked = dict(experts=config.moe.top_k, groups=1, top_groups=1)
+        config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, **picked))
+    active = count_parameters(config) - config.vocab * config.embed
+    attention = 4 * config.layers * config.heads * config.head_dim * length
+    return length * (2 * 2 * active + 3 * attention)
+
+
+def ours(case: Case, config: SpeedConfig) -> list[dict[str, Any]]:
+    """A row per remat policy; policies compile side by side."""
+    facts, mesh = NAMED[case.model], sharding.parse_mesh("1x1")
+    model = dataclasses.replace(random_model(facts, mesh, 0), dtype="bfloat16")
+    own = modules(named(abstract(facts)))
+    names, lora = find(own, case.lora.targets), case.lora
+    optimizer = make_optimizer(Recipe())
+    frozen = dataclasses.replace(model, adapter=Adapter({}, lora.dropout))
+    batch, key, objective = batch_of(facts, case.length), jax.random.key(0), choose("auto", facts)
+
+    def state() -> Any:
+        return create_state(
+            initial(own, names, lora.rank, lora.scale, jax.random.key(0), mesh), optimizer, mesh
+        )
+
+    def compiled(remat: Any) -> Any:
+        step = train_step.lower(
+            abstract_of(first), batch, key, frozen=frozen, join=beside, objective=objective,
+            optimizer=optimizer, remat=remat,
+        )  # fmt: skip
+        return step.compile()
+
+    first = state()
+    found = []
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        programs = dict(zip(config.remats, pool.map(attempt(compiled), config.remats), strict=True))
+    for remat, program in programs.items():
+        row: dict[str, Any] = {"who": "jdllm", "remat": remat}
+        try:
+            if isinstance(program, Exception):
+                raise program
+            memory = program.memory_analysis()
+            held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+            row["peak_gb"] = (held + memory.temp_size_in_bytes - memory.alias_size_in_bytes) / 1e9
+            current = first if first is not None else state()
+            first = None
+            run = partial(advance, program, batch, key, frozen)
+            row["seconds"], row["losses"] = timed(run, current, config.steps)
+        except Exception as error:
+            row["failed"] = str(error).splitlines()[0][:200]
+        found.append(row)
+    return found
+
+
+def attempt(function: Callable) -> Callable:
+    """The function, but with its error as result."""
+
+    def run(argument: Any) -> Any:
+        try:
+            return function(argument)
+        except Exception as error:
+            return error
+
+    return run
+
+
+def abstract_of(tree: Any) -> Any:
+    """Shapes, dtypes and shardings in place of arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def advance(program: Any, batch: Batch, key: jax.Array, frozen: Model, state: Any) -> Any:
+    """The state after a step, and its loss."""
+    state, values = program(state, batch, key, frozen=frozen)
+    return state, float(values["loss"])
+
+
+def timed(run: Callable[[Any], tuple[Any, float]], state: Any, steps: int) -> tuple[float, list]:
+    """The median step's seconds, after two that are not counted, and all losses."""
+    seconds, losses = [], []
+    for _ in range(steps + 2):
+        start = time.perf_counter()
+        state, loss = run(state)
+        seconds.append(time.perf_counter() - start)
+        losses.append(loss)
+    return statistics.median(seconds[2:]), losses
+
+
+def peers(case: Case, remat: bool, steps: int) -> dict[str, Any]:
+    """The same step by torch and peft: bfloat16 weights, float32 factors, layers compiled."""
+    import torch
+    import torch.nn.functional as F
+    from peft import LoraConfig as PeftConfig
+    from peft import get_peft_model
+    from torch import nn
+    from torch.utils.checkpoint import checkpoint
+
+    facts = NAMED[case.model]
+    D, H, K, M = facts.embed, facts.heads, facts.head_dim, facts.mlp
+
+    def linear(inputs: int, outputs: int) -> nn.Linear:
+        return nn.Linear(inputs, outputs, bias=False)
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.RMSNorm(D, 1e-5), nn.RMSNorm(D, 1e-5)
+            self.q_proj, self.k_proj = linear(D, H * K), linear(D, H * K)
+            self.v_proj, self.out_proj = linear(D, H * K), linear(H * K, D)
+            self.gate_proj, self.up_proj, self.down_proj = linear(D, M), linear(D, M), linear(M, D)
+
+        def forward(self, x: Any, cos: Any, sin: Any) -> Any:
+            h, shape = self.first(x), (*x.shape[:2], H, K)
+            q, k, v = (p(h).view(shape) for p in (self.q_proj, self.k_proj, self.v_proj))
+
+            def turn(z: Any) -> Any:
+                a, b = z.float().chunk(2, -1)
+                return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(z.dtype)
+
+            q, k, v = (z.transpose(1, 2) for z in (turn(q), turn(k), v))
+            mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            x = x + self.out_proj(mixed)
+            h = self.second(x)
+            return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(facts.vocab, D)
+            self.layers = nn.ModuleList(Layer() for _ in range(facts.layers))
+            self.norm, self.head = nn.RMSNorm(D, 1e-5), linear(D, facts.vocab)
+
+        def forward(self, tokens: Any) -> Any:
+            half = torch.arange(K // 2, device="cuda") / (K // 2)
+            angle = torch.arange(tokens.shape[1], device="cuda")[:, None] * facts.rope_theta**-half
+            cos, sin = angle.cos()[None, :, None], angle.sin()[None, :, None]
+            x = self.embedding(tokens)
+            for layer in self.layers:
+                again = remat and torch.is_grad_enabled()
+                x = (
+                    checkpoint(layer, x, cos, sin, use_reentrant=False)
+                    if again
+                    else layer(x, cos, sin)
+                )
+            return self.norm(x)
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        network = Network()
+    torch.set_default_dtype(torch.float32)
+    targets = ["q_proj", "k_proj", "v_proj"]
+    if case.lora.targets == "all":
+        targets += ["out_proj", "gate_proj", "up_proj", "down_proj"]
+    settings = PeftConfig(
+        r=case.lora.rank, lora_alpha=2 * case.lora.rank, lora_dropout=case.lora.dropout,
+        target_modules=targets,
+    )  # fmt: skip
+    network = get_peft_model(network, settings)
+    for layer in network.base_model.model.layers:
+        layer.compile()
+    trained = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, 1e-5, weight_decay=0.1, fused=True)
+    tokens = torch.randint(0, 120_000, (1, case.length), device="cuda")
+
+    def nll(head: Any, x: Any, targets: Any) -> Any:
+        return F.cross_entropy(head(x).float(), targets, reduction="none")
+
+    def step(_: Any) -> tuple[Any, float]:
+        t = torch.rand((), device="cuda") * 0.999 + 0.001
+        hit = (torch.rand(tokens.shape, device="cuda") < t) & (
+            torch.arange(case.length, device="cuda") >= case.length // 8
+        )
+        with torch.autocast("cuda", torch.bfloat16):
+            hidden = network(torch.where(hit, facts.mask_id, tokens))
+            head = network.base_model.model.head
+            parts = [
+                checkpoint(nll, head, x, y, use_reentrant=False)
+                for x, y in zip(hidden[0].split(512), tokens[0].split(512), strict=True)
+            ]
+            loss = (torch.cat(parts) * hit[0]).sum() / t / (case.length * 7 / 8)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return None, float(loss)
+
+    torch.cuda.reset_peak_memory_stats()
+    seconds, losses = timed(step, None, steps)
+    peak = torch.cuda.max_memory_allocated() / 1e9
+    return {"seconds": seconds, "losses": losses, "peak_gb": peak}
+
+
+def by_torch(name: str, config: SpeedConfig) -> list[dict[str, Any]]:
+    """Rows of torch without and with remat, each in a process that gives its memory back."""
+    found, case = [], CASES[name]
+    if not config.torch or case.model != "llada-8b":
+        return found
+    for remat in (False, True):
+        row = {"who": "torch, peft", "remat": "layers" if remat else "none"}
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
+            try:
+                row |= pool.submit(peers, case, remat, config.steps).result()
+            except Exception as error:
+                row["failed"] = str(error).splitlines()[0][:200]
+        found.append(row)
+    return found
+
+
+def main(config: SpeedConfig) -> None:
+    """Measures every case, writes the rows and prints a table."""
+    measured = {name: by_torch(name, config) for name in config.cases}  # before JAX takes memory
+    enable_compilation_cache()
+    rows = []
+    for name in config.cases:
+        case = CASES[name]
+        found = measured[name] + ours(case, config)
+        gc.collect()
+        for row in found:
+            row |= {"case": name, "length": case.length, "model": case.model}
+            if seconds := row.get("seconds"):
+                row["tokens_per_second"] = case.length / seconds
+                row["share_of_rate"] = (
+                    operations(NAMED[case.model], case.length) / seconds / DENSE_RATE
+                )
+            rows.append(row)
+            print({k: v for k, v in row.items() if k != "losses"}, flush=True)
+        facts = {
+            "device": jax.devices()[0].device_kind,
+            "versions": {name: version(name) for name in ("jax", "flax", "optax")},
+            "command": " ".join(["python experiments/lora_speed.py", *sys.argv[1:]]),
+            "date": datetime.date.today().isoformat(),
+            "rows": rows,
+        }
+        files.write_json(config.output, facts)
+    print(json.dumps([row for row in rows if "failed" in row], indent=1))
+
+
+if __name__ == "__main__":
+    cli.run(main, SpeedConfig, "python experiments/lora_speed.py")

@@ -1,0 +1,131 @@
+"""The experts of a layer, each for its own tokens only, by Triton kernels; serves 16-bit numbers.
+
+Only the weights of experts that somebody picked are read: what a step of few tokens costs. The
+gradient is the dense reference's.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jdllm.kernels import triton_call as triton
+from jdllm.kernels.experts import dense
+
+WIDTH = 128  # what the widths of tokens and experts must be multiples of
+
+
+class Tiles(NamedTuple):
+    """Sizes of a kernel's work: rows, columns, inner numbers at a time; warps, loads in flight."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+
+
+# Up to so many pairs per expert: tiles of gate_up and of down. Measured on an H100 with LLaDA2's
+# 256 experts of 2048 x 512.
+TILES: tuple[tuple[float, Tiles, Tiles], ...] = (
+    (4, Tiles(16, 128, 64, 4, 3), Tiles(16, 128, 64, 4, 4)),
+    (8, Tiles(32, 128, 64, 4, 3), Tiles(32, 128, 64, 4, 4)),
+    (float("inf"), Tiles(64, 128, 64, 4, 3), Tiles(64, 128, 64, 4, 4)),
+)
+
+
+def experts(
+    x_TD: jax.Array,
+    gate_up_EDCM: jax.Array,
+    down_EMD: jax.Array,
+    picks_TP: jax.Array,
+    weights_TP: jax.Array,
+) -> jax.Array:
+    """The mixed outputs [T, D], as the dense reference defines them.
+
+    Products are summed in float32 and rounded once between gate-up and down; the sum over a token's
+    experts is float32, in the order of its picks. A token's numbers do not depend on its batch
+    mates where their number does not change the tiles.
+    """
+    triton.require()
+    for name, array in (("tokens", x_TD), ("weights", gate_up_EDCM), ("weights", down_EMD)):
+        if array.dtype != jnp.bfloat16 and array.dtype != jnp.float16:
+            raise NotImplementedError(f"it serves 16-bit {name}, not {array.dtype}")
+    (_, M, D), kind = down_EMD.shape, x_TD.dtype
+    if M % WIDTH or D % WIDTH:
+        raise NotImplementedError(f"it serves widths in multiples of {WIDTH}, not {D} and {M}")
+    check()
+    return _grouped(x_TD, gate_up_EDCM.astype(kind), down_EMD.astype(kind), picks_TP, weights_TP)
+
+
+def check() -> None:
+    """NotImplementedError, with the reason, where the kernels cannot run or compute wrongly."""
+    triton.require()
+    triton.canary("experts", _grouped, dense.experts, *_small())
+
+
+@jax.custom_vjp
+def _grouped(
+    x_TD: jax.Array,
+    gate_up_EDCM: jax.Array,
+    down_EMD: jax.Array,
+    picks_TP: jax.Array,
+    weights_TP: jax.Array,
+) -> jax.Array:
+    from jdllm.kernels.experts import grouped_triton as kernels
+
+    (T, P), (E, M, D), kind = picks_TP.shape, down_EMD.shape, x_TD.dtype
+    N, array = T * P, jax.ShapeDtypeStruct
+    order_N, starts = triton.call(
+        kernels.sort,
+        picks_TP.reshape(-1),
+        out=(array((N,), jnp.int32), array((E + 1,), jnp.int32)),
+        grid=(E,),
+        warps=4,
+        stages=1,
+        N=N,
+        E=E,
+        CHUNK=min(triton.power_of_2(N), 1024),
+    )
+    _, first, second = next(row for row in TILES if row[0] * E >= N)
+    hidden_NM = triton.call(
+        kernels.gate_up, x_TD, gate_up_EDCM, order_N, starts, out=array((N, M), kind),
+        grid=(E, M // first.columns), warps=first.warps, stages=first.stages,
+        D=D, M=M, P=P, BM=first.rows, BN=first.columns, BK=first.inner,
+    )  # fmt: skip
+    each_ND = triton.call(
+        kernels.down, hidden_NM, down_EMD, order_N, starts, out=array((N, D), jnp.float32),
+        grid=(E, D // second.columns), warps=second.warps, stages=second.stages,
+        D=D, M=M, BM=second.rows, BN=second.columns, BK=second.inner,
+    )  # fmt: skip
+    here_TP = (picks_TP >= 0) & (picks_TP < E)  # nobody has written the rows of other picks
+    each_TPD = jnp.where(here_TP[..., None], each_ND.reshape(T, P, D), 0)
+    return jnp.sum(each_TPD * weights_TP[..., None], axis=1).astype(kind)
+
+
+def _forward(*arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _grouped(*arrays), arrays
+
+
+def _backward(arrays: tuple[jax.Array, ...], change_TD: jax.Array) -> tuple[jax.Array | None, ...]:
+    x, gate_up, down, picks, weights = arrays
+    _, pull = jax.vjp(
+        lambda x, g, d, w: dense.experts(x, g, d, picks, w), x, gate_up, down, weights
+    )
+    dx, dgate_up, ddown, dweights = pull(change_TD)
+    return dx, dgate_up, ddown, None, dweights
+
+
+_grouped.defvjp(_forward, _backward)
+
+
+@functools.cache
+def _small() -> tuple[jax.Array, ...]:
+    """Inputs of the canary: 24 tokens with 3 picks of 8 experts, one of them elsewhere."""
+    T, E, D, M = 24, 8, 256, 128
+    with jax.ensure_compile_time_eval():
+        _, picks = jax.lax.top_k(jax.random.uniform(jax.random.key(3), (T, E + 1)), 3)
+        weights = jax.random.uniform(jax.random.key(4), (T, 3))
+    gate_up, down = triton.normal(1, (E, D, 2, M), D**-0.5), triton.normal(2, (E, M, D), M**-0.5)
+    return triton.normal(0, (T, D)), gate_up, down, picks, weights
