@@ -231,7 +231,8 @@ class Engine:
                     continue
                 self._leave(job, bool(failed[slot]), canvases[0][slot])
                 reason: Any = "failed" if failed[slot] else "done"
-                tell(job, Outcome(*progress, reason=reason))
+                calls_K = np.asarray(report.block_calls[slot])
+                tell(job, Outcome(*progress, reason=reason, block_calls=calls_K))
 
     def _leave(self, job: Job, failed: bool, tokens: np.ndarray) -> None:
         """A job has ended on the device: its pages are free, or kept for their beginnings."""
@@ -304,7 +305,7 @@ def finish(job: Job, reason: Any) -> None:
     tokens = job.canvas[job.prompt :]
     nothing = np.zeros(len(tokens))
     steps, chance = nothing.astype(np.int32), nothing.astype(np.float32)
-    tell(job, Outcome(tokens, nothing == 0, steps, chance, 0, 0, reason))
+    tell(job, Outcome(tokens, nothing == 0, steps, chance, 0, 0, reason, steps[:0]))
 
 
 def tell(job: Job, event: Progress) -> None:

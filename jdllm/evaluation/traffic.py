@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from jdllm.batches import row_seeds
+from jdllm.batches import row_keys, row_seeds
 from jdllm.decode import DecodeConfig
 from jdllm.engine import EngineConfig, Engines, Job, Outcome, Progress, make_canvas, shared
 from jdllm.evaluation.report import table
-from jdllm.llm import LLM, row_keys
+from jdllm.llm import LLM
 from jdllm.parity import make_setup
 
 COLUMNS = {  # figure -> its head in the table, with the unit

@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 
-from jdllm.batches import row_seeds
+from jdllm.batches import row_keys, row_seeds
 from jdllm.decode.setup import Setup
 from jdllm.engine import Engines, Job, Outcome, Progress, make_canvas, shared
-from jdllm.llm import LLM, row_keys
+from jdllm.llm import LLM
 from jdllm.parity import make_setup
 from jdllm.server.config import ServeConfig
 from jdllm.server.metrics import Metrics
