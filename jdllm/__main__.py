@@ -23,6 +23,8 @@ COMMANDS = {
     "convert": "converts Hugging Face checkpoints and back; plans memory",
     "launch": "starts a command as several processes of this machine",
     "harness": "is lm-eval's own command line, which knows the model jdllm",
+    "serve": "serves a model over HTTP, with OpenAI's interface and a page",
+    "chat": "chats in the terminal",
     "doctor": "says whether this machine is set up right",
     "completion": "prints what makes bash or zsh complete all of these",
 }
@@ -39,6 +41,8 @@ CONFIGS: dict[str, str | None] = {
     "convert": "jdllm.convert.commands:CONFIGS",
     "launch": "jdllm.launch:LaunchConfig",
     "harness": None,
+    "serve": "jdllm.server.config:ServeConfig",
+    "chat": "jdllm.server.terminal:ChatConfig",
     "doctor": "jdllm.doctor:DoctorConfig",
     "completion": None,
     "completion bash": None,

@@ -5,6 +5,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+import jax
 import numpy as np
 
 GRAIN = 32  # columns between the sizes of short canvases, and of short common prefixes
@@ -69,6 +70,12 @@ def row_seeds(rows: Sequence[Sequence[int]], samples: Sequence[int] | None = Non
         seeds.append((digest + number * 0x9E3779B1) % (1 << 32))
         seen[digest] += 1
     return seeds
+
+
+def row_keys(seed: int, numbers: Sequence[int] | np.ndarray) -> jax.Array:
+    """The random keys of rows, by their numbers (`row_seeds`)."""
+    base = jax.random.key(seed)
+    return jax.vmap(lambda n: jax.random.fold_in(base, n))(np.asarray(numbers, np.uint32))
 
 
 @dataclasses.dataclass(frozen=True)

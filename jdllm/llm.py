@@ -9,14 +9,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jdllm.batches import bucket, common_prefixes, deal, heights, plan_batches, row_seeds
+from jdllm.batches import bucket, common_prefixes, deal, heights, plan_batches, row_keys, row_seeds
 from jdllm.completion import Completion, complete, stop_sequences
 from jdllm.decode import (
     DecodeConfig,
@@ -29,7 +29,7 @@ from jdllm.decode import (
     read_prefix,
 )
 from jdllm.decode.aims import aimed
-from jdllm.engine.offline import decode_all, pays
+from jdllm.engine.offline import EngineUse, decode_all, pays
 from jdllm.kernels.choose import parse
 from jdllm.load import choose_mesh, load_model, locate
 from jdllm.maps import Maps
@@ -48,15 +48,6 @@ from jdllm.tokenizer import Message, encode_prompts, load_tokenizer, read_length
 from jdllm.viz import trace
 
 Prompt = str | Sequence[int] | Sequence[Message]
-
-
-EngineUse = Literal["auto", "on", "off"]
-
-
-def row_keys(seed: int, numbers: Sequence[int] | np.ndarray) -> jax.Array:
-    """The random keys of rows, by their numbers (`batches.row_seeds`)."""
-    base = jax.random.key(seed)
-    return jax.vmap(lambda n: jax.random.fold_in(base, n))(np.asarray(numbers, np.uint32))
 
 
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
@@ -300,8 +291,12 @@ class LLM:
         """Batches of the rows that ended together, whenever some did."""
         for found in decode_all(self.model, setup, rows, row_keys(config.seed, seeds), batch_size):
             completions = [
-                complete(tokens[: config.gen_length], nfe, self.config, self.tokenizer, stop)
-                for tokens, nfe in zip(found.tokens, found.nfe, strict=True)
+                complete(tokens[: config.gen_length], nfe, self.config, self.tokenizer, stop).noted(
+                    calls, 0 * calls
+                )
+                for tokens, nfe, calls in zip(
+                    found.tokens, found.nfe, found.block_calls, strict=True
+                )
             ]
             yield Batch(
                 found.index, completions, found.calls, found.seconds, found.compile_seconds, 0

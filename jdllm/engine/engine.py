@@ -23,6 +23,7 @@ from jdllm.engine.pages import PagePool
 from jdllm.engine.rounds import Chunks, Orders, Report, Slots
 from jdllm.engine.scheduler import Group, Scheduler, Turn
 from jdllm.model.model import Model
+from jdllm.runtime.programs import is_crowded
 from jdllm.unmask.speculate import Speculate
 
 
@@ -188,10 +189,13 @@ class Engine:
             one = job.saved if job.saved is not None else self._row(job)
             slots, job.saved = rounds.put_row(slots, job.slot, one), None
         orders, start = self._orders(turn), time.perf_counter()
+        key = setup, orders.width, orders.chunks and orders.chunks.width
+        if key not in self._known and is_crowded():
+            jax.clear_caches()
+            self._known.clear()
         self._slots[setup], self._pool, report = rounds.run(
             self.model, setup, slots, self._pool, orders, self.config.rounds, self.config.lanes
         )
-        key = setup, orders.width, orders.chunks and orders.chunks.width
         if key not in self._known:
             self._known.add(key)
             self.compile_seconds += time.perf_counter() - start
@@ -227,7 +231,8 @@ class Engine:
                     continue
                 self._leave(job, bool(failed[slot]), canvases[0][slot])
                 reason: Any = "failed" if failed[slot] else "done"
-                tell(job, Outcome(*progress, reason=reason))
+                calls_K = np.asarray(report.block_calls[slot])
+                tell(job, Outcome(*progress, reason=reason, block_calls=calls_K))
 
     def _leave(self, job: Job, failed: bool, tokens: np.ndarray) -> None:
         """A job has ended on the device: its pages are free, or kept for their beginnings."""
@@ -300,7 +305,7 @@ def finish(job: Job, reason: Any) -> None:
     tokens = job.canvas[job.prompt :]
     nothing = np.zeros(len(tokens))
     steps, chance = nothing.astype(np.int32), nothing.astype(np.float32)
-    tell(job, Outcome(tokens, nothing == 0, steps, chance, 0, 0, reason))
+    tell(job, Outcome(tokens, nothing == 0, steps, chance, 0, 0, reason, steps[:0]))
 
 
 def tell(job: Job, event: Progress) -> None:

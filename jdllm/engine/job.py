@@ -37,6 +37,8 @@ class Outcome(Progress):
 
     reason: Literal["done", "cancelled", "failed"]
     """failed: the model gave something that is no number."""
+    block_calls: np.ndarray
+    """int32 [blocks]: model calls of each block, 0 for those that were never begun."""
 
 
 def make_canvas(

@@ -4,6 +4,7 @@ import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Literal
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from jdllm.engine.job import Job, Outcome, Progress, make_canvas
 from jdllm.engine.replicas import Engines
 from jdllm.model.model import Model
 
+EngineUse = Literal["auto", "on", "off"]
 LEAST = 8  # rows of a replica from which on an engine may pay
 
 
@@ -27,6 +29,8 @@ class Finished:
     tokens: list[np.ndarray]
     """int32 [G] each: the columns behind the prompt."""
     nfe: list[int]
+    block_calls: list[np.ndarray]
+    """Model calls of each block."""
     calls: int
     """Model calls."""
     seconds: float
@@ -78,7 +82,8 @@ def decode_all(
         now, compiling = time.perf_counter(), engines.compile_seconds - compiled
         yield Finished(
             list(done), [event.tokens for event in done.values()],
-            [event.nfe for event in done.values()], engines.calls - calls,
+            [event.nfe for event in done.values()],
+            [event.block_calls for event in done.values()], engines.calls - calls,
             max(0.0, now - start - compiling), compiling,
         )  # fmt: skip
         done.clear()

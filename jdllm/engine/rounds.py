@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jdllm.decode.keys import absorb
 from jdllm.decode.layout import put, span
 from jdllm.decode.look import Call, Seen
-from jdllm.decode.loop import active, enter_block, judge_block
+from jdllm.decode.loop import active, enter_block, judge_block, noted
 from jdllm.decode.rows import Rows
 from jdllm.decode.setup import Setup
 from jdllm.decode.step import block_step
@@ -92,6 +92,8 @@ class Report:
     nfe: jax.Array
     first: jax.Array
     """int32 [B]: the first column that may still change."""
+    block_calls: Any
+    """int32 [B, blocks]: calls of each block that has ended."""
     tokens: jax.Array
     """int32 [B, W]; the next three are [B, W], too."""
     open: jax.Array
@@ -124,7 +126,7 @@ def begin(
     """Rows before their first block. With a block cache the reading of the prompt counts as one
     evaluation, in however many chunks it is done."""
     (B, T), zero_B, no_B = tokens_BT.shape, jnp.zeros_like(prompt_B), jnp.zeros_like(done_B)
-    columns_T = jnp.arange(T)
+    columns_T, blocks = jnp.arange(T), max(T // setup.block_length, len(setup.block_lengths)) + 2
     open_BT = (columns_T >= prompt_B[:, None]) & (columns_T < end_B[:, None])
     open_BT &= tokens_BT == model.config.mask_id
     first_B = setup.first_block(prompt_B)
@@ -136,6 +138,7 @@ def begin(
         unmask=setup.unmask.start(B, setup.view.length(T), setup.block_calls),
         stop=setup.stop.start(tokens_BT),
         inputs=model.embed(tokens_BT) if setup.smooth else None,
+        calls=jnp.zeros((B, blocks), jnp.int32), exits=jnp.zeros((B, blocks), bool),
     )  # fmt: skip
     return Slots(rows, dials, zero_B, jnp.zeros((B, T), jnp.int32), jnp.zeros((B, T)), no_B)
 
@@ -213,6 +216,7 @@ def leave(setup: Setup, slots: Slots, ready_B: jax.Array) -> tuple[Slots, jax.Ar
 
 def between(setup: Setup, rows: Rows, leaving_B: jax.Array) -> Rows:
     """Some rows behind their blocks, whose keys are where they belong; the next ones are due."""
+    rows = noted(rows, leaving_B)
     if setup.plan.kind == "block":  # the commit may have spent a budget
         rows = judge_block(setup, rows, leaving_B & ~rows.done)
     moving_B = leaving_B & ~rows.done
@@ -323,8 +327,8 @@ def reported(slots: Slots, calls: jax.Array) -> Report:
     """Copies of what the host may want to see."""
     rows = slots.rows
     return Report(
-        calls, rows.done, slots.failed, rows.nfe, rows.first, rows.tokens, rows.open,
-        slots.filled_at, slots.chance,
+        calls, rows.done, slots.failed, rows.nfe, rows.first, rows.calls, rows.tokens,
+        rows.open, slots.filled_at, slots.chance,
     )  # fmt: skip
 
 

@@ -8,9 +8,11 @@ from typing import Any, Literal
 
 from jdllm.arguments import ModelArgs
 from jdllm.decode import DecodeConfig
+from jdllm.evaluation import traffic
 from jdllm.evaluation.report import table
 from jdllm.evaluation.settings import placed
 from jdllm.evaluation.speed import Cost, Speed
+from jdllm.evaluation.traffic import Traffic
 from jdllm.kernels.choose import choices
 from jdllm.load import enable_compilation_cache
 from jdllm.runtime import cli
@@ -59,7 +61,14 @@ class BenchConfig(ModelArgs):
     skip_vanilla: bool = False
     """Measure the blocked run alone."""
     batch_size: int = 32
-    """Most rows of a batch."""
+    """Most rows of a batch, or slots of an engine."""
+    engine: bool = False
+    """Measure the engine instead: requests of random lengths that come at random, against batches
+    that do not refill."""
+    traffic: Traffic = Traffic()
+    """engine=true: what comes."""
+    decode: DecodeConfig = DecodeConfig()
+    """engine=true: how to decode."""
     output: Path = Path("benchmark_results.json")
     """File for the figures, the settings and what they were measured on."""
 
@@ -178,9 +187,27 @@ def shown(rows: dict[str, dict[str, Any]]) -> str:
     )
 
 
+def measure_engine(config: BenchConfig) -> None:
+    """Measures the engine, prints the table and writes `output`."""
+    llm = config.load_llm()
+    rows = traffic.measure(llm, config.decode, config.traffic, config.batch_size, config.seed)
+    print(f"\n{config.traffic.requests} requests\n\n{traffic.shown(rows)}")
+    facts: dict[str, Any] = dict(rows)
+    facts |= {
+        "config": dataclasses.asdict(config) | placed(llm),
+        "command": cli.command(config, "jdllm.bench"),
+        "environment": environment() | {"kernels": choices()},
+    }
+    write_json(config.output, facts)
+    print(f"wrote {config.output}")
+
+
 def main(config: BenchConfig) -> None:
     """Runs both, prints the table and writes `output`."""
     enable_compilation_cache()
+    if config.engine:
+        measure_engine(config)
+        return
     asked = read_questions(config)
     llm = config.load_llm()
     if llm.tokenizer is None:

@@ -14,7 +14,10 @@ from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from jdllm.server.openai import Asked, Refused, read
 from jdllm.server.replies import Reply
 from jdllm.server.service import Event, Service
+from jdllm.server.structured import Answer
 
+PATIENCE = 30
+"""Seconds within which a body must be there."""
 PAGE = Path(__file__).with_name("page.html")
 
 
@@ -97,19 +100,29 @@ def describe(service: Service) -> dict[str, Any]:
 
 
 async def body_of(request: Request, most: int) -> bytes:
-    """The body of a request. Refused with 413 where it is too long, before all of it is read."""
+    """The body of a request. Refused where it is too long, before all of it is read, too slow, or
+    of another kind."""
+    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        # Pages of other sites may send anything else without asking the browser.
+        raise Refused(415, "the content-type of a request must be application/json")
     parts, length = [], 0
-    async for part in request.stream():
-        length += len(part)
-        if length > most:
-            raise Refused(413, f"a request must not be longer than {most} bytes")
-        parts.append(part)
+    try:
+        async with asyncio.timeout(PATIENCE):
+            async for part in request.stream():
+                length += len(part)
+                if length > most:
+                    raise Refused(413, f"a request must not be longer than {most} bytes")
+                parts.append(part)
+    except TimeoutError:
+        raise Refused(408, f"the body of a request took more than {PATIENCE} seconds") from None
     return b"".join(parts)
 
 
 async def answer(service: Service, request: Request, chat: bool) -> Response:
     """Reads a request, and answers it whole or as a stream."""
     asked = read(await body_of(request, service.config.max_body), chat, service.config)
+    if asked.schema or asked.choices:
+        return structured(service, asked, await service.answer(asked))
     jobs = await asyncio.to_thread(service.jobs, asked)  # tokenising takes its time
     reply = Reply(service.llm, asked, service.config.title)
     events = service.run(jobs, asked)
@@ -119,6 +132,20 @@ async def answer(service: Service, request: Request, chat: bool) -> Response:
         stream = streamed(reply, asked, first, events, jobs, prompt)
         return StreamingResponse(stream, media_type="text/event-stream")
     return await whole(reply, request, events, jobs, prompt)
+
+
+def structured(service: Service, asked: Asked, found: Answer) -> Response:
+    """An answer from slots: whole, or as a stream of one piece."""
+    reply = Reply(service.llm, asked, service.config.title)
+    usage = reply.usage(found.prompt, found.tokens, found.nfe)
+    extra = {"answer": {"probabilities": found.chances}} if found.chances else {}
+    if asked.stream:
+        delta = reply.delta(0, found.text, [], [], "stop")
+        parts = [reply.chunk(choices=[delta | extra]), b"data: [DONE]\n\n"]
+        return StreamingResponse(iter(parts), media_type="text/event-stream")
+    message = {"role": "assistant", "content": found.text}
+    choice = {"index": 0, "finish_reason": "stop", "logprobs": None, "message": message}
+    return JSONResponse(reply.whole([choice | extra], usage))
 
 
 async def whole(
@@ -154,7 +181,8 @@ async def whole(
         raise Refused(500, "the model gave something that is no number; nothing can be said")
     texts = [text for _, text in jobs]
     choices = [reply.choice(i, text, reasons[i], chances[i]) for i, text in enumerate(texts)]
-    return JSONResponse(reply.whole(choices, reply.usage(prompt, texts, nfe)))
+    usage = reply.usage(prompt, sum(len(text.ids) for text in texts), nfe)
+    return JSONResponse(reply.whole(choices, usage))
 
 
 async def streamed(
@@ -190,7 +218,8 @@ async def streamed(
                 yield reply.chunk(**facts)
             nfe += piece.nfe if piece.over else 0
         if asked.usage_in_stream:
-            yield reply.chunk(usage=reply.usage(prompt, [text for _, text in jobs], nfe))
+            tokens = sum(len(text.ids) for _, text in jobs)
+            yield reply.chunk(usage=reply.usage(prompt, tokens, nfe))
         yield b"data: [DONE]\n\n"
     except Refused as error:  # too late for a status
         yield reply.chunk(**error.body)

@@ -12,8 +12,6 @@ from jdllm.llm import LLM
 from jdllm.server.openai import Asked
 from jdllm.server.text import Text, log
 
-REASONS = {"stop": "stop", "length": "length"}
-
 
 class Reply:
     """What a request is answered with, in the form of its interface."""
@@ -56,9 +54,8 @@ class Reply:
             return found | {"delta": {"role": "assistant", "content": text}}
         return found | {"text": text}
 
-    def usage(self, prompt: int, texts: list[Text], nfe: int) -> dict[str, Any]:
+    def usage(self, prompt: int, tokens: int, nfe: int) -> dict[str, Any]:
         """What a request cost: tokens, and model evaluations."""
-        tokens = sum(len(text.ids) for text in texts)
         return {
             "prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens,
             "nfe": nfe,

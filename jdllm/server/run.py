@@ -1,6 +1,9 @@
 """Starts a server, and ends it in order."""
 
+import contextlib
 import socket
+import threading
+from collections.abc import Iterator
 
 import uvicorn
 
@@ -12,25 +15,52 @@ from jdllm.server.service import Service
 
 
 def serve(config: ServeConfig) -> None:
-    """Loads the model and serves it until a signal asks to end.
+    """Loads the model and serves it until a signal asks to end; what has begun is finished.
 
     ValueError or OSError, in one sentence, where the model cannot be loaded or the port is taken.
     """
     listener = listen(config)  # now rather than after the weights
+    service = prepare(config)
+    host, port = listener.getsockname()[:2]
+    processes.say(f"{config.title} is served at http://{host}:{port}")
+    server(service).run([listener])
+
+
+def prepare(config: ServeConfig) -> Service:
+    """The service of a model that has been loaded, its engine started."""
     enable_compilation_cache()
     llm = config.load_llm()
     service = Service(llm, config)
-    processes.say(f"compiling for {sharding.describe(llm.mesh)}" if config.warm else "")
+    if config.warm:
+        processes.say(f"compiling for {sharding.describe(llm.mesh)}")
     service.start()
-    host, port = listener.getsockname()[:2]
-    processes.say(f"{config.title} is served at http://{host}:{port}")
+    return service
+
+
+def server(service: Service) -> uvicorn.Server:
+    """The HTTP server of a service."""
     settings = uvicorn.Config(
         make_app(service),
         log_level="warning",
-        timeout_graceful_shutdown=int(config.drain) or 1,
+        timeout_graceful_shutdown=max(1, int(service.config.drain)),
         server_header=False,
     )
-    uvicorn.Server(settings).run([listener])
+    return uvicorn.Server(settings)
+
+
+@contextlib.contextmanager
+def background(service: Service, listener: socket.socket) -> Iterator[str]:
+    """A server in a thread, for as long as the block lasts; yields its address."""
+    http = server(service)
+    thread = threading.Thread(target=http.run, args=([listener],), daemon=True)
+    thread.start()
+    host, port = listener.getsockname()[:2]
+    try:
+        yield f"http://{host}:{port}"
+    finally:
+        http.should_exit = True
+        thread.join()
+        listener.close()
 
 
 def listen(config: ServeConfig) -> socket.socket:

@@ -9,14 +9,15 @@ from typing import Any
 
 import jax
 
-from jdllm.batches import row_seeds
+from jdllm.batches import row_keys, row_seeds
 from jdllm.decode.setup import Setup
 from jdllm.engine import Engines, Job, Outcome, Progress, make_canvas, shared
-from jdllm.llm import LLM, row_keys
+from jdllm.llm import LLM
 from jdllm.parity import make_setup
 from jdllm.server.config import ServeConfig
 from jdllm.server.metrics import Metrics
 from jdllm.server.openai import Asked, Refused
+from jdllm.server.structured import Answer, Choice, Structured, parts_of
 from jdllm.server.text import Piece, Text
 
 
@@ -41,6 +42,8 @@ class Service:
         self.llm, self.config = llm, config
         self.engines = Engines(llm.model, config.engine)
         self.metrics = Metrics(self.engines)
+        self.structured = Structured(llm, self.engines.engines[0].model)
+        self._answering, self._turn = 0, asyncio.Lock()
         self.closing = False
 
     def start(self) -> None:
@@ -77,7 +80,11 @@ class Service:
         try:
             decode = asked.decode
             if asked.max_tokens:
-                decode = dataclasses.replace(decode, gen_length=asked.max_tokens)
+                # Blocks stay as long as they are: each length has programs of its own.
+                block = None if decode.block_lengths else self.llm.resolve(decode).block_length
+                decode = dataclasses.replace(
+                    decode, gen_length=asked.max_tokens, block_length=block
+                )
             decode = self.llm.resolve(decode)
             return make_setup(decode, self.llm.config), decode.gen_length or 0
         except ValueError as error:
@@ -115,6 +122,25 @@ class Service:
         except ValueError as error:
             raise Refused(400, str(error), None, "context_length_exceeded") from None
         return job, Text(facts, self.llm.tokenizer, cap, stop)
+
+    async def answer(self, asked: Asked) -> Answer:
+        """A structured answer, one at a time. Refused where the request asks for what slots do not
+        have, and where too many wait."""
+        wanted = {"n": asked.n > 1, "stop": asked.stop, "logprobs": asked.logprobs,
+                  "temperature": asked.decode.temperature}  # fmt: skip
+        for name, given in wanted.items():
+            if given:
+                raise Refused(400, f"{name} has no meaning for slots; leave it out", name)
+        self.admit(1 + self._answering)
+        parts = list(parts_of(asked.schema)) if asked.schema else [Choice(asked.choices)]
+        (prompt,) = await asyncio.to_thread(self.encode, asked)
+        self._answering += 1
+        try:
+            async with self._turn:
+                room = self.engines.config.columns
+                return await asyncio.to_thread(self.structured.answer, prompt, parts, room)
+        finally:
+            self._answering -= 1
 
     async def run(self, jobs: list[tuple[Job, Text]], asked: Asked) -> AsyncIterator[Event]:
         """Sends the jobs off and yields what happens to them, until all are over.

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jdllm import DecodeConfig
-from jdllm.engine import Engine, Engines, Job
+from jdllm.engine import Engine, Engines, Job, rounds
 from jdllm.llm import LLM
 from jdllm.model.model import assemble, named
 from tests.engine.jobs import SMALL, canvas, make, run, setup_of
@@ -148,7 +148,7 @@ def check_load(plan: list[tuple[int, int, int, int | None, bool]], pages: int) -
     """Jobs that come, wait, lose their pages and are taken back: those that end, end as alone."""
     llm = tiny("blocks", 1.5)
     setup = setup_of(llm, **FULL)
-    engine = Engine(llm.model, dataclasses.replace(SMALL, slots=2, pages=pages))
+    engine = Engine(llm.model, dataclasses.replace(SMALL, pages=pages))
     jobs, leaving = [], []
     for wait, which, priority, leaves, follows in plan:
         for _ in range(wait):
@@ -174,7 +174,7 @@ def check_load(plan: list[tuple[int, int, int, int | None, bool]], pages: int) -
     assert engine.scheduler.pool.free == pages
 
 
-@settings(max_examples=8, **QUICK)
+@settings(max_examples=5, **QUICK)
 @given(PLAN, st.integers(4, 9))
 def test_any_load(plan, pages: int):
     check_load(plan, pages)
@@ -212,3 +212,52 @@ def test_rows_of_other_temperatures_and_thresholds_share_a_program():
     assert len(engine.scheduler.groups) == 1
     for job, way in zip(jobs, ways, strict=True):
         same_as_alone(llm, FULL | way | {"top_p": way["threshold"]}, [job])
+
+
+def test_a_dispatch_that_fails_ends_what_ran_and_nothing_else(monkeypatch: pytest.MonkeyPatch):
+    llm = tiny("blocks", 1.5)
+    setup, run_, told = setup_of(llm, **FULL), rounds.run, []
+    engine = Engine(llm.model, SMALL)
+
+    def broken(*given: Any, **named: Any) -> Any:
+        told.append(len(told))
+        if len(told) == 2:
+            raise RuntimeError("out of memory")
+        return run_(*given, **named)
+
+    monkeypatch.setattr(rounds, "run", broken)
+    jobs = [make(llm, setup, prompt) for prompt in PROMPTS]
+    for job in jobs:
+        engine.submit(job)
+    engine.stop()  # once nothing is left to do
+    engine.serve()
+    ends: Any = [job.listener for job in jobs]
+    assert [told.outcome.reason for told in ends] == ["failed"] * 3 + ["done"] * 2
+    same_as_alone(llm, FULL, jobs[3:])
+    assert engine.scheduler.pool.free == engine.config.pages
+
+
+def test_a_listener_that_fails_loses_its_job_alone():
+    llm = tiny("blocks", 1.5)
+
+    def deaf(_: Any) -> None:
+        raise OSError("gone")
+
+    jobs = [make(llm, setup_of(llm, **FULL), prompt) for prompt in PROMPTS[:2]]
+    lost = make(llm, setup_of(llm, **FULL), PROMPTS[2], listener=deaf, follows=True)
+    engine = run(llm, [lost, *jobs])
+    assert lost.cancelled
+    same_as_alone(llm, FULL, jobs)
+    assert engine.scheduler.pool.free == engine.config.pages
+
+
+@pytest.mark.parametrize("end", [40, 33])
+def test_what_cannot_run_is_refused_at_once(end: int):
+    llm = tiny("blocks")
+    engine = Engine(llm.model, SMALL if end > 33 else dataclasses.replace(SMALL, pages=2))
+    words = "exceeds the 32 columns" if end > 33 else "needs 4 pages of 8, and the cache has 2"
+    setup = setup_of(llm, gen_length=20 if end > 33 else 12, block_length=4)
+    with pytest.raises(ValueError, match=words):
+        engine.submit(make(llm, setup, PROMPTS[2]))
+    with pytest.raises(ValueError, match="multiples of the model's blocks of 4"):
+        Engine(llm.model, dataclasses.replace(SMALL, page=6))

@@ -22,11 +22,11 @@ FLOORS: list[list[str]] = [
     ],
     [
         "viz", "completion", "maps", "llm", "arguments", "training", "evaluation", "generation",
-        "checkup",
+        "checkup", "server",
     ],
     [
-        "eval", "bench", "sweep", "tune", "generate", "sft", "doctor", "launch", "harness",
-        "convert.__main__", "__main__",
+        "eval", "bench", "sweep", "tune", "generate", "sft", "doctor", "launch", "harness", "serve",
+        "chat", "convert.__main__", "__main__",
     ],
 ]  # fmt: skip
 # What a room must not import although the order alone would allow it.
@@ -40,16 +40,19 @@ FORBIDDEN = {
 GROUND = {"jax", "numpy", "flax", "optax", "orbax"}
 OUTSIDE = GROUND | {
     "datasets",
+    "fastapi",
     "huggingface_hub",
     "lm_eval",
     "matplotlib",
     "ml_dtypes",
     "packaging",
+    "prometheus_client",
     "rich",
     "safetensors",
     "tokenizers",
     "tqdm",
     "transformers",
+    "uvicorn",
     "yaml",
 }
 # tyro is the command line; Orbax stands on tensorstore, which writes a weight piece by piece.
@@ -62,7 +65,8 @@ EXCEPTIONS = {
 }
 # Doors hold a command line and nothing else; what they call, and what tests test, are rooms.
 DOORS = [
-    "eval", "sweep", "tune", "bench", "generate", "sft", "doctor", "launch", "harness",
+    "eval", "sweep", "tune", "bench", "generate", "sft", "doctor", "launch", "harness", "serve",
+    "chat",
     "convert.__main__", "__main__",
 ]  # fmt: skip
 MAX_DOOR = 120

@@ -28,6 +28,8 @@ from jdllm.generation import GenerateConfig
 from jdllm.model.config import NAMED, count_parameters
 from jdllm.runtime import cli
 from jdllm.runtime.launch import LaunchConfig, split
+from jdllm.server.config import ServeConfig
+from jdllm.server.terminal import ChatConfig
 from jdllm.store.dynamics import write_dynamics
 from jdllm.train.objective import OBJECTIVES
 from jdllm.training.config import SFTConfig
@@ -39,9 +41,11 @@ PAGES.append(ROOT / "jdllm" / "bundled" / "README.md")
 CONFIGS = {
     "jdllm.bench": BenchConfig,
     "jdllm.bench grid": GridConfig,
+    "jdllm.chat": ChatConfig,
     "jdllm.doctor": DoctorConfig,
     "jdllm.eval": EvalConfig,
     "jdllm.generate": GenerateConfig,
+    "jdllm.serve": ServeConfig,
     "jdllm.sft": SFTConfig,
     "jdllm.sweep": SweepConfig,
     "jdllm.tune": TuneConfig,
@@ -60,6 +64,8 @@ NEEDS = {
     r"|runs/mine/": "of yours",
     r"mesh=(?!1x1)[0-9]+x": "devices",
     r"random:llada-8b|jdllm\.sft": "GPU",
+    r"jdllm\.(serve|chat)\b": "end",
+    r"base_url=|url=http": "server",
 }
 Example = tuple[str, str, str]
 """What stands before an example, its language, and its text."""

@@ -1,22 +1,20 @@
 """A server on loopback, with a small model of random weights and a real tokenizer."""
 
 import dataclasses
-import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import uvicorn
 
 from jdllm.engine import EngineConfig
 from jdllm.llm import LLM
-from jdllm.server.app import make_app
 from jdllm.server.config import ServeConfig
-from jdllm.server.run import listen
+from jdllm.server.run import background, listen
 from jdllm.server.service import Service
 from tests.support.tiny_models import write_small
 
-SETTINGS: Any = {"port": 0, "engine": EngineConfig(slots=4, columns=128, rounds=2), "warm": False}
+ENGINE = EngineConfig(slots=4, columns=128, page=128, rounds=2)
+SETTINGS: Any = {"port": 0, "engine": ENGINE, "warm": False}
 
 
 @dataclasses.dataclass
@@ -37,10 +35,5 @@ def served(small: LLM) -> Iterator[Running]:
     config = ServeConfig(name="small", **SETTINGS)
     service, listener = Service(small, config), listen(config)
     service.start()
-    server = uvicorn.Server(uvicorn.Config(make_app(service), log_level="warning"))
-    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
-    thread.start()
-    yield Running(service, f"http://127.0.0.1:{listener.getsockname()[1]}")
-    server.should_exit = True
-    thread.join()
-    listener.close()
+    with background(service, listener) as url:
+        yield Running(service, url)

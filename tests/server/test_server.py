@@ -82,9 +82,9 @@ def test_fields(client: openai.OpenAI, small: LLM):
 
 def test_the_older_interface(client: openai.OpenAI, small: LLM):
     ids = small.encode(PUZZLE)[0]
-    texts = client.completions.create(model="small", prompt=["7 + 5 =", "1"], logprobs=1)
+    texts: Any = client.completions.create(model="small", prompt=["7 + 5 =", "1"], logprobs=1)
     assert [choice.index for choice in texts.choices] == [0, 1]
-    assert texts.choices[0].logprobs.token_logprobs is not None
+    assert texts.choices[0].logprobs.token_logprobs
     (wanted,) = small.generate(PUZZLE)
     assert client.completions.create(model="small", prompt=ids).choices[0].text == wanted.text
     assert client.models.list().data[0].id == "small"
@@ -139,3 +139,44 @@ def test_health_metrics_and_pages(served: Running, client: openai.OpenAI):
     assert f"jdllm_free_pages {float(pages)}" in text
     with urllib.request.urlopen(f"{served.url}/health") as reply:
         assert json.load(reply) == {"status": "ok"}
+
+
+SCHEMA: Any = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 6},
+        "sure": {"type": "boolean"},
+        "sort": {"enum": ["a", "b", None]},
+        "grid": {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 2},
+        "inner": {"type": "object", "properties": {"x": {"type": "number"}}},
+    },
+    "required": ["name"],
+    "additionalProperties": False,
+}
+
+
+def test_json_of_a_schema(client: openai.OpenAI):
+    form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+    reply = ask(client, "1", response_format=form)
+    found = json.loads(reply.choices[0].message.content)
+    assert list(found) == ["name", "sure", "sort", "grid", "inner"]
+    assert isinstance(found["name"], str) and len(found["name"]) <= 6
+    assert isinstance(found["sure"], bool) and found["sort"] in ("a", "b", None)
+    assert [type(x) for x in found["grid"]] == [int, int]
+    assert isinstance(found["inner"]["x"], int | float)
+    assert reply.usage.nfe >= 6
+    wrong = {"type": "object", "properties": {"x": {"type": "string", "pattern": "a"}}}
+    form["json_schema"]["schema"] = wrong
+    with pytest.raises(openai.BadRequestError, match="schema.x: pattern is not served"):
+        ask(client, response_format=form)
+
+
+def test_an_answer_of_fixed_choices(client: openai.OpenAI):
+    choices = ["yes", "no", "7 + 5 = 12"]
+    reply = ask(client, extra_body={"answer": {"choices": choices}})
+    chances = reply.choices[0].answer["probabilities"]
+    assert list(chances) == choices and abs(sum(chances.values()) - 1) < 1e-6
+    assert reply.choices[0].message.content == max(chances, key=chances.__getitem__)
+    assert reply.usage.nfe == 1
+    with pytest.raises(openai.BadRequestError, match="n has no meaning for slots"):
+        ask(client, n=2, extra_body={"answer": {"choices": choices}})

@@ -1,0 +1,193 @@
+"""The engine's benchmark: requests that come at random times, against batches without refills."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from jdllm.batches import row_keys, row_seeds
+from jdllm.decode import DecodeConfig
+from jdllm.engine import EngineConfig, Engines, Job, Outcome, Progress, make_canvas, shared
+from jdllm.evaluation.report import table
+from jdllm.llm import LLM
+from jdllm.parity import make_setup
+
+COLUMNS = {  # figure -> its head in the table, with the unit
+    "tokens_per_second": "tokens/s",
+    "first_block_p50": "first block p50, s",
+    "first_block_p95": "p95, s",
+    "latency_p50": "latency p50, s",
+    "latency_p95": "p95, s",
+    "tpot_p50": "time per token p50, ms",
+    "seconds": "time, s",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """Requests that come at random, with random lengths."""
+
+    requests: int = 64
+    rate: float = 0.0
+    """Requests per second, at the times of a Poisson process; 0 is all at once."""
+    prompt: int = 48
+    """Tokens of a prompt: from a quarter of this to about four times as many."""
+    completion: int = 64
+    """Tokens of a completion, likewise."""
+
+    def __post_init__(self):
+        for name in ("requests", "prompt", "completion"):
+            if (number := getattr(self, name)) < 1:
+                raise ValueError(f"{name}={number} of the traffic must be 1 or more")
+        if self.rate < 0:
+            raise ValueError(f"rate={self.rate} of the traffic must be 0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One request of the traffic."""
+
+    due: float
+    """Seconds after the start."""
+    prompt: list[int]
+    tokens: int
+
+
+def draw(traffic: Traffic, llm: LLM, seed: int) -> list[Call]:
+    """The requests, in the order in which they come."""
+    rng = np.random.default_rng(seed)
+    gaps = rng.exponential(1 / traffic.rate, traffic.requests) if traffic.rate else 0.0
+    due = np.cumsum(np.broadcast_to(gaps, traffic.requests))
+
+    def lengths(mean: int) -> np.ndarray:
+        return np.clip(rng.lognormal(np.log(mean), 0.7, traffic.requests), mean / 4, mean * 4)
+
+    most = llm.config.max_length
+    calls = []
+    for at, prompt, tokens in zip(
+        due, lengths(traffic.prompt), lengths(traffic.completion), strict=True
+    ):
+        prompt, tokens = max(1, min(int(prompt), most // 2)), max(1, int(tokens))
+        ids = rng.integers(0, llm.config.vocab - 1, prompt).tolist()
+        calls.append(Call(float(at), ids, min(tokens, most - most // 2 - 64)))
+    return calls
+
+
+@dataclasses.dataclass
+class Clock:
+    """When things happened, in seconds after the start."""
+
+    first: dict[int, float] = dataclasses.field(default_factory=dict)
+    last: dict[int, float] = dataclasses.field(default_factory=dict)
+
+
+Way = Callable[[Sequence[Call]], Clock]
+
+
+def by_engine(llm: LLM, decode: DecodeConfig, slots: int, calls: Sequence[Call]) -> Clock:
+    """The requests through the engine."""
+    jobs, clock, start = [], Clock(), 0.0
+    keys = row_keys(decode.seed, row_seeds([call.prompt for call in calls]))
+
+    def told(i: int, event: Progress) -> None:
+        now = time.perf_counter() - start
+        if event.settled:
+            clock.first.setdefault(i, now)
+        if isinstance(event, Outcome):
+            clock.last[i] = now
+
+    for i, call in enumerate(calls):
+        setup = make_setup(llm.resolve(dataclasses.replace(decode, gen_length=call.tokens)),
+                           llm.config)  # fmt: skip
+        canvas = make_canvas(call.prompt, setup, llm.config.mask_id)
+        listener = partial(told, i)
+        jobs.append(Job(canvas, len(call.prompt), *shared(setup), keys[i], listener, follows=True))
+    longest = max(job.end for job in jobs)
+    engines = Engines(llm.model, EngineConfig(slots=slots, columns=longest))
+    start, sent = time.perf_counter(), 0
+    while sent < len(jobs) or engines.busy:
+        now = time.perf_counter() - start
+        while sent < len(jobs) and calls[sent].due <= now:
+            engines.submit(jobs[sent])
+            sent += 1
+        if engines.busy:
+            engines.step()
+        else:
+            time.sleep(max(0.0, calls[sent].due - now))
+    return clock
+
+
+def by_batches(llm: LLM, decode: DecodeConfig, slots: int, calls: Sequence[Call]) -> Clock:
+    """Whoever waits when a batch ends, at most `slots`, forms the next one; its longest completion
+    is everybody's length."""
+    clock, start, sent, block = Clock(), time.perf_counter(), 0, llm.resolve(decode).block_length
+    while sent < len(calls):
+        now = time.perf_counter() - start
+        if calls[sent].due > now:
+            time.sleep(calls[sent].due - now)
+            now = calls[sent].due
+        chosen = [i for i in range(sent, len(calls)) if calls[i].due <= now][:slots]
+        longest = max(calls[i].tokens for i in chosen)
+        length = -(-longest // (block or 1)) * (block or 1)
+        config = dataclasses.replace(decode, gen_length=length, block_length=block)
+        llm.generate([calls[i].prompt for i in chosen], config, batch_size=slots)
+        now = time.perf_counter() - start
+        clock.first |= dict.fromkeys(chosen, now)
+        clock.last |= dict.fromkeys(chosen, now)
+        sent += len(chosen)
+    return clock
+
+
+def figures(calls: Sequence[Call], clock: Clock) -> dict[str, float]:
+    """What the clock says."""
+    order = range(len(calls))
+    first = np.array([clock.first[i] - calls[i].due for i in order])
+    latency = np.array([clock.last[i] - calls[i].due for i in order])
+    tokens = np.array([call.tokens for call in calls])
+    seconds = max(clock.last.values())
+    return {
+        "tokens_per_second": float(tokens.sum() / seconds),
+        "first_block_p50": float(np.percentile(first, 50)),
+        "first_block_p95": float(np.percentile(first, 95)),
+        "latency_p50": float(np.percentile(latency, 50)),
+        "latency_p95": float(np.percentile(latency, 95)),
+        "tpot_p50": float(1000 * np.percentile(latency / tokens, 50)),
+        "tokens": int(tokens.sum()),
+        "seconds": float(seconds),
+    }
+
+
+def measure(
+    llm: LLM, decode: DecodeConfig, traffic: Traffic, slots: int, seed: int
+) -> dict[str, dict[str, float]]:
+    """Both ways over the same requests, each once to compile and once on the clock.
+
+    Every canvas is filled to its end, so that both fill the same.
+    """
+    decode = dataclasses.replace(decode, stop="none")
+    calls, plain = draw(traffic, llm, seed), LLM(llm.model, None, llm.defaults, engine="off")
+    at_once = [dataclasses.replace(call, due=0.0) for call in calls]
+    ways: dict[str, Way] = {
+        "engine": partial(by_engine, llm, decode, slots),
+        "batches": partial(by_batches, plain, decode, slots),
+    }
+    found: dict[str, Any] = {}
+    for name, way in ways.items():
+        way(at_once)
+        way(calls)
+        found[name] = figures(calls, way(calls))
+    return found
+
+
+def shown(rows: dict[str, dict[str, float]]) -> str:
+    """The table, and the comparison below it."""
+    cells = [[name, *(f"{row[figure]:.2f}" for figure in COLUMNS)] for name, row in rows.items()]
+    ours, theirs = rows["engine"], rows["batches"]
+    return (
+        f"{table([['decoding', *COLUMNS.values()], *cells])}\n\nengine against batches: "
+        f"{ours['tokens_per_second'] / theirs['tokens_per_second']:.2f} times the tokens/s, "
+        f"first block after {ours['first_block_p50'] / theirs['first_block_p50']:.2f} of the time"
+    )
