@@ -14,17 +14,17 @@ from jdllm.kernels.attention import cudnn, reference, split, xla
 from jdllm.kernels.experts import dense, grouped, ragged
 
 # In order of preference. The reference serves every case: what stands behind it serves by name
-# only. ragged does until it has been compared on GPUs.
+# only. Triton's do until the whole loop has been measured with them (docs/performance.md).
 TABLES: dict[str, dict[str, Callable[..., jax.Array]]] = {
     "attention": {
-        "split": split.attention,
         "cudnn": cudnn.attention,
         "xla": xla.attention,
         "reference": reference.attention,
+        "split": split.attention,
     },
     "experts": {
-        "grouped": grouped.experts,
         "reference": dense.experts,
+        "grouped": grouped.experts,
         "ragged": ragged.experts,
     },
 }
