@@ -1,0 +1,104 @@
+"""Which tiles serve the grouped experts best: a layer of LLaDA2-mini's, by the number of tokens.
+
+python experiments/expert_tiles.py output=experiments/results/expert_tiles.json      (two minutes)
+
+A program runs several layers, each with weights of its own, so that none is in the cache. Beside:
+the dense reference, and the time that the bytes of the touched experts take at the copy rate.
+"""
+
+import dataclasses
+import datetime
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jdllm.kernels.experts import dense, grouped
+from jdllm.kernels.experts.grouped import Tiles
+from jdllm.runtime import cli, files
+
+E, D, M, P = 256, 2048, 512, 8
+COPY_RATE = 3.0e12  # bytes per second that an H100 moves
+WIDE = ((64, 64, 4, 4), (128, 64, 4, 3), (64, 64, 8, 4), (64, 64, 4, 5), (64, 128, 4, 3))
+DEEP = ((128, 64, 4, 4), (128, 128, 4, 3), (64, 128, 4, 4), (256, 64, 8, 4), (128, 64, 4, 6))
+
+
+@dataclasses.dataclass(frozen=True)
+class TilesConfig:
+    """What is measured."""
+
+    output: Path
+    tokens: tuple[int, ...] = (8, 32, 128, 256, 1024)
+    layers: int = 6
+    repeats: int = 20
+
+
+def inputs(tokens: int, layers: int) -> tuple[Any, ...]:
+    """Tokens, picks and weights of every layer: all experts are as likely."""
+    rng = np.random.default_rng(tokens)
+    x = jnp.asarray(rng.normal(size=(tokens, D)), jnp.bfloat16)
+    picks = np.stack([[rng.permutation(E)[:P] for _ in range(tokens)] for _ in range(layers)])
+    return x, jnp.asarray(picks, jnp.int32), jnp.asarray(rng.random(picks.shape), jnp.float32)
+
+
+def milliseconds(layer: Callable[..., jax.Array], config: TilesConfig, *arrays: Any) -> float:
+    """Median time of one layer."""
+
+    @jax.jit
+    def run(x: jax.Array, picks: Any, weights: Any, gate_ups: Any, downs: Any) -> jax.Array:
+        for one in zip(gate_ups, downs, picks, weights, strict=True):
+            x = (0.3 * layer(x, *one) + 0.5 * x).astype(x.dtype)
+        return x
+
+    jax.block_until_ready(run(*arrays))
+    spent = []
+    for _ in range(config.repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run(*arrays))
+        spent.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(spent) / config.layers
+
+
+def main(config: TilesConfig) -> None:
+    """Measures every pair of tiles, and writes all rows, the best first."""
+    keys = jax.random.split(jax.random.key(0), 2 * config.layers)
+    gate_ups, downs = [], []
+    for one, two in itertools.batched(keys, 2):
+        gate_ups.append(jax.random.normal(one, (E, D, 2, M), jnp.bfloat16) * D**-0.5)
+        downs.append(jax.random.normal(two, (E, M, D), jnp.bfloat16) * M**-0.5)
+    found = []
+    for tokens in config.tokens:
+        x, picks, weights = inputs(tokens, config.layers)
+        arrays = x, list(picks), list(weights), gate_ups, downs
+        touched = len(np.unique(np.asarray(picks[0])))
+        row: dict[str, Any] = {"tokens": tokens, "experts_touched": touched}
+        row["floor_ms"] = 1e3 * touched * 3 * D * M * 2 / COPY_RATE
+        row["reference_ms"] = milliseconds(dense.experts, config, *arrays)
+        tiles = []
+        for rows, wide, deep in itertools.product((16, 32, 64), WIDE, DEEP):
+            grouped.TILES = ((float("inf"), Tiles(rows, *wide), Tiles(rows, *deep)),)
+            spent = milliseconds(grouped.experts, config, *arrays)
+            tiles.append({"gate_up": (rows, *wide), "down": (rows, *deep), "ms": spent})
+        row["grouped"] = sorted(tiles, key=lambda one: one["ms"])
+        print({k: v for k, v in row.items() if k != "grouped"}, row["grouped"][0], flush=True)
+        found.append(row)
+    facts = {
+        "device": jax.devices()[0].device_kind,
+        "versions": {name: version(name) for name in ("jax", "jax-triton", "triton")},
+        "command": " ".join(["python experiments/expert_tiles.py", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "rows": found,
+    }
+    files.write_json(config.output, facts)
+
+
+if __name__ == "__main__":
+    cli.run(main, TilesConfig, "python experiments/expert_tiles.py")
