@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jdllm.tasks import TASKS
-from jdllm.tasks.puzzles import countdown, expression, held_out, sudoku
+from jdllm.tasks.puzzles import countdown, countdown4, expression, held_out, sudoku
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -317,7 +317,40 @@ def test_generated_countdowns_are_solvable_and_spread_like_d1():
 # generators and the hold-out
 
 
-@pytest.mark.parametrize("name", ["sudoku", "countdown"])
+def test_four_numbers_are_documents_with_their_steps():
+    """Steps are sums as they say, their expression is right, and few documents look alike."""
+    task, docs = TASKS["countdown4"], countdown4.generate(400, 0, held_out=False)
+    for doc in docs:
+        for step in doc["steps"]:
+            made, result = step.split("=")
+            tree = expression.parse(made)
+            assert tree is not None and expression.value(tree) == int(result)
+        assert len(doc["steps"]) == 3 and 1 <= doc["target"] <= countdown4.LARGEST
+        assert task.grade(doc, task.response(doc)) == {"solved": 1.0}
+        assert len(task.response(doc)) <= 54
+    assert {op for doc in docs for step in doc["steps"] for op in step if not op.isalnum()} == set(
+        "+-*/="
+    )
+    assert task.grade(docs[0], "\\boxed{1+1}") == {"solved": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("numbers", "steps", "written"),
+    [
+        ([8, 2, 3, 1], ["3+1=4", "8-4=4", "4*2=8"], "(8-(3+1))*2"),
+        ([8, 4, 2, 1], ["4/2=2", "8/2=4", "4-1=3"], "8/(4/2)-1"),
+        ([5, 6, 7, 8], ["8+7=15", "15+6=21", "21-5=16"], "8+7+6-5"),
+    ],
+)
+def test_steps_become_an_expression_with_the_parentheses_it_needs(numbers, steps, written):
+    doc = {"numbers": numbers, "target": int(steps[-1].split("=")[1]), "steps": steps}
+    assert countdown4.written(doc) == written
+    assert countdown4.grade(doc, countdown4.response(doc)) == {"solved": 1.0}
+    with pytest.raises(ValueError, match="a step takes 9, which is not among"):
+        countdown4.written(doc | {"steps": ["9+1=10"]})
+
+
+@pytest.mark.parametrize("name", ["sudoku", "countdown", "countdown4"])
 def test_the_same_seed_gives_the_same_documents(name):
     generate = TASKS[name].generate
     docs = generate(500, 11, held_out=False)
@@ -333,26 +366,29 @@ def test_the_stream_is_pinned():
     assert TASKS["countdown"].generate(2, 0, held_out=False) == PINNED["countdown"]
 
 
-@pytest.mark.parametrize(("name", "module"), [("sudoku", sudoku), ("countdown", countdown)])
-def test_held_out_documents_are_distinct_and_never_trained_on(name, module):
+KEYS = [("sudoku", sudoku.key), ("countdown", countdown.key), ("countdown4", countdown.key)]
+
+
+@pytest.mark.parametrize(("name", "key"), KEYS)
+def test_held_out_documents_are_distinct_and_never_trained_on(name, key):
     generate = TASKS[name].generate
-    kept = [module.key(doc) for doc in generate(300, 1, held_out=True)]
+    kept = [key(doc) for doc in generate(300, 1, held_out=True)]
     assert len(set(kept)) == 300
     for seed in (1, 2):
-        drawn = {module.key(doc) for doc in generate(10_000, seed, held_out=False)}
+        drawn = {key(doc) for doc in generate(10_000, seed, held_out=False)}
         assert not drawn & set(kept)
         assert not any(held_out.reserved(held_out.digest(key)) for key in drawn)
 
 
-@pytest.mark.parametrize(("name", "module"), [("sudoku", sudoku), ("countdown", countdown)])
-def test_listed_items_are_dropped_from_training(name, module, monkeypatch):
+@pytest.mark.parametrize(("name", "key"), KEYS)
+def test_listed_items_are_dropped_from_training(name, key, monkeypatch):
     generate = TASKS[name].generate
     before = generate(50, 4, held_out=False)
-    listed = {module.key(doc) for doc in before[:5]}
+    listed = {key(doc) for doc in before[:5]}
     monkeypatch.setattr(held_out, "listed", lambda: frozenset(map(held_out.digest, listed)))
     after = generate(50, 4, held_out=False)
-    assert not listed & {module.key(doc) for doc in after}
-    assert after[:45] == [doc for doc in before if module.key(doc) not in listed][:45]
+    assert not listed & {key(doc) for doc in after}
+    assert after[:45] == [doc for doc in before if key(doc) not in listed][:45]
 
 
 def test_the_key_ignores_the_order_of_the_numbers():
@@ -361,7 +397,7 @@ def test_the_key_ignores_the_order_of_the_numbers():
 
 
 def test_the_committed_list_is_well_formed():
-    assert len(held_out.listed()) == 756
+    assert len(held_out.listed()) == 1756
     assert held_out.digest("abc") == "ba7816bf8f01cfea"
     with pytest.raises(ValueError, match="line 2"):
         held_out.parse("# ok\nXYZ\n")
@@ -396,7 +432,7 @@ def read(name: str, folder: Path | None) -> list[dict]:
     return reader(folder)
 
 
-@pytest.mark.parametrize("name", ["sudoku_d1", "countdown_d1"])
+@pytest.mark.parametrize("name", ["sudoku_d1", "countdown_d1", "countdown4_dream"])
 def test_a_missing_file_is_an_error_that_says_what_to_do(name, tmp_path):
     with pytest.raises(FileNotFoundError, match="data=") as caught:
         read(name, tmp_path)
@@ -416,17 +452,25 @@ def test_small_files_are_read(tmp_path):
     file.write_text("[]\n")
     with pytest.raises(ValueError, match="must be a JSON object"):
         read("countdown_d1", tmp_path)
+    file = tmp_path / "countdown" / "dream_cd4_test.jsonl"
+    file.write_text('{"input": "8,2,3,1,8", "output": "3+1=4,8-4=4,4*2=8"}\n')
+    (doc,) = read("countdown4_dream", tmp_path)
+    assert doc == {"numbers": [8, 2, 3, 1], "target": 8, "steps": ["3+1=4", "8-4=4", "4*2=8"]}
+    file.write_text('{"input": "8,2,3,8", "output": "8-3=5"}\n')
+    with pytest.raises(ValueError, match="jsonl:1: a row is"):
+        read("countdown4_dream", tmp_path)
 
 
 def test_d1_files_match_the_committed_list(d1_folder):
     puzzles, sums = read("sudoku_d1", d1_folder), read("countdown_d1", d1_folder)
-    assert (len(puzzles), len(sums)) == (500, 256)
-    keys = {sudoku.key(doc) for doc in puzzles} | {countdown.key(doc) for doc in sums}
+    four = read("countdown4_dream", d1_folder)
+    assert (len(puzzles), len(sums), len(four)) == (500, 256, 1000)
+    keys = {sudoku.key(doc) for doc in puzzles} | {countdown.key(doc) for doc in sums + four}
     assert {held_out.digest(key) for key in keys} == held_out.listed()
     assert sum(len(sudoku.completions(doc["puzzle"])) > 1 for doc in puzzles) == 124
 
 
-@pytest.mark.parametrize("name", ["sudoku_d1", "countdown_d1"])
+@pytest.mark.parametrize("name", ["sudoku_d1", "countdown_d1", "countdown4_dream"])
 def test_training_answers_solve_d1(name, d1_folder):
     for doc in read(name, d1_folder):
         assert TASKS[name].grade(doc, TASKS[name].response(doc))["solved"] == 1.0
