@@ -326,7 +326,7 @@ def check(job: Job, config: EngineConfig) -> None:
             f"the {config.columns} columns of this engine; shorten one of them"
         )
     if not servable(setup):
-        raise ValueError("the engine does not serve these decoding settings: use engine=false")
+        raise ValueError("the engine does not serve these decoding settings: use engine=off")
     if setup.plan.cached and (needed := -(-job.end // config.page)) > config.pages:
         raise ValueError(
             f"a canvas of {job.end} columns needs {needed} pages of {config.page}, and the cache "
