@@ -6,11 +6,12 @@ python -m jdllm.serve model=inclusionAI/LLaDA2.0-mini host=0.0.0.0 api_key=SECRE
 """
 
 from jdllm.runtime import cli
-from jdllm.server.config import ServeConfig
+from jdllm.server.config import ServeConfig, need_packages
 
 
 def main(config: ServeConfig) -> None:
     """Serves until a signal asks to end; then what has begun is finished."""
+    need_packages()
     from jdllm.server.run import serve
 
     serve(config)

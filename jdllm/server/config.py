@@ -1,10 +1,18 @@
 """What a server is started with."""
 
 import dataclasses
+from importlib.util import find_spec
 
 from jdllm.arguments import ModelArgs
 from jdllm.decode import DecodeConfig
 from jdllm.engine import EngineConfig
+
+
+def need_packages() -> None:
+    """ValueError where the packages that serve HTTP are not installed."""
+    lost = [name for name in ("fastapi", "uvicorn", "prometheus_client") if not find_spec(name)]
+    if lost:
+        raise ValueError(f"serving needs {', '.join(lost)}: pip install 'jdllm[serve]'")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -76,7 +76,9 @@ def ask() -> str | None:
 @contextlib.contextmanager
 def own_server(config: ChatConfig) -> Iterator[tuple[str, str]]:
     """The address and the key of a server of this process, for as long as the block lasts."""
-    from jdllm.server.config import ServeConfig
+    from jdllm.server.config import ServeConfig, need_packages
+
+    need_packages()
     from jdllm.server.run import background, listen, prepare
 
     shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(ModelArgs)}

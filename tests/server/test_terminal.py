@@ -7,6 +7,7 @@ import pytest
 
 from jdllm import DecodeConfig
 from jdllm.llm import LLM
+from jdllm.server import config
 from jdllm.server.terminal import ChatConfig, chat, drawn
 from tests.server.conftest import Running
 from tests.support.tiny_models import write_small
@@ -42,3 +43,9 @@ def test_a_canvas_is_drawn():
 def test_a_model_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture):
     chat(ChatConfig(model=str(write_small(tmp_path / "small", 64)), prompt="1", max_tokens=4))
     assert capsys.readouterr().out.strip()
+
+
+def test_absent_packages_are_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(config, "find_spec", lambda name: name != "uvicorn")
+    with pytest.raises(ValueError, match=r"serving needs uvicorn: pip install 'jdllm\[serve\]'"):
+        chat(ChatConfig(prompt="1"))
