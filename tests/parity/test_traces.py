@@ -50,7 +50,7 @@ def draws(stored: Any, canvases: np.ndarray, mask_id: int) -> jax.Array | None:
 
 
 def thinned(cases: list[Any]) -> list[Any]:
-    """Returns the cases, but for every third of each family as slow ones: CI runs those, too."""
+    """Returns the cases, all but every third of each family marked slow."""
     seen: Counter[str] = Counter()
     kept = []
     for param in cases:
