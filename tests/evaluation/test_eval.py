@@ -33,7 +33,7 @@ LOOSE = DecodeConfig(gen_length=8, block_length=4, threshold=0.02)
 WORDS = ["decode.gen_length=8", "decode.block_length=4", "decode.threshold=0.02", "mesh=1x1"]
 ROW_KEYS = {
     "task", "doc_id", "sample", "prompt", "completion", "target", "metrics", "nfe", "tokens",
-    "seconds", "answer", "finish_reason", "choices",
+    "seconds", "answer", "finish_reason", "choices", "calls", "exits",
 }  # fmt: skip
 
 

@@ -244,7 +244,7 @@ def test_results_say_what_a_task_changed(llm: LLM):
 
 def test_pretrained_is_another_word_for_model(monkeypatch: pytest.MonkeyPatch, llm: LLM):
     asked: list[str] = []
-    monkeypatch.setattr(LLM, "load", lambda model, *_: asked.append(model) or llm)
+    monkeypatch.setattr(LLM, "load", lambda model, *_, **__: asked.append(model) or llm)
     JdllmLM.create_from_arg_string("pretrained=models/mine", {"batch_size": "auto:4"})
     JdllmLM.create_from_arg_string("model=models/mine", {"batch_size": 1})
     JdllmLM.create_from_arg_string("", {"batch_size": 1})

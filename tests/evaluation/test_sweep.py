@@ -182,7 +182,7 @@ def test_a_sweep_asks_the_verifier_where_its_rule_does(monkeypatch: pytest.Monke
     monkeypatch.setattr(LLM, "load", lambda *a: loads.append(a) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         sweeps.main(config)
-    assert loads == [("bundled", "auto", "auto", 0, "judge", (), "auto")]
+    assert loads == [("bundled", "auto", "auto", 0, "judge", (), "auto", None)]
 
 
 def test_a_plan_file(plan: Path):

@@ -119,7 +119,7 @@ def test_a_model_axis_sums_twice_a_layer(name: str, mesh: str):
         assert {x.kind for x in model} == {"all-reduce"}
         positions = 8 // shape["data"] * (OPTIONS.block_length or 0)
         assert [x.kind for x in head] == ["all-reduce"]
-        assert head[0].elements == 4 * shape["model"] * positions
+        assert head[0].elements == 5 * shape["model"] * positions
 
 
 @pytest.mark.parametrize(

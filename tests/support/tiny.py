@@ -97,6 +97,9 @@ def files(subjects: list[str]) -> dict[str, list[dict]]:
             {"Puzzle": "1030030100000000", "Solution": "1432234131244213"},
         ],
         "countdown/d1_cd3_test.jsonl": [{"input": "30,100,93", "output": "23"}],
+        "countdown/dream_cd4_test.jsonl": [
+            {"input": "8,2,3,1,8", "output": "3+1=4,8-4=4,4*2=8"},
+        ],
     }
     numbers = {"prompt": (2, 3), "test": (11, 2), "validation": (511, 1), "train": (601, 1)}
     for name, field in (("full", "text"), ("sanitized", "prompt")):
