@@ -261,6 +261,7 @@ def test_marks_do_not_show():
     assert unmarked(f"<{MARK}|eot_id|>") == "<|eot_id|>"
 
 
+@pytest.mark.slow
 def test_the_documented_example_runs(capsys: pytest.CaptureFixture):
     page = Path(__file__).parents[2] / "docs" / "generate.md"
     blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.M | re.S)

@@ -81,7 +81,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=pytest.mark.slow) if "wait" in c else c for c in CASES]
+    "case", [pytest.param(c, marks=pytest.mark.slow) if "edits" not in c else c for c in CASES]
 )
 def test_a_watched_run_is_the_run(case: str):
     kind, options = CASES[case]
@@ -115,6 +115,7 @@ def test_a_block_is_handed_out_before_the_next_one_runs():
     assert (first.tokens[-1, 5:] != TINY.mask_id).tolist() == [True] * 4 + [False] * 8
 
 
+@pytest.mark.slow
 def test_watching_on_a_mesh():
     """Rows and heads are split while blocks are handed out."""
     one = tiny("blocks")

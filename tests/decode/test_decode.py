@@ -16,6 +16,7 @@ from jdllm.llm import LLM
 from jdllm.model.config import NO_ID
 from jdllm.model.model import assemble, named
 from jdllm.parity import make_setup
+from tests.support.marks import quick
 from tests.support.tiny_models import TINY, canvases, random_prompts, tiny
 
 SHORT: dict[str, Any] = {"gen_length": 12, "block_length": 4}
@@ -40,7 +41,7 @@ def settled(case: str, **more: Any) -> tuple[LLM, DecodeConfig]:
     return tiny(kind, 3.0), config
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", quick(CASES, "default", "sampled", "blocks edited"))
 def test_row_is_the_same_alone_and_in_company(case: str):
     llm, config = settled(case)
     prompts = random_prompts(1, LENGTHS)

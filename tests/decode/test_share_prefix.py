@@ -161,6 +161,7 @@ def test_a_prompt_that_ends_with_a_block():
     assert shared == run(llm, prompts, dataclasses.replace(SHORT, **ALONE))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("mesh", ["4x2", "1x4"])
 def test_on_a_mesh(mesh: str):

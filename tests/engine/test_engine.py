@@ -61,6 +61,7 @@ def test_a_request_gets_what_it_gets_alone_by_other_rules(case: str):
     check_case(*MORE[case])
 
 
+@pytest.mark.slow
 def test_rows_that_lose_their_pages_go_on_as_if_nothing_was():
     llm = tiny("blocks", 1.5)
     jobs = [make(llm, setup_of(llm, **FULL), prompt) for prompt in PROMPTS]

@@ -80,6 +80,7 @@ def test_blockinfers_keys_and_sums(capsys: pytest.CaptureFixture):
     assert "latency p50, s" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_grid_imposes_its_schedule():
     words = ["blocks=8,16", "batches=2", "caches=none,dual", "tokens_per_step=4", "repeats=1"]
     words += ["model=random:tiny", "gen_length=16", "mesh=1x1", "output=grid.jsonl"]

@@ -282,6 +282,7 @@ def test_fingerprints_follow_content(llm: LLM):
     assert fingerprint(dataclasses.replace(llm.model, config=facts)) != llm.fingerprint()
 
 
+@pytest.mark.slow
 def test_replicas_share_every_batch(llm: LLM):
     """Rows are dealt out in turn, and a bucket's last batch needs no program of its own."""
     for rows, height, replicas in ((5, 8, 4), (8, 8, 2), (3, 4, 1), (7, 12, 4)):
@@ -296,6 +297,7 @@ def test_replicas_share_every_batch(llm: LLM):
     assert [one.ids for one in done] == [one.ids for one in llm.generate(prompts, LOOSE)]
 
 
+@pytest.mark.slow
 def test_examples_are_computed_once(journal: Journal, monkeypatch: pytest.MonkeyPatch):
     """Two tasks in one call, each with examples of its own; what it saved outlives a kill."""
     monkeypatch.setattr(batches, "WORTH", 1)

@@ -31,6 +31,7 @@ from jdllm.train.step import all_parameters
 from tests.parity import test_traces
 from tests.support.batches import batch_of
 from tests.support.collectives import Collective, in_loops
+from tests.support.marks import quick
 from tests.support.models import on_mesh, random_arrays
 from tests.support.recordings import ROOT, Case, has_ties, load, supported
 
@@ -101,7 +102,10 @@ OPTIONS = DecodeConfig(gen_length=16, block_length=8).resolve()
 
 @pytest.mark.parametrize(
     ("name", "mesh"),
-    [("multi-head", "1x8"), ("grouped", "2x4"), ("experts", "4x2"), ("tied", "2x4")],
+    quick(
+        [("multi-head", "1x8"), ("grouped", "2x4"), ("experts", "4x2"), ("tied", "2x4")],
+        ("grouped", "2x4"),
+    ),
 )
 def test_a_model_axis_sums_twice_a_layer(name: str, mesh: str):
     """An all-reduce a branch, one for the lookup and one for the head, of a few numbers."""
@@ -126,8 +130,8 @@ def test_a_model_axis_sums_twice_a_layer(name: str, mesh: str):
     ("name", "options"),
     [
         ("multi-head", {}),
-        ("experts", {}),
-        ("grouped", {"cache": "prefix", "cfg_scale": 1.0}),
+        pytest.param("experts", {}, marks=pytest.mark.slow),
+        pytest.param("grouped", {"cache": "prefix", "cfg_scale": 1.0}, marks=pytest.mark.slow),
         ("grouped", {"cache": "none", "temperature": 0.5}),
     ],
 )
@@ -149,6 +153,7 @@ def test_a_block_cache_asks_once_a_block_whether_to_write():
         assert [(x.kind, x.shape) for x in sent] == [("all-reduce", "pred[]")]
 
 
+@pytest.mark.slow
 def test_rules_that_read_logits_send_numbers_a_position():
     """XLA splits max, sum and argmax over slices of the vocabulary; logits stay where they are."""
     options = dataclasses.replace(OPTIONS, remasking="entropy")
@@ -306,8 +311,8 @@ LLADA = objective.OBJECTIVES["llada"]
 @pytest.mark.parametrize(
     ("name", "mesh"),
     [
-        pytest.param(n, m, marks=() if (n, m) in quick else pytest.mark.slow)
-        for quick in [{("grouped", "2x4"), ("experts", "4x2")}]
+        pytest.param(n, m, marks=() if (n, m) in default else pytest.mark.slow)
+        for default in [{("grouped", "2x4")}]
         for n in MODELS
         for m in MESHES
     ],
