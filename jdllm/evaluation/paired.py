@@ -32,6 +32,33 @@ def compare(rule: Sequence[bool], full: Sequence[bool]) -> Paired:
     return Paired(difference, spread, mcnemar(gained, lost), share, gained)
 
 
+class Weighed(NamedTuple):
+    """Verdicts of a rule beside a mixture of two others."""
+
+    accuracy: float
+    """Of the mixture."""
+    difference: float
+    """Accuracy of the rule minus that of the mixture."""
+    stderr: float
+    """Its standard error over the documents."""
+    p_value: float
+    """McNemar's exact test against the one that has the greater share."""
+
+
+def weigh(rule: Sequence[bool], low: Sequence[bool], high: Sequence[bool], share: float) -> Weighed:
+    """Returns the comparison with a mixture that has `share` of `high`, the rest of `low`.
+
+    That is what documents get, on average, of which that share is decoded in the one way.
+    """
+    mixed = [share * b + (1 - share) * a for a, b in zip(low, high, strict=True)]
+    gaps = [one - other for one, other in zip(rule, mixed, strict=True)]
+    n = len(gaps)
+    mean = sum(gaps) / n
+    spread = math.sqrt(sum((gap - mean) ** 2 for gap in gaps)) / n
+    nearer = high if share >= 0.5 else low
+    return Weighed(sum(mixed) / n, mean, spread, compare(rule, nearer).p_value)
+
+
 def mcnemar(gained: int, lost: int) -> float:
     """Returns how likely a split of the differing verdicts at least so uneven is by chance."""
     n = gained + lost
