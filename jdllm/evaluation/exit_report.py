@@ -134,15 +134,16 @@ def oracle_row(row: Row, steps: Sequence[int]) -> Row:
 
 
 def cells(rows: Sequence[Row]) -> list[list[str]]:
-    """Heads, then the rows as text; an absent number is a dash."""
+    """Heads, then the rows as text; an absent number is a dash, a column without any left out."""
+    shown = {
+        name: form for name, form in COLUMNS.items()
+        if any(row[name] not in (None, "") for row in rows)
+    }  # fmt: skip
     body = [
-        [
-            "-" if row[name] in (None, "") else form.format(row[name])
-            for name, form in COLUMNS.items()
-        ]
+        ["-" if row[name] in (None, "") else form.format(row[name]) for name, form in shown.items()]
         for row in rows
     ]
-    return [[name.replace("_", " ") for name in COLUMNS], *body]
+    return [[name.replace("_", " ") for name in shown], *body]
 
 
 def groups(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:

@@ -37,8 +37,8 @@ def planned(config: "SweepConfig") -> list[Planned]:
         found += [
             (task, length, entry, run_of(config, task, entry))
             for entry in exits.entries(
-                task, length, config.adapter, config.rules, config.maps, config.scales,
-                config.block,
+                task, length, config.adapter, config.rules, config.maps, config.schedules,
+                config.scales, config.block,
             )
         ]  # fmt: skip
     return found

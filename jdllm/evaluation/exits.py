@@ -75,9 +75,9 @@ def recorded_maps(adapter: Path | None) -> list[str]:
 
 def entries(
     task: str, length: int, adapter: Path | None, rules: str = "", maps: str = "",
-    scales: Sequence[float] = (), block: int = 0,
+    schedules: str = "", scales: Sequence[float] = (), block: int = 0,
 ) -> list[Entry]:  # fmt: skip
-    """All lines for a task and length, of those rules and maps that comma-separated patterns match.
+    """All lines for a task and length, of those that comma-separated patterns match.
 
     A rule with a threshold has a line for every one of the `scales` that multiply it.
     """
@@ -91,13 +91,14 @@ def entries(
             found += scaled(Entry(rule, name, schedule, decode), scales)
     more = "" if adapter else "; code and paper need adapter=FOLDER"
     found = matching(found, "rule", rules, (FULL, LAST_MASK), more)
-    return matching(found, "map", maps, ("",), more)
+    found = matching(found, "map", maps, ("",), more)
+    return matching(found, "schedule", schedules)
 
 
 def matching(
-    entries: Sequence[Entry], name: str, words: str, always: tuple[str, ...], more: str
+    entries: Sequence[Entry], name: str, words: str, always: tuple[str, ...] = (), more: str = ""
 ) -> list[Entry]:
-    """The entries whose rule or map is matched by comma-separated patterns; all without any."""
+    """The entries whose rule, map or schedule comma-separated patterns match; all without any."""
     if not words:
         return list(entries)
     known = dict.fromkeys(getattr(one, name) for one in entries)

@@ -16,7 +16,7 @@ from jdllm.decode import Exit
 from jdllm.decode.rules import make_exit
 from jdllm.evaluation.exit_report import Line
 from jdllm.evaluation.exits import FULL, MATCHED, Entry
-from jdllm.evaluation.paired import Weighed, compare, weigh
+from jdllm.evaluation.paired import Mixture, Weighed, compare, weigh
 
 
 def chosen(lines: Sequence[Line], slack: float) -> list[int]:
@@ -71,12 +71,16 @@ def whole(means: Sequence[float], total: int) -> list[int]:
     return found
 
 
+def mixture(line: Line, fixed: Sequence[Line]) -> Mixture:
+    """The verdicts of one or two fixed steps, in the shares that make as many calls as the line."""
+    if len(fixed) == 1:
+        return [(fixed[0].verdicts, 1.0)]
+    low, high = fixed
+    mean, less, more = (float(np.mean(one.steps)) for one in (line, low, high))
+    share = min(max((mean - less) / (more - less), 0.0), 1.0) if more > less else 0.0
+    return [(low.verdicts, 1 - share), (high.verdicts, share)]
+
+
 def against(line: Line, fixed: Sequence[Line]) -> Weighed | None:
     """A line beside the mixture of fixed steps that makes as many calls; None without them."""
-    if not fixed:
-        return None
-    low, high = fixed[0], fixed[-1]
-    means = [float(np.mean(one.steps)) for one in (line, low, high)]
-    span = means[2] - means[1]
-    share = min(max((means[0] - means[1]) / span, 0.0), 1.0) if span > 0 else 0.0
-    return weigh(line.verdicts, low.verdicts, high.verdicts, share)
+    return weigh(line.verdicts, mixture(line, fixed)) if fixed else None

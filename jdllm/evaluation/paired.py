@@ -45,18 +45,25 @@ class Weighed(NamedTuple):
     """McNemar's exact test against the one that has the greater share."""
 
 
-def weigh(rule: Sequence[bool], low: Sequence[bool], high: Sequence[bool], share: float) -> Weighed:
-    """Returns the comparison with a mixture that has `share` of `high`, the rest of `low`.
+Mixture = Sequence[tuple[Sequence[bool], float]]
+"""Verdicts of several ways on the same documents, and the share of the documents that each has."""
 
-    That is what documents get, on average, of which that share is decoded in the one way.
-    """
-    mixed = [share * b + (1 - share) * a for a, b in zip(low, high, strict=True)]
-    gaps = [one - other for one, other in zip(rule, mixed, strict=True)]
+
+def mixed(ways: Mixture) -> list[float]:
+    """Returns what each document gets on average, which is in each way with that probability."""
+    shares = [share for _, share in ways]
+    return [math.sumprod(own, shares) for own in zip(*(way for way, _ in ways), strict=True)]
+
+
+def weigh(rule: Sequence[bool], ways: Mixture) -> Weighed:
+    """Returns the comparison of verdicts with a mixture on the same documents."""
+    other = mixed(ways)
+    gaps = [one - two for one, two in zip(rule, other, strict=True)]
     n = len(gaps)
     mean = sum(gaps) / n
     spread = math.sqrt(sum((gap - mean) ** 2 for gap in gaps)) / n
-    nearer = high if share >= 0.5 else low
-    return Weighed(sum(mixed) / n, mean, spread, compare(rule, nearer).p_value)
+    nearest, _ = max(ways, key=lambda way: way[1])
+    return Weighed(sum(other) / n, mean, spread, compare(rule, nearest).p_value)
 
 
 def mcnemar(gained: int, lost: int) -> float:

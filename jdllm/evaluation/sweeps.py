@@ -39,6 +39,8 @@ class SweepConfig(TaskArgs):
     """plan=edit: patterns of rules, with commas: code,paper,step-* (default: all)."""
     maps: str = ""
     """plan=edit: patterns of maps, with commas (default: all that the adapter has)."""
+    schedules: str = ""
+    """plan=edit: patterns of schedules, with commas (default: gaussian and uniform)."""
     block: int = 0
     """plan=edit: columns of a block (default: EDIT's)."""
     scales: tuple[float, ...] = ()
@@ -69,7 +71,7 @@ class SweepConfig(TaskArgs):
                 raise ValueError(f"scales= halve the documents; limit={self.limit} must be above 1")
             exit_sweep.planned(self)  # every mistake is found here
             return
-        for name in ("lengths", "rules", "maps", "block", "scales"):
+        for name in ("lengths", "rules", "maps", "schedules", "block", "scales"):
             if getattr(self, name):
                 raise ValueError(f"{name}= belongs to plan=edit; leave it out")
         plan = self.chosen()

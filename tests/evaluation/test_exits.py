@@ -142,21 +142,21 @@ Line = exit_sweep.Line
 def test_a_mixture_of_two_ways_by_hand():
     rule = [True, True, False, True]
     low, high = [True, False, False, False], [True, True, False, False]
-    found = weigh(rule, low, high, 0.25)
+    found = weigh(rule, [(low, 0.75), (high, 0.25)])
     assert found.accuracy == pytest.approx(0.25 + 0.25 / 4)
     gaps = np.array([0, 0.75, 0, 1])
     assert found.difference == pytest.approx(gaps.mean())
     assert found.stderr == pytest.approx(gaps.std() / 2)
     assert found.p_value == compare(rule, low).p_value
-    assert weigh(rule, low, high, 1.0).p_value == compare(rule, high).p_value
+    assert weigh(rule, [(low, 0.0), (high, 1.0)]).p_value == compare(rule, high).p_value
 
 
 def test_edit_multiplies_the_threshold_of_each_rule(tmp_path: Path):
     write_dynamics(tmp_path, {"mean": {"layers.0.attention.q": np.ones((2, 1))}},
                    {"windows": ["mean"]})  # fmt: skip
     found = exits.entries("countdown", 256, tmp_path, "code,unchanged,klass,step-0.5", "mean",
-                          (0.5, 2.0), block=32)  # fmt: skip
-    own = [one for one in found if one.schedule == "gaussian"]
+                          "gaussian", (0.5, 2.0), 32)  # fmt: skip
+    own = found
     assert [(one.rule, one.map, one.scale) for one in own] == [
         ("full", "", 1.0), ("last-mask", "", 1.0), ("code", "mean", 0.5), ("code", "mean", 2.0),
         ("step-0.5", "", 1.0), ("unchanged", "", 0.5), ("unchanged", "", 2.0),
@@ -166,6 +166,8 @@ def test_edit_multiplies_the_threshold_of_each_rule(tmp_path: Path):
     assert [one.decode.exit.threshold for one in own[5:7]] == [(0.025,), (0.1,)]
     assert [one.decode.klass.kl for one in own[7:]] == [0.0075, 0.03]
     assert all(one.decode.resolve().block_length == 32 for one in own)
+    with pytest.raises(ValueError, match="schedules=even matches no schedule; there are gaussian"):
+        exits.entries("countdown", 256, tmp_path, schedules="even")
     with pytest.raises(ValueError, match="maps=late matches no map; there are mean, weights"):
         exits.entries("countdown", 256, tmp_path, "", "late")
 
