@@ -4,30 +4,36 @@ import csv
 import dataclasses
 import html
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from jdllm.evaluation.exits import CURVE, FULL, LAST_MASK, Entry
-from jdllm.evaluation.paired import compare, percentile
+from jdllm.evaluation.paired import Weighed, compare, percentile
 from jdllm.evaluation.report import STYLE, can_plot
 from jdllm.evaluation.results import TaskResult
 from jdllm.runtime.files import atomic_file
 
 Row = dict[str, Any]
 COLUMNS = {  # column of the table -> how a value is written
-    "schedule": "{}", "rule": "{}", "map": "{}", "n": "{}", "accuracy": "{:.1f}",
+    "schedule": "{}", "rule": "{}", "map": "{}", "scale": "{:g}", "n": "{}", "accuracy": "{:.1f}",
     "stderr": "{:.1f}", "difference": "{:+.1f}", "difference_stderr": "{:.1f}", "p": "{:.3f}",
     "lost": "{:.1f}", "steps": "{:.1f}", "p10": "{:.0f}", "p90": "{:.0f}", "exited": "{:.0f}",
+    "fixed": "{:.1f}", "above": "{:+.1f}", "above_stderr": "{:.1f}", "above_p": "{:.3f}",
     "forwards": "{}", "seconds": "{:.1f}", "tokens_per_second": "{:.0f}", "peak_mib": "{:.0f}",
     "rule_cost": "{:+.1f}",
 }  # fmt: skip
 MEANING = (
     "difference, in points of accuracy, and p (McNemar's exact test) are paired with full decoding "
-    "under the same schedule; lost is the share of its right answers that a rule has wrong; steps "
-    "are model calls per document (mean, 10th and 90th percentile); exited is the share of blocks "
-    "that were left early; rule cost is what a call takes longer than without a rule. All shares "
-    "are percent. Peak memory is that of the process so far."
+    "under the same schedule; scale is what the usual threshold was multiplied by; lost is the "
+    "share of its right answers that a rule has wrong; steps are model calls per document (mean, "
+    "10th and 90th percentile); exited is the share of blocks that were left early; fixed is the "
+    "accuracy of leaving every block at a step of its own, the same for all documents, with as "
+    "many calls on average (a mixture of two neighbours); above is what the rule has more, with "
+    "its standard error, and p against the nearer neighbour; rule cost is what a call takes longer "
+    "than without a rule. All shares are percent. Seconds, rates and rule cost are of all "
+    "documents of a run. Peak memory is that of the process so far."
 )
 
 
@@ -47,6 +53,28 @@ class Line:
         """Whether each sample is right."""
         return [sample.metrics[self.result.metric] == 1 for sample in self.result.samples]
 
+    def on(self, half: int | None) -> Self:
+        """The line of every other document, from number 0 or 1; the same of all where None.
+
+        What it cost stays that of all.
+        """
+        if half is None:
+            return self
+        result, n = self.result, len(self.result.samples[half::2])
+        own = dataclasses.replace(result, samples=result.samples[half::2])
+        mean = sum(sample.metrics[result.metric] for sample in own.samples) / n
+        error = math.sqrt(mean * (1 - mean) / max(n - 1, 1))
+        own = dataclasses.replace(
+            own, metrics=result.metrics | {result.metric: mean},
+            stderr=result.stderr | {result.metric: error},
+        )  # fmt: skip
+        return dataclasses.replace(self, result=own)
+
+    def beside(self, other: "Line") -> bool:
+        """Whether the two are compared: of the same task, length and schedule."""
+        mine, theirs = ((line.task, line.length, line.entry.schedule) for line in (self, other))
+        return mine == theirs
+
     @property
     def steps(self) -> list[int]:
         """Model calls of each sample."""
@@ -59,15 +87,16 @@ class Line:
         return speed.seconds / speed.calls if speed.calls else 0.0
 
 
-def row_of(line: Line, full: Line, plain: Line) -> Row:
-    """What the table says of a run beside full decoding, and beside decoding without a rule."""
+def row_of(line: Line, full: Line, plain: Line, fixed: Weighed | None) -> Row:
+    """What the table says of a run beside full decoding, decoding without a rule, fixed steps."""
     own, entry, result = compare(line.verdicts, full.verdicts), line.entry, line.result
     blocks = sum(len(sample.calls) for sample in result.samples)
     exits = sum(len(sample.exits) for sample in result.samples)
     base, error = plain.seconds_per_call, result.stderr.get(result.metric)
+    beside = (None,) * 4 if fixed is None else (*(100 * x for x in fixed[:3]), fixed.p_value)
     return {
         "task": line.task, "length": line.length, "schedule": entry.schedule, "rule": entry.rule,
-        "map": entry.map, "n": result.documents,
+        "map": entry.map, "scale": entry.scale, "n": result.documents,
         "accuracy": 100 * result.metrics[result.metric],
         "stderr": None if error is None else 100 * error,
         "difference": 100 * own.difference, "difference_stderr": 100 * own.stderr,
@@ -75,26 +104,23 @@ def row_of(line: Line, full: Line, plain: Line) -> Row:
         "steps": sum(line.steps) / len(line.steps),
         "p10": percentile(line.steps, 10), "p90": percentile(line.steps, 90),
         "exited": 100 * exits / blocks if blocks else 0.0,
-        "forwards": result.speed.nfe, "seconds": result.speed.seconds,
+        **dict(zip(("fixed", "above", "above_stderr", "above_p"), beside, strict=True)),
+        "forwards": sum(line.steps), "seconds": result.speed.seconds,
         "tokens_per_second": result.speed.tokens_per_second,
         "peak_mib": None if line.peak is None else line.peak / 2**20,
         "rule_cost": 100 * (line.seconds_per_call / base - 1) if base else None,
     }  # fmt: skip
 
 
-def rows_of(lines: Sequence[Line]) -> list[Row]:
+def rows_of(lines: Sequence[Line], fixed: Sequence[Weighed | None] = ()) -> list[Row]:
     """Rows of all lines; those of a task, length and schedule are compared with each other."""
     found = []
-    for line in lines:
-        same = [
-            other for other in lines
-            if (other.task, other.length, other.entry.schedule)
-            == (line.task, line.length, line.entry.schedule)
-        ]  # fmt: skip
+    for line, beside in zip(lines, fixed or [None] * len(lines), strict=True):
         full, plain = (
-            next(other for other in same if other.entry.rule == rule) for rule in (FULL, LAST_MASK)
+            next(other for other in lines if other.entry.rule == rule and other.beside(line))
+            for rule in (FULL, LAST_MASK)
         )
-        found.append(row_of(line, full, plain))
+        found.append(row_of(line, full, plain, beside))
     return found
 
 
@@ -108,15 +134,16 @@ def oracle_row(row: Row, steps: Sequence[int]) -> Row:
 
 
 def cells(rows: Sequence[Row]) -> list[list[str]]:
-    """Heads, then the rows as text; an absent number is a dash."""
+    """Heads, then the rows as text; an absent number is a dash, a column without any left out."""
+    shown = {
+        name: form for name, form in COLUMNS.items()
+        if any(row[name] not in (None, "") for row in rows)
+    }  # fmt: skip
     body = [
-        [
-            "-" if row[name] in (None, "") else form.format(row[name])
-            for name, form in COLUMNS.items()
-        ]
+        ["-" if row[name] in (None, "") else form.format(row[name]) for name, form in shown.items()]
         for row in rows
     ]
-    return [[name.replace("_", " ") for name in COLUMNS], *body]
+    return [[name.replace("_", " ") for name in shown], *body]
 
 
 def groups(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:
@@ -184,23 +211,31 @@ def figure(rows: Sequence[Row], lines: Sequence[Line]) -> bytes:
     return data.getvalue()
 
 
+def sheet(rows: Sequence[Row]) -> bytes:
+    """The rows as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
 def write(
     folder: Path,
     rows: Sequence[Row],
     lines: Sequence[Line],
     alignment: Mapping[str, Mapping[str, float]],
     facts: Mapping[str, Any],
+    tried: Sequence[Row] = (),
 ) -> list[str]:
     """Writes table.md, table.csv, report.html and, with matplotlib, a PNG per task and length.
 
-    Returns their names.
+    tried.csv has the rows by which thresholds were chosen, if they were. Returns the names.
     """
-    sheet = io.StringIO()
-    writer = csv.DictWriter(sheet, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
     text = markdown(rows, alignment)
-    outputs = {"table.md": text.encode(), "table.csv": sheet.getvalue().encode()}
+    outputs = {"table.md": text.encode(), "table.csv": sheet(rows)}
+    if tried:
+        outputs["tried.csv"] = sheet(tried)
     for (task, length), own in groups(rows).items() if can_plot() else ():
         same = [line for line in lines if (line.task, line.length) == (task, length)]
         outputs[f"{task}-{length}.png"] = figure(own, same)

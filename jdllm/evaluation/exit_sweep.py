@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from jdllm.decode import DecodeConfig
-from jdllm.evaluation import exit_report, exits, oracle
+from jdllm.evaluation import exit_report, exits, held_out, oracle
 from jdllm.evaluation.config import EvalConfig
 from jdllm.evaluation.exit_report import Line
 from jdllm.evaluation.exits import LAST_MASK, Entry
+from jdllm.evaluation.paired import Weighed
 from jdllm.evaluation.results import Sample
 from jdllm.evaluation.run import evaluate
 from jdllm.runtime import cli, sharding
@@ -33,11 +34,21 @@ def planned(config: "SweepConfig") -> list[Planned]:
     tasks = (config.task or exits.TASKS).split(",")
     found = []
     for task, length in itertools.product(tasks, config.lengths or exits.LENGTHS):
-        for entry in exits.entries(task, length, config.adapter, config.rules):
-            own: dict[str, Any] = {"task": task, "decode": entry.decode, "verifier": None}
-            own["model"] = config.model or "bundled"
-            found.append((task, length, entry, EvalConfig(**config.shared() | own)))
+        found += [
+            (task, length, entry, run_of(config, task, entry))
+            for entry in exits.entries(
+                task, length, config.adapter, config.rules, config.maps, config.schedules,
+                config.scales, config.block,
+            )
+        ]  # fmt: skip
     return found
+
+
+def run_of(config: "SweepConfig", task: str, entry: Entry) -> EvalConfig:
+    """The evaluation of a line of the comparison; ValueError where it cannot be."""
+    own: dict[str, Any] = {"task": task, "decode": entry.decode, "verifier": None}
+    own["model"] = config.model or "bundled"
+    return EvalConfig(**config.shared() | own)
 
 
 def peak_bytes() -> int:
@@ -50,19 +61,39 @@ def peak_bytes() -> int:
 
 def perform(runs: Sequence[Planned], llm: Any, journal: Journal) -> Iterator[Line]:
     """Runs what the journal does not hold yet, and yields every line."""
-    with Bar(total=len(runs), unit="run", desc="exits") as bar:
+    with Bar(total=len(runs), unit="run", desc="exits", disable=not runs) as bar:
         for task, length, entry, run in runs:
             bar.set_postfix_str(f"{task} {length} {entry.schedule} {entry.rule} {entry.map}")
             _, (result,) = evaluate(run, journal, llm, leave=False)
             line = Line(task, length, entry, result, peak_bytes())
             steps = sum(line.steps) / len(line.steps)
             bar.write(
-                f"{task} {length} {entry.schedule} {entry.rule} {entry.map}: "
+                f"{task} {length} {entry.schedule} {entry.rule} {entry.map} x{entry.scale:g}: "
                 f"{100 * result.metrics[result.metric]:.1f} %, {steps:.1f} steps",
                 file=sys.stderr,
             )
             bar.update(1)
             yield line
+
+
+def fixed_steps(
+    config: "SweepConfig", lines: Sequence[Line], llm: Any, journal: Journal, half: int | None
+) -> list[Weighed | None]:
+    """Every line beside fixed steps with as many calls on the documents of a half, or on all."""
+    wanted = [held_out.matched(line) for line in lines]
+    runs: list[Planned] = [
+        (line.task, line.length, entry, run_of(config, line.task, entry))
+        for line, entries in zip(lines, wanted, strict=True)
+        for entry in entries
+    ]
+    different = {entry.decode: (task, n, entry, run) for task, n, entry, run in runs}
+    done = {
+        line.entry.decode: line.on(half) for line in perform(list(different.values()), llm, journal)
+    }
+    return [
+        held_out.against(line, [done[entry.decode] for entry in entries])
+        for line, entries in zip(lines, wanted, strict=True)
+    ]
 
 
 def oracle_rows(
@@ -105,10 +136,15 @@ def main(config: "SweepConfig") -> list[str]:
         run.load_task(run.task)  # before a model is loaded
     journal = Journal(config.output / FINISHED)
     llm = runs[0][3].load_llm()
-    lines = list(perform(runs, llm, journal))
-    rows = exit_report.rows_of(lines)
+    lines, half, tried = list(perform(runs, llm, journal)), None, []
+    if config.scales:
+        tried = exit_report.rows_of([line.on(0) for line in lines])
+        places = held_out.chosen([line.on(0) for line in lines], config.slack)
+        half, runs, lines = 1, [runs[i] for i in places], [lines[i].on(1) for i in places]
+    fixed = fixed_steps(config, lines, llm, journal, half)
+    rows = exit_report.rows_of(lines, fixed)
     rows += oracle_rows(lines, rows, runs, llm)
     facts = {"command": cli.command(config, "jdllm.sweep"), **environment()}
     facts["mesh"] = sharding.describe(sharding.parse_mesh(config.mesh))
     facts["config"] = dataclasses.asdict(config)
-    return exit_report.write(config.output, rows, lines, alignments(runs, llm), facts)
+    return exit_report.write(config.output, rows, lines, alignments(runs, llm), facts, tried)

@@ -32,6 +32,40 @@ def compare(rule: Sequence[bool], full: Sequence[bool]) -> Paired:
     return Paired(difference, spread, mcnemar(gained, lost), share, gained)
 
 
+class Weighed(NamedTuple):
+    """Verdicts of a rule beside a mixture of two others."""
+
+    accuracy: float
+    """Of the mixture."""
+    difference: float
+    """Accuracy of the rule minus that of the mixture."""
+    stderr: float
+    """Its standard error over the documents."""
+    p_value: float
+    """McNemar's exact test against the one that has the greater share."""
+
+
+Mixture = Sequence[tuple[Sequence[bool], float]]
+"""Verdicts of several ways on the same documents, and the share of the documents that each has."""
+
+
+def mixed(ways: Mixture) -> list[float]:
+    """Returns what each document gets on average, which is in each way with that probability."""
+    shares = [share for _, share in ways]
+    return [math.sumprod(own, shares) for own in zip(*(way for way, _ in ways), strict=True)]
+
+
+def weigh(rule: Sequence[bool], ways: Mixture) -> Weighed:
+    """Returns the comparison of verdicts with a mixture on the same documents."""
+    other = mixed(ways)
+    gaps = [one - two for one, two in zip(rule, other, strict=True)]
+    n = len(gaps)
+    mean = sum(gaps) / n
+    spread = math.sqrt(sum((gap - mean) ** 2 for gap in gaps)) / n
+    nearest, _ = max(ways, key=lambda way: way[1])
+    return Weighed(sum(other) / n, mean, spread, compare(rule, nearest).p_value)
+
+
 def mcnemar(gained: int, lost: int) -> float:
     """Returns how likely a split of the differing verdicts at least so uneven is by chance."""
     n = gained + lost

@@ -37,6 +37,17 @@ class SweepConfig(TaskArgs):
     """plan=edit: lengths of completions (default: 128,256,512)."""
     rules: str = ""
     """plan=edit: patterns of rules, with commas: code,paper,step-* (default: all)."""
+    maps: str = ""
+    """plan=edit: patterns of maps, with commas (default: all that the adapter has)."""
+    schedules: str = ""
+    """plan=edit: patterns of schedules, with commas (default: gaussian and uniform)."""
+    block: int = 0
+    """plan=edit: columns of a block (default: EDIT's)."""
+    scales: tuple[float, ...] = ()
+    """plan=edit: what usual thresholds are multiplied by: 0.25,0.5,1,2. Each rule's best on every
+    other document is reported on the rest (default: usual thresholds, on all documents)."""
+    slack: float = 1.0
+    """plan=edit: points of accuracy that a rule may lose where its threshold is chosen."""
     edit_folder: Path | None = None
     """A folder that EDIT's own eval has left: its accuracies and steps are counted, nothing is run.
     """
@@ -51,10 +62,18 @@ class SweepConfig(TaskArgs):
             raise ValueError(f"edit_folder={self.edit_folder} is no folder; name one of EDIT's")
         if self.compares_exits:
             self.check_tasks((self.task or exits.TASKS).split(","))
+            if any(scale <= 0 for scale in self.scales) or self.block < 0 or self.slack < 0:
+                raise ValueError(
+                    f"scales={self.scales} must be above 0, block={self.block} and "
+                    f"slack={self.slack} 0 or more"
+                )
+            if self.scales and (self.limit or 2) < 2:
+                raise ValueError(f"scales= halve the documents; limit={self.limit} must be above 1")
             exit_sweep.planned(self)  # every mistake is found here
             return
-        if self.lengths or self.rules:
-            raise ValueError("lengths= and rules= belong to plan=edit; leave them out")
+        for name in ("lengths", "rules", "maps", "schedules", "block", "scales"):
+            if getattr(self, name):
+                raise ValueError(f"{name}= belongs to plan=edit; leave it out")
         plan = self.chosen()
         self.check_tasks(plan.tasks)
         check_verifier(self.verifier, plan.settings)

@@ -9,10 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jdllm.decode import DecodeConfig
 from jdllm.decode.aims import MAPS
-from jdllm.evaluation import edit_folder, exit_sweep, exits, run, sweeps
+from jdllm.evaluation import edit_folder, exit_sweep, exits, held_out, run, sweeps
 from jdllm.evaluation.oracle import answers, settled
-from jdllm.evaluation.paired import compare, mcnemar, percentile
+from jdllm.evaluation.paired import compare, mcnemar, percentile, weigh
+from jdllm.evaluation.results import Sample, TaskResult
+from jdllm.evaluation.speed import Speed
 from jdllm.runtime import cli
 from jdllm.store.dynamics import write_dynamics
 from jdllm.viz.trace import Record
@@ -110,18 +113,124 @@ def test_edit_sweep_of_a_small_model(tmp_path: Path, monkeypatch, capsys):
     full, last, early = rows[:3]
     assert float(full["steps"]) == 8 > float(last["steps"]) >= float(early["steps"])
     assert float(early["exited"]) == 100 and float(last["exited"]) == 0
-    assert "McNemar" in capsys.readouterr().out
+    assert "McNemar" in capsys.readouterr().out and not early["fixed"]
     done = len((tmp_path / "out" / "finished.jsonl").read_text().splitlines())
     sweeps.main(cli.parse(sweeps.SweepConfig, words))  # nothing is left to do
     assert len((tmp_path / "out" / "finished.jsonl").read_text().splitlines()) == done
 
 
+def test_edit_sweep_chooses_thresholds_on_the_other_half(tmp_path: Path, monkeypatch):
+    for module in (run, sweeps):
+        monkeypatch.setattr(module, "enable_compilation_cache", lambda: None)
+    model = write_small(tmp_path / "model", 32)
+    words = ["plan=edit", f"model={model}", "task=sudoku", "lengths=16", "rules=sched", "limit=3",
+             "scales=0.001,1000", f"output={tmp_path / 'out'}"]  # fmt: skip
+    sweeps.main(cli.parse(sweeps.SweepConfig, words))
+    rows, tried = (
+        list(csv.DictReader((tmp_path / "out" / name).read_text().splitlines()))
+        for name in ("table.csv", "tried.csv")
+    )
+    own = [row for row in rows if row["rule"] == "sched"]
+    assert [(row["n"], row["scale"]) for row in own] == [("1", "0.001")] * 2  # it costs nothing
+    assert [row["n"] for row in tried if row["rule"] == "sched"] == ["2"] * 4
+    assert all(float(row["steps"]) == 1 and row["above"] == "0.0" for row in own)
+
+
 Line = exit_sweep.Line
 
 
-def test_edit_lengths_and_rules_belong_to_its_plan():
+def test_a_mixture_of_two_ways_by_hand():
+    rule = [True, True, False, True]
+    low, high = [True, False, False, False], [True, True, False, False]
+    found = weigh(rule, [(low, 0.75), (high, 0.25)])
+    assert found.accuracy == pytest.approx(0.25 + 0.25 / 4)
+    gaps = np.array([0, 0.75, 0, 1])
+    assert found.difference == pytest.approx(gaps.mean())
+    assert found.stderr == pytest.approx(gaps.std() / 2)
+    assert found.p_value == compare(rule, low).p_value
+    assert weigh(rule, [(low, 0.0), (high, 1.0)]).p_value == compare(rule, high).p_value
+
+
+def test_edit_multiplies_the_threshold_of_each_rule(tmp_path: Path):
+    write_dynamics(tmp_path, {"mean": {"layers.0.attention.q": np.ones((2, 1))}},
+                   {"windows": ["mean"]})  # fmt: skip
+    found = exits.entries("countdown", 256, tmp_path, "code,unchanged,klass,step-0.5", "mean",
+                          "gaussian", (0.5, 2.0), 32)  # fmt: skip
+    own = found
+    assert [(one.rule, one.map, one.scale) for one in own] == [
+        ("full", "", 1.0), ("last-mask", "", 1.0), ("code", "mean", 0.5), ("code", "mean", 2.0),
+        ("step-0.5", "", 1.0), ("unchanged", "", 0.5), ("unchanged", "", 2.0),
+        ("klass", "", 0.5), ("klass", "", 2.0),
+    ]  # fmt: skip
+    assert [one.decode.exit.threshold for one in own[2:4]] == [(0.025, 0.275), (0.1, 1.1)]
+    assert [one.decode.exit.threshold for one in own[5:7]] == [(0.025,), (0.1,)]
+    assert [one.decode.klass.kl for one in own[7:]] == [0.0075, 0.03]
+    assert all(one.decode.resolve().block_length == 32 for one in own)
+    with pytest.raises(ValueError, match="schedules=even matches no schedule; there are gaussian"):
+        exits.entries("countdown", 256, tmp_path, schedules="even")
+    with pytest.raises(ValueError, match="maps=late matches no map; there are mean, weights"):
+        exits.entries("countdown", 256, tmp_path, "", "late")
+
+
+def line_of(rule: str, verdicts: list[int], calls: list[list[int]], **facts: float):
+    """A line of made-up samples."""
+    settings = facts.pop("settings", None) or {}
+    samples = [
+        Sample("sudoku", i, 0, "", "", "", {"solved": float(ok)}, sum(own), 1, 0.0, calls=own)
+        for i, (ok, own) in enumerate(zip(verdicts, calls, strict=True))
+    ]
+    result = TaskResult("sudoku", "solved", {"solved": 0.0}, {"solved": 0.0}, samples, Speed(), {})
+    entry = exits.Entry(rule, "", "gaussian", DecodeConfig.of(settings), **facts)
+    return Line("sudoku", 16, entry, result)
+
+
+def test_the_threshold_with_the_fewest_steps_within_the_slack_is_chosen():
+    full = line_of("full", [1, 1, 1, 1], [[8]] * 4)
+    loses = line_of("entropy", [1, 0, 1, 1], [[2]] * 4, scale=4.0)
+    quick = line_of("entropy", [1, 1, 1, 1], [[5]] * 4, scale=2.0)
+    slow = line_of("entropy", [1, 1, 1, 1], [[7]] * 4, scale=1.0)
+    lines = [full, slow, quick, loses]
+    assert held_out.chosen(lines, slack=1.0) == [0, 2]
+    assert held_out.chosen(lines, slack=25.0) == [0, 3]
+    bad = line_of("sched", [0, 0, 0, 0], [[1]] * 4), line_of("sched", [1, 0, 0, 0], [[3]] * 4)
+    assert held_out.chosen([full, *bad], slack=1.0) == [0, 2]  # none is good: the most accurate
+
+
+def test_fixed_steps_make_as_many_calls_as_the_rule():
+    """Two neighbours around the mean, per block; a mixture of them has the mean itself."""
+    assert held_out.whole([3.7, 4.2], 7) == [3, 4] and held_out.whole([3.7, 4.2], 8) == [4, 4]
+    own = {"exit.mode": "entropy", "exit.polish": (2,)}
+    calls = [[4, 4], [4, 5], [3, 4], [4, 4]]  # 3.75 and 4.25, 8 together
+    (one,) = held_out.matched(line_of("entropy", [1] * 4, calls, settings=own))
+    assert one.rule == exits.MATCHED and one.decode.exit.mode == "step"
+    assert one.decode.exit.threshold == (2.0, 2.0) and one.decode.exit.polish == (2,)
+    calls[2] = [4, 5]
+    line = line_of("entropy", [1, 1, 0, 1], calls, settings=own)
+    low, high = held_out.matched(line)
+    assert (low.decode.exit.threshold, high.decode.exit.threshold) == ((2.0, 2.0), (2.0, 3.0))
+    fixed = [line_of(one.rule, ok, [[n]] * 4) for one, ok, n in
+             ((low, [0] * 4, 8), (high, [1, 1, 0, 0], 9))]  # fmt: skip
+    found = held_out.against(line, fixed)
+    assert found and found.accuracy == pytest.approx(0.25)  # half of 0 and half of 1/2
+    assert held_out.matched(fixed[0]) == () and held_out.against(line, []) is None
+
+
+def test_a_line_is_halved():
+    line = line_of("full", [1, 0, 1, 1, 1], [[1], [2], [3], [4], [5]])
+    first, second = line.on(0), line.on(1)
+    assert first.verdicts == [True, True, True] and second.verdicts == [False, True]
+    assert second.steps == [2, 4] and second.result.metrics["solved"] == 0.5
+    assert second.result.stderr["solved"] == pytest.approx(0.5) and line.on(None) is line
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["plan=bundled", "lengths=16"], ["plan=tune", "scales=1"], ["plan=edit", "scales=-1"],
+     ["plan=edit", "scales=1,2", "limit=1"]],
+)  # fmt: skip
+def test_edit_settings_that_cannot_be(words: list[str]):
     with pytest.raises(SystemExit):
-        cli.parse(sweeps.SweepConfig, ["plan=bundled", "lengths=16"])
+        cli.parse(sweeps.SweepConfig, words)
 
 
 def write_run(folder: Path, name: str, length: int, rows: list[dict]) -> Path:
