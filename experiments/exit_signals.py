@@ -265,7 +265,7 @@ def curves(data: Recorded, every: dict[str, Stops]) -> bytes:
                 (own.mean(), 100 * np.mean(data.right_DS[rows, own - 1])) for _, own in every[name]
             ]
             style = "-" if name.endswith(("mean", "late", "ema", "momentum")) else "--"
-            color = f"C{number}" if number < 7 else ("black", "gold", "magenta", "navy")[number - 7]
+            color = f"C{number}" if number < 7 else ("gray", "gold", "magenta", "navy")[number - 7]
             panel.plot(
                 *zip(*sorted(spots), strict=True), style, marker=".", label=name, color=color
             )

@@ -5,6 +5,7 @@ import json
 import os
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -172,15 +173,17 @@ def test_edit_multiplies_the_threshold_of_each_rule(tmp_path: Path):
         exits.entries("countdown", 256, tmp_path, "", "late")
 
 
-def line_of(rule: str, verdicts: list[int], calls: list[list[int]], **facts: float):
-    """A line of made-up samples."""
-    settings = facts.pop("settings", None) or {}
+def line_of(
+    rule: str, verdicts: list[int], calls: list[list[int]], scale: float = 1.0, **settings: Any
+) -> exit_sweep.Line:
+    """A line of made-up samples; words with two underscores are settings with dots."""
+    settings = {name.replace("__", "."): value for name, value in settings.items()}
     samples = [
         Sample("sudoku", i, 0, "", "", "", {"solved": float(ok)}, sum(own), 1, 0.0, calls=own)
         for i, (ok, own) in enumerate(zip(verdicts, calls, strict=True))
     ]
     result = TaskResult("sudoku", "solved", {"solved": 0.0}, {"solved": 0.0}, samples, Speed(), {})
-    entry = exits.Entry(rule, "", "gaussian", DecodeConfig.of(settings), **facts)
+    entry = exits.Entry(rule, "", "gaussian", DecodeConfig.of(settings), scale)
     return Line("sudoku", 16, entry, result)
 
 
@@ -199,13 +202,13 @@ def test_the_threshold_with_the_fewest_steps_within_the_slack_is_chosen():
 def test_fixed_steps_make_as_many_calls_as_the_rule():
     """Two neighbours around the mean, per block; a mixture of them has the mean itself."""
     assert held_out.whole([3.7, 4.2], 7) == [3, 4] and held_out.whole([3.7, 4.2], 8) == [4, 4]
-    own = {"exit.mode": "entropy", "exit.polish": (2,)}
+    own: Any = {"exit__mode": "entropy", "exit__polish": (2,)}
     calls = [[4, 4], [4, 5], [3, 4], [4, 4]]  # 3.75 and 4.25, 8 together
-    (one,) = held_out.matched(line_of("entropy", [1] * 4, calls, settings=own))
+    (one,) = held_out.matched(line_of("entropy", [1] * 4, calls, **own))
     assert one.rule == exits.MATCHED and one.decode.exit.mode == "step"
     assert one.decode.exit.threshold == (2.0, 2.0) and one.decode.exit.polish == (2,)
     calls[2] = [4, 5]
-    line = line_of("entropy", [1, 1, 0, 1], calls, settings=own)
+    line = line_of("entropy", [1, 1, 0, 1], calls, **own)
     low, high = held_out.matched(line)
     assert (low.decode.exit.threshold, high.decode.exit.threshold) == ((2.0, 2.0), (2.0, 3.0))
     fixed = [line_of(one.rule, ok, [[n]] * 4) for one, ok, n in
