@@ -1,11 +1,14 @@
 """What the decode loop costs besides its model calls: LLaDA-8B's shapes, random weights, one GPU.
 
 python experiments/gpu_loop.py                  (about six minutes; appends rows to gpu.jsonl)
+python experiments/gpu_loop.py model=random:llada2-mini cache=block parts=step \
+  kernels=auto/experts:reference
 
-Three kinds of rows. step: a block step with the dual cache, from two requests that differ in the
-number of steps alone. request: a whole completion, against the same model calls in a bare loop.
-schedule: tokens and forwards per second where every step takes 1, 2 or 4 tokens. Random weights
-never pass a threshold, hence the imposed numbers.
+Four kinds of rows. step: a block step with the cache, from two requests that differ in the number
+of steps alone. full: the pass over all columns of 8 rows that opens a block. request: a whole
+completion, against the same model calls in a bare loop. schedule: tokens and forwards per second
+where every step takes 1, 2 or 4 tokens. Random weights never pass a threshold, hence the imposed
+numbers. Each is measured with every choice of kernels, one after the other.
 """
 
 import dataclasses
@@ -33,6 +36,7 @@ from jdllm.decode.start import start
 from jdllm.decode.work import Work
 from jdllm.llm import LLM
 from jdllm.load import enable_compilation_cache
+from jdllm.model.config import count_parameters
 from jdllm.model.model import Model
 from jdllm.runtime import cli, sharding
 
@@ -45,6 +49,11 @@ class LoopConfig:
 
     output: Path = RESULTS
     model: str = "random:llada-8b"
+    kernels: str = "auto"
+    """What `kernel=` says, several with / between them."""
+    cache: str = "dual"
+    """Of step, full and request: dual, or block for block-causal models."""
+    parts: str = "step,full,request,schedule"
     block: int = 32
     positions: int = 1024
     """Columns of the canvases of step and request."""
@@ -61,6 +70,8 @@ class LoopConfig:
     """Size of the array whose copying tells the memory's rate."""
 
     def __post_init__(self):
+        if unknown := set(self.parts.split(",")) - set(PARTS):
+            raise ValueError(f"parts={unknown.pop()} is none of {', '.join(PARTS)}")
         for name in ("positions", "gen_length", "prompt"):
             if getattr(self, name) % 32:
                 raise ValueError(f"{name}={getattr(self, name)} must be a multiple of 32")
@@ -168,6 +179,7 @@ def measure(llm: LLM, case: Case, config: LoopConfig, rate: float) -> dict[str, 
     sizes = (memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes)
     return {
         "shapes": {"model": config.model, **dataclasses.asdict(case)},
+        "kernel": llm.model.kernel,
         "ms_per_step": 1e3 * seconds / forwards,
         "forwards_per_second": forwards / seconds,
         "floor_ms": 1e3 * floor_seconds(llm, case, rate),
@@ -183,7 +195,9 @@ def step_row(llm: LLM, rows: int, config: LoopConfig, rate: float) -> dict[str, 
     """A block step inside the loop: what a request of half as many tokens per step takes longer."""
     prompt = config.positions - 4 * config.block
     one, two = (
-        measure(llm, Case(rows, prompt, 4 * config.block, config.block, "dual", n), config, rate)
+        measure(
+            llm, Case(rows, prompt, 4 * config.block, config.block, config.cache, n), config, rate
+        )
         for n in (1, 2)
     )
     seconds = (one["seconds"] - two["seconds"]) / (one["forwards"] - two["forwards"])
@@ -193,7 +207,7 @@ def step_row(llm: LLM, rows: int, config: LoopConfig, rate: float) -> dict[str, 
 def request_row(llm: LLM, config: LoopConfig, rate: float) -> dict[str, Any]:
     """A whole completion with the dual cache, and the share of its time outside model calls."""
     prompt = config.positions - config.gen_length
-    case = Case(1, prompt, config.gen_length, config.block, "dual", 1)
+    case = Case(1, prompt, config.gen_length, config.block, config.cache, 1)
     row = measure(llm, case, config, rate)
     request, setup = prepare(llm, case)
     bare = bare_loop.lower(llm.model, request, setup).compile()
@@ -204,16 +218,99 @@ def request_row(llm: LLM, config: LoopConfig, rate: float) -> dict[str, Any]:
     return row | {"bare_seconds": seconds, "outside_share": 1 - seconds / row["seconds"]}
 
 
-def measured(llm: LLM, config: LoopConfig) -> Iterator[dict[str, Any]]:
-    """All rows, the most wanted first."""
-    rate = copy_rate(config.copy_megabytes, config.repeats)
+@partial(jax.jit, static_argnames=("setup", "calls"))
+def full_passes(model: Model, request: Request, setup: Setup, calls: int):
+    """Model calls over all columns, each after the other's keys."""
+    work = Work(model, setup, request)
+    state = start(work)
+    rows = enter_block(setup, state.rows, ~state.rows.done)
+
+    def call(_: Any, carry: Any) -> Any:
+        cache, mean = carry
+        seen, cache = look_at(work.model, setup, rows, cache, Call(~rows.done, True))
+        return cache, mean + jnp.mean(seen.hidden_BWD)
+
+    return jax.lax.fori_loop(0, calls, call, (state.cache, jnp.zeros((), model.dtype)))[1]
+
+
+def operations(llm: LLM, columns: int, rows: int) -> float:
+    """Of a pass over all columns: products of the layers, and attention over the canvas."""
+    config = llm.config
+    if config.moe:
+        picked = dict(experts=config.moe.top_k, groups=1, top_groups=1)
+        config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, **picked))
+    active = count_parameters(config) - 2 * config.vocab * config.embed
+    attention = 4 * config.layers * config.heads * config.head_dim * columns
+    return rows * columns * (2 * active + attention)
+
+
+def full_row(llm: LLM, config: LoopConfig, rate: float) -> dict[str, Any]:
+    """The pass that opens a block, over 8 rows, and its share of the rate of a large product."""
+    case = Case(8, config.positions - config.block, config.block, config.block, config.cache, 1)
+    request, setup = prepare(llm, case)
+    few, many = (
+        median_seconds(lambda n=n: full_passes(llm.model, request, setup, n), config.repeats)
+        for n in (1, 5)
+    )
+    seconds = (many - few) / 4
+    done = operations(llm, config.positions, case.rows) / seconds
+    return {
+        "shapes": {"model": config.model, **dataclasses.asdict(case)},
+        "kernel": llm.model.kernel,
+        "ms_per_step": 1e3 * seconds,
+        "teraflops": done / 1e12,
+        "share_of_product": done / product_rate(config.repeats),
+    }
+
+
+def product_rate(repeats: int) -> float:
+    """Operations per second of products of large bfloat16 matrices."""
+    x = jax.random.normal(jax.random.key(0), (8192, 8192), jnp.bfloat16)
+    multiply = jax.jit(lambda x: jax.lax.fori_loop(0, 10, lambda _, y: (x @ y) * 0.01, x))
+    return 10 * 2 * 8192**3 / median_seconds(lambda: multiply(x), repeats)
+
+
+Timings = Iterator[tuple[str, Callable[[], dict[str, Any]]]]
+
+
+def steps(llm: LLM, config: LoopConfig, rate: float) -> Timings:
+    """A row per size of a batch."""
     for rows in config.batches:
-        yield {"name": "loop step"} | step_row(llm, rows, config, rate)
-    yield {"name": "loop request"} | request_row(llm, config, rate)
+        yield "loop step", partial(step_row, llm, rows, config, rate)
+
+
+def schedules(llm: LLM, config: LoopConfig, rate: float) -> Timings:
+    """Rows per cache, and tokens per step."""
     for cache, name in (("none", "vanilla"), ("prefix", "prefix"), ("dual", "dual")):
         for n in config.schedules:
             case = Case(1, config.prompt, config.gen_length, config.block, cache, n)
-            yield {"name": f"schedule {name}"} | measure(llm, case, config, rate)
+            yield f"schedule {name}", partial(measure, llm, case, config, rate)
+
+
+PARTS: dict[str, Callable[[LLM, LoopConfig, float], Timings]] = {
+    "step": steps,
+    "full": lambda *given: iter([("full pass", partial(full_row, *given))]),
+    "request": lambda *given: iter([("loop request", partial(request_row, *given))]),
+    "schedule": schedules,
+}
+
+
+def measured(llm: LLM, config: LoopConfig) -> Iterator[dict[str, Any]]:
+    """All rows, the most wanted first; of each part with one choice of kernels after the other.
+
+    One that fails says why.
+    """
+    rate = copy_rate(config.copy_megabytes, config.repeats)
+    for part in config.parts.split(","):
+        for kernel in config.kernels.split("/"):
+            model = dataclasses.replace(llm.model, kernel=kernel)
+            own = LLM(model, None, llm.defaults, engine="off")
+            for name, run in PARTS[part](own, config, rate):
+                try:
+                    found = run()
+                except Exception as error:
+                    found = {"kernel": kernel, "failed": str(error)[:300]}
+                yield {"name": name} | found
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -244,8 +341,8 @@ def main(config: LoopConfig) -> None:
     for row in measured(llm, config):
         with config.output.open("a") as file:
             file.write(json.dumps(row | facts) + "\n")
-        shown = {key: value for key, value in row.items() if isinstance(value, float)}
-        print(row["name"], row["shapes"], {k: round(v, 3) for k, v in shown.items()}, flush=True)
+        shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
+        print(shown, flush=True)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import concurrent.futures
 import dataclasses
 import datetime
 import gc
+import itertools
 import json
 import multiprocessing
 import statistics
@@ -32,12 +33,14 @@ from jdllm.load import enable_compilation_cache
 from jdllm.model.config import NAMED, ModelConfig, count_parameters
 from jdllm.model.linear import modules
 from jdllm.model.lora import Adapter, LoraConfig, find, initial
-from jdllm.model.model import Model, abstract, named
+from jdllm.model.model import Model, named
+from jdllm.model.model import abstract as model_shapes
 from jdllm.runtime import cli, files, sharding
 from jdllm.store.checkpoint import random_model
 from jdllm.train.objective import Batch, choose
 from jdllm.train.optimiser import Recipe, make_optimizer
 from jdllm.train.step import beside, create_state, train_step
+from jdllm.training.dynamics import DynamicsConfig
 
 DENSE_RATE = 989.4e12  # bfloat16 operations per second of the data sheet
 
@@ -64,11 +67,13 @@ class SpeedConfig:
     """Timings of training steps."""
 
     output: Path
-    cases: tuple[str, ...] = ("qkv", "all", "sparse")
-    remats: tuple[str, ...] = ("none", "products", "layers")
+    cases: str = "qkv,all,sparse"
+    remats: str = "none,products,layers"
     steps: int = 6
     torch: bool = True
     """Time torch and peft on the cases of LLaDA-8B, too."""
+    dynamics: bool = False
+    """Time each policy with the window `mean` of gradient dynamics, too: EDIT's map."""
 
 
 def batch_of(config: ModelConfig, length: int) -> Batch:
@@ -98,40 +103,41 @@ def ours(case: Case, config: SpeedConfig) -> list[dict[str, Any]]:
     """A row per remat policy; policies compile side by side."""
     facts, mesh = NAMED[case.model], sharding.parse_mesh("1x1")
     model = dataclasses.replace(random_model(facts, mesh, 0), dtype="bfloat16")
-    own = modules(named(abstract(facts)))
+    own = modules(named(model_shapes(facts)))
     names, lora = find(own, case.lora.targets), case.lora
     optimizer = make_optimizer(Recipe())
     frozen = dataclasses.replace(model, adapter=Adapter({}, lora.dropout))
     batch, key, objective = batch_of(facts, case.length), jax.random.key(0), choose("auto", facts)
 
-    def state() -> Any:
+    def state(windows: str) -> Any:
         return create_state(
-            initial(own, names, lora.rank, lora.scale, jax.random.key(0), mesh), optimizer, mesh
-        )
+            initial(own, names, lora.rank, lora.scale, jax.random.key(0), mesh), optimizer, mesh,
+            DynamicsConfig(windows).begin(Recipe()),
+        )  # fmt: skip
 
-    def compiled(remat: Any) -> Any:
+    def compiled(kind: tuple[Any, str]) -> Any:
+        remat, windows = kind
         step = train_step.lower(
-            abstract_of(first), batch, key, frozen=frozen, join=beside, objective=objective,
+            abstract[windows], batch, key, frozen=frozen, join=beside, objective=objective,
             optimizer=optimizer, remat=remat,
         )  # fmt: skip
         return step.compile()
 
-    first = state()
-    found = []
+    watched = ("", "mean") if config.dynamics else ("",)
+    abstract = {windows: abstract_of(state(windows)) for windows in watched}
+    found, kinds = [], list(itertools.product(config.remats.split(","), watched))
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        programs = dict(zip(config.remats, pool.map(attempt(compiled), config.remats), strict=True))
-    for remat, program in programs.items():
-        row: dict[str, Any] = {"who": "jdllm", "remat": remat}
+        programs = dict(zip(kinds, pool.map(attempt(compiled), kinds), strict=True))
+    for (remat, windows), program in programs.items():
+        row: dict[str, Any] = {"who": "jdllm", "remat": remat, "dynamics": windows}
         try:
             if isinstance(program, Exception):
                 raise program
             memory = program.memory_analysis()
             held = memory.argument_size_in_bytes + memory.output_size_in_bytes
             row["peak_gb"] = (held + memory.temp_size_in_bytes - memory.alias_size_in_bytes) / 1e9
-            current = first if first is not None else state()
-            first = None
             run = partial(advance, program, batch, key, frozen)
-            row["seconds"], row["losses"] = timed(run, current, config.steps)
+            row["seconds"], row["losses"] = timed(run, state(windows), config.steps)
         except Exception as error:
             row["failed"] = str(error).splitlines()[0][:200]
         found.append(row)
@@ -296,10 +302,11 @@ def by_torch(name: str, config: SpeedConfig) -> list[dict[str, Any]]:
 
 def main(config: SpeedConfig) -> None:
     """Measures every case, writes the rows and prints a table."""
-    measured = {name: by_torch(name, config) for name in config.cases}  # before JAX takes memory
+    names = config.cases.split(",")
+    measured = {name: by_torch(name, config) for name in names}  # before JAX takes memory
     enable_compilation_cache()
     rows = []
-    for name in config.cases:
+    for name in names:
         case = CASES[name]
         found = measured[name] + ours(case, config)
         gc.collect()
