@@ -12,12 +12,12 @@ GRAIN = 32  # columns between the sizes of short canvases, and of short common p
 WORTH = 16_384  # columns that a common prefix must save; a program of its own costs seconds
 
 
-def bucket(length: int) -> int:
+def bucket(length: int, sizes: int = 4) -> int:
     """The canvas room that prompts of up to `length` tokens share: few sizes, few programs.
 
-    Multiples of 32 up to 256, then at most eight sizes an octave.
+    Multiples of 32, and at most so many sizes between two powers of 2.
     """
-    step = max(GRAIN, (1 << (length - 1).bit_length()) // 8)
+    step = max(GRAIN, (1 << (length - 1).bit_length()) // (2 * sizes))
     return -(-length // step) * step
 
 

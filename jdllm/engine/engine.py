@@ -19,7 +19,7 @@ from jdllm.batches import bucket
 from jdllm.decode.setup import Setup
 from jdllm.engine import rounds
 from jdllm.engine.job import Job, Outcome, Progress, State
-from jdllm.engine.pages import PagePool
+from jdllm.engine.pages import PagePool, affordable
 from jdllm.engine.rounds import Chunks, Orders, Report, Slots
 from jdllm.engine.scheduler import Group, Scheduler, Turn
 from jdllm.model.model import Model
@@ -38,7 +38,8 @@ class EngineConfig:
     page: int = 0
     """Columns of a page of the cache, whole blocks (default: the least from 32 on)."""
     pages: int = 0
-    """Pages of the cache (default: as many as all slots with the longest canvas would take)."""
+    """Pages of the cache (default: as many as all slots with the longest canvas would take, or as
+    memory has room for)."""
     rounds: int = 4
     """Steps of every row in a dispatch; the host is heard between two dispatches."""
     chunk: int = 256
@@ -66,9 +67,8 @@ class EngineConfig:
                 f"page={page} and chunk={self.chunk} of an engine must be multiples of the "
                 f"model's blocks of {block} columns"
             )
-        return dataclasses.replace(
-            self, page=page, columns=columns, pages=self.pages or self.slots * columns // page
-        )
+        pages = self.pages or min(self.slots * columns // page, affordable(model, page))
+        return dataclasses.replace(self, page=page, columns=columns, pages=pages)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +77,8 @@ class Flight:
 
     report: Report
     jobs: list[Job | None]
+    reads: int
+    """Model calls that read prompts."""
 
 
 class Engine:
@@ -188,18 +190,20 @@ class Engine:
         for job in turn.arrived:
             one = job.saved if job.saved is not None else self._row(job)
             slots, job.saved = rounds.put_row(slots, job.slot, one), None
-        orders, start = self._orders(turn), time.perf_counter()
-        key = setup, orders.width, orders.chunks and orders.chunks.width
-        if key not in self._known and is_crowded():
+        orders, chunks, start = self._orders(turn), self._chunks(turn.chunks), time.perf_counter()
+        keys = {(setup, orders.width, None), (setup, orders.width, chunks and chunks.width)}
+        if (new := keys - self._known) and is_crowded():
             jax.clear_caches()
             self._known.clear()
+        if chunks is not None:
+            self._pool = rounds.read(self.model, setup, slots, self._pool, orders.table, chunks)
         self._slots[setup], self._pool, report = rounds.run(
             self.model, setup, slots, self._pool, orders, self.config.rounds, self.config.lanes
         )
-        if key not in self._known:
-            self._known.add(key)
+        self._known |= keys
+        if new:
             self.compile_seconds += time.perf_counter() - start
-        return Flight(report, list(jobs))
+        return Flight(report, list(jobs), int(chunks is not None))
 
     def postprocess(self) -> None:
         """Reads what was in flight: who is done, and what those see who follow their job."""
@@ -209,7 +213,7 @@ class Engine:
             calls, done, failed, nfe, first = jax.device_get(
                 (report.calls, report.done, report.failed, report.nfe, report.first)
             )
-            self.calls += int(calls)
+            self.calls += int(calls) + flight.reads
             canvases: Any = None
             for slot, job in enumerate(flight.jobs):
                 if job is None or job.state is not State.RUNNING:
@@ -276,7 +280,7 @@ class Engine:
         """A turn as arrays."""
         config, jobs = self.config, turn.group.jobs
         longest = max((job.end for job in jobs if job), default=1)
-        width = min(-(-bucket(longest) // config.page) * config.page, config.columns)
+        width = min(-(-bucket(longest, 2) // config.page) * config.page, config.columns)
         table: Any = np.zeros((len(jobs), width // config.page), np.int32)
         granted: Any = np.zeros(len(jobs), np.int32)
         ready: Any = np.zeros(len(jobs), bool)
@@ -287,7 +291,7 @@ class Engine:
             ready[job.slot] = job.ready
         stopped: Any = np.zeros(len(jobs), bool)
         stopped[list(turn.stopped)] = True
-        return Orders(table, granted, ready, stopped, self._chunks(turn.chunks), width)
+        return Orders(table, granted, ready, stopped, width)
 
     def _chunks(self, chunks: list[tuple[int, int, int]]) -> Chunks | None:
         """Chunks as arrays, idle lanes behind them."""
@@ -296,7 +300,7 @@ class Engine:
         idle = [(0, 0, 0)] * (self.config.lanes - len(chunks))
         slot, start, stop = np.array([*chunks, *idle], np.int32).T
         longest = int(max(stop - start))
-        width = self.config.chunk if longest <= self.config.chunk else bucket(longest)
+        width = self.config.chunk if longest <= self.config.chunk else bucket(longest, 2)
         return Chunks(slot, start, stop, width)
 
 

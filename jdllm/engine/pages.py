@@ -1,13 +1,35 @@
 """Pages: which of the pool's pages are free, whose they are, and what those of beginnings hold."""
 
 import hashlib
+import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
+import jax
 import numpy as np
+
+from jdllm.model.model import Model
 
 NONE = 0
 """The page that nobody writes: it stands in a table where a row has no page."""
+
+ROOM = 0.15
+"""Of a device's memory: what a dispatch takes besides the weights and the pages."""
+
+
+def affordable(model: Model, page: int) -> int:
+    """How many pages of `page` columns fit beside the weights; a CPU says nothing, and all fit."""
+    config, mesh = model.config, model.mesh
+    jax.block_until_ready(model.params)
+    device = mesh.local_devices[0] if mesh else jax.local_devices()[0]
+    facts = device.memory_stats() or {}
+    if (limit := facts.get("bytes_limit")) is None:
+        return sys.maxsize
+    heads = config.kv_heads // (mesh.shape["model"] if mesh else 1) or 1
+    width = np.dtype(model.dtype).itemsize
+    per_page = 2 * config.layers * page * heads * config.head_dim * width
+    room = (1 - ROOM) * limit - facts.get("bytes_in_use", 0)
+    return max(1, int(room // per_page))
 
 
 def digests(tokens: np.ndarray, page: int, root: str) -> list[bytes]:

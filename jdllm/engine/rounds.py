@@ -1,6 +1,6 @@
 """The engine's rounds on the device: every row takes the call that it needs, wherever it is.
 
-A dispatch reads some of the prompts, then makes a fixed number of rounds. In a round finished
+Prompts are read in chunks. Then a dispatch makes a fixed number of rounds: in each, finished
 blocks are left, new ones are opened, and one block step serves all rows; rows whose finished block
 has yet to reach the cache go along in the same call. What a row gets does not depend on the others.
 """
@@ -72,10 +72,9 @@ class Orders:
     granted: jax.Array
     """int32 [B]: columns for which the row has pages; a block beyond them waits."""
     ready: jax.Array
-    """bool [B]: keys of everything before the block are there once the chunks are read."""
+    """bool [B]: keys of everything before the block are there."""
     stopped: jax.Array
     """bool [B]: rows whose request has been taken back."""
-    chunks: Chunks | None
     width: int = dataclasses.field(metadata={"static": True})
     """Columns W: no canvas in work is longer."""
 
@@ -165,21 +164,19 @@ def wipe(pool: Pool, pages_F: jax.Array) -> Pool:
 def run(
     model: Model, setup: Setup, slots: Slots, pool: Pool, orders: Orders, rounds: int, lanes: int
 ) -> tuple[Slots, Pool, Report]:
-    """A dispatch: the chunks, then so many rounds with at most `lanes` full passes in each."""
+    """A dispatch: so many rounds with at most `lanes` full passes in each."""
     whole, cache = slots, PagedCache(*pool, orders.table) if setup.plan.cached else None
     slots = narrowed(model, setup, slots, orders.width)
     rows = slots.rows
     slots = dataclasses.replace(
         slots, rows=dataclasses.replace(rows, done=rows.done | orders.stopped)
     )
-    if orders.chunks is not None:
-        cache = read(model, setup, slots.rows, cache, orders.chunks)
 
     def again(_: int, carry: tuple[Slots, Any, jax.Array]) -> tuple[Slots, Any, jax.Array]:
         return play(model, setup, carry, orders, lanes)
 
-    calls = jnp.array(orders.chunks is not None, jnp.int32)
-    slots, cache, calls = jax.lax.fori_loop(0, rounds, again, (slots, cache, calls))
+    start = slots, cache, jnp.zeros((), jnp.int32)
+    slots, cache, calls = jax.lax.fori_loop(0, rounds, again, start)
     report = reported(slots, calls)
     if cache is not None:
         pool = placed(model, (cache.keys, cache.values))
@@ -313,14 +310,22 @@ def chances(seen: Seen, decision: Decision) -> jax.Array:
     return jnp.exp(jnp.take_along_axis(log_p, decision.candidate_BN[..., None], axis=-1)[..., 0])
 
 
-def read(model: Model, setup: Setup, rows: Rows, cache: Any, chunks: Chunks) -> Any:
-    """The cache with the keys of the chunks: what a lane reads may stand on the lane before it."""
+@partial(jax.jit, static_argnames=("setup",), donate_argnames="pool")
+def read(
+    model: Model, setup: Setup, slots: Slots, pool: Pool, table: jax.Array, chunks: Chunks
+) -> Pool:
+    """The pool with the keys of the chunks: what a lane reads may stand on the lane before it.
+
+    `table` is that of Orders: it says how many columns of the rows are in use.
+    """
+    width = table.shape[1] * pool[0][0].shape[1]
+    rows = narrowed(model, setup, slots, width).rows
     some: Rows = jax.tree.map(lambda x: x[chunks.slot], rows)
-    theirs: Any = dataclasses.replace(cache, table=cache.table[chunks.slot])
+    cache: Any = PagedCache(*pool, table[chunks.slot])
     columns_FW = span(chunks.start, chunks.width)
     wanted_F = chunks.start < chunks.stop
-    _, theirs = absorb(model, setup, some, theirs, columns_FW, chunks.stop, wanted_F)
-    return dataclasses.replace(theirs, table=cache.table)
+    _, cache = absorb(model, setup, some, cache, columns_FW, chunks.stop, wanted_F)
+    return placed(model, (cache.keys, cache.values))
 
 
 def reported(slots: Slots, calls: jax.Array) -> Report:

@@ -1,6 +1,7 @@
 """The engine's benchmark: requests that come at random times, against batches without refills."""
 
 import dataclasses
+import gc
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -87,7 +88,14 @@ class Clock:
 Way = Callable[[Sequence[Call]], Clock]
 
 
-def by_engine(llm: LLM, decode: DecodeConfig, slots: int, calls: Sequence[Call]) -> Clock:
+def engines_for(llm: LLM, decode: DecodeConfig, slots: int, calls: Sequence[Call]) -> Engines:
+    """Engines with room for the longest of the requests."""
+    block = llm.resolve(decode).block_length or 1
+    columns = max(len(call.prompt) + -(-call.tokens // block) * block for call in calls)
+    return Engines(llm.model, EngineConfig(slots=slots, columns=columns + block))
+
+
+def by_engine(llm: LLM, decode: DecodeConfig, engines: Engines, calls: Sequence[Call]) -> Clock:
     """The requests through the engine."""
     jobs, clock, start = [], Clock(), 0.0
     keys = row_keys(decode.seed, row_seeds([call.prompt for call in calls]))
@@ -105,8 +113,6 @@ def by_engine(llm: LLM, decode: DecodeConfig, slots: int, calls: Sequence[Call])
         canvas = make_canvas(call.prompt, setup, llm.config.mask_id)
         listener = partial(told, i)
         jobs.append(Job(canvas, len(call.prompt), *shared(setup), keys[i], listener, follows=True))
-    longest = max(job.end for job in jobs)
-    engines = Engines(llm.model, EngineConfig(slots=slots, columns=longest))
     start, sent = time.perf_counter(), 0
     while sent < len(jobs) or engines.busy:
         now = time.perf_counter() - start
@@ -170,15 +176,18 @@ def measure(
     decode = dataclasses.replace(decode, stop="none")
     calls, plain = draw(traffic, llm, seed), LLM(llm.model, None, llm.defaults, engine="off")
     at_once = [dataclasses.replace(call, due=0.0) for call in calls]
-    ways: dict[str, Way] = {
-        "engine": partial(by_engine, llm, decode, slots),
-        "batches": partial(by_batches, plain, decode, slots),
+    ways: dict[str, Callable[[], Way]] = {
+        "engine": lambda: partial(by_engine, llm, decode, engines_for(llm, decode, slots, calls)),
+        "batches": lambda: partial(by_batches, plain, decode, slots),
     }
     found: dict[str, Any] = {}
-    for name, way in ways.items():
+    for name, begin in ways.items():
+        way = begin()
         way(at_once)
         way(calls)
         found[name] = figures(calls, way(calls))
+        del way
+        gc.collect()  # an engine and its scheduler know each other; their pages make room
     return found
 
 

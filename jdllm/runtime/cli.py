@@ -16,7 +16,7 @@ import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import tyro
 
@@ -64,10 +64,11 @@ def _read_truth(word: str) -> bool:
 
 @REGISTRY.primitive_rule
 def _numbers(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
-    """Tuples of numbers, as one word with commas."""
-    if info.type not in NUMBERS:
+    """Tuples of numbers, as one word with commas. Where a default has some, tyro gives the type in
+    typing's older spelling."""
+    if get_origin(info.type) is not tuple or tuple[get_args(info.type)] not in NUMBERS:
         return None
-    kind = NUMBERS[info.type]
+    kind = NUMBERS[tuple[get_args(info.type)]]
     name = kind.__name__.upper()
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
