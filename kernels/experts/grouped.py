@@ -1,29 +1,20 @@
 """The experts of a layer, each for its own tokens only, by Triton kernels; serves 16-bit numbers.
 
-Only the weights of experts that somebody picked are read: what a step of few tokens costs. The
-gradient is the dense reference's.
+Only the weights of experts that somebody picked are read: what a step of few tokens costs.
+Training takes the kernels of grouped_grad.py, forwards and backwards.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jdllm.kernels import triton_call as triton
-from jdllm.kernels.experts import dense
+from jdllm.kernels.experts import dense, grouped_grad
+from jdllm.kernels.triton_call import Tiles
 
 WIDTH = 128  # what the widths of tokens and experts must be multiples of
-
-
-class Tiles(NamedTuple):
-    """Sizes of a kernel's work: rows, columns, inner numbers at a time; warps, loads in flight."""
-
-    rows: int
-    columns: int
-    inner: int
-    warps: int
-    stages: int
 
 
 # Up to so many pairs per expert: tiles of gate_up and of down. Measured on an H100 with LLaDA2's
@@ -104,17 +95,14 @@ def _grouped(
     return jnp.sum(each_TPD * weights_TP[..., None], axis=1).astype(kind)
 
 
-def _forward(*arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return _grouped(*arrays), arrays
+def _forward(*arrays: jax.Array) -> tuple[jax.Array, tuple[Any, ...]]:
+    """What differentiation runs: of many tokens at once, whose gate-up is kept."""
+    found, kept = grouped_grad.forward(grouped_grad.TRITON, *arrays)
+    return found, (arrays, kept)
 
 
-def _backward(arrays: tuple[jax.Array, ...], change_TD: jax.Array) -> tuple[jax.Array | None, ...]:
-    x, gate_up, down, picks, weights = arrays
-    _, pull = jax.vjp(
-        lambda x, g, d, w: dense.experts(x, g, d, picks, w), x, gate_up, down, weights
-    )
-    dx, dgate_up, ddown, dweights = pull(change_TD)
-    return dx, dgate_up, ddown, None, dweights
+def _backward(saved: tuple[Any, ...], change_TD: jax.Array) -> tuple[jax.Array | None, ...]:
+    return grouped_grad.backward(grouped_grad.TRITON, *saved, change_TD)
 
 
 _grouped.defvjp(_forward, _backward)
