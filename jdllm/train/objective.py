@@ -11,16 +11,14 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from jdllm.model.columns import in_chunks
 from jdllm.model.config import ModelConfig
 from jdllm.model.mask import Mask
 from jdllm.model.model import Model
 from jdllm.model.transformer import Remat
+from jdllm.train.entropy import cross_entropy, over_frozen_head
 
 T_MIN = 1e-3  # the smallest masking probability, so that 1/t stays finite
-LOGIT_BYTES = 256 << 20  # cross entropy is chunked so that no logits array grows beyond this
 LEVEL, DROPOUT = 2**31 - 1, 2**31 - 2  # what is drawn per document; columns draw by position
 HIDDEN = -1
 
@@ -306,36 +304,13 @@ def predict(objective: Objective, model: Model, batch: Noisy, remat: Remat = "no
     return jnp.where((positions_BT > 0)[..., None], before_BTD, hidden_BTD)
 
 
-def cross_entropy(
-    model: Model, hidden_BTD: jax.Array, tokens_BT: jax.Array, entropy: bool = False
-) -> jax.Array:
-    """Negative log likelihood and doubt [B, T, 2] in float32, without ever holding all logits.
-
-    Doubt is the entropy where the best token is the right one, else 0; and 0 unless `entropy`.
-    Columns are taken in chunks whose logits are computed again in the backward pass.
-    """
-    B, T = tokens_BT.shape
-    count = min(-(-B * T * model.config.vocab * 4 // LOGIT_BYTES), T)
-
-    @jax.checkpoint
-    def chunk(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
-        logits = model.logits(pair[0])
-        nll = optax.softmax_cross_entropy_with_integer_labels(logits, pair[1])
-        if not entropy:
-            return jnp.stack([nll, jnp.zeros_like(nll)], axis=-1)
-        logs = jax.nn.log_softmax(logits)
-        doubt = -jnp.sum(jnp.exp(logs) * logs, axis=-1)
-        right = jnp.argmax(logits, axis=-1) == pair[1]
-        return jnp.stack([nll, jnp.where(right, doubt, 0.0)], axis=-1)
-
-    return in_chunks(chunk, (hidden_BTD, tokens_BT), -(-T // count))
-
-
 def losses(
     objective: Objective, model: Model, batch: Noisy, remat: Remat = "none"
 ) -> tuple[jax.Array, jax.Array]:
     """The weighted sum over a micro-batch, not divided yet, and its plain sum of masked nll."""
     hidden_BTD = predict(objective, model, batch, remat)
+    if model.adapter is not None:
+        return over_frozen_head(objective.confidence, model, hidden_BTD, batch)
     found_BT2 = cross_entropy(model, hidden_BTD, batch.targets, objective.confidence > 0)
     nll_BT, doubt_BT = found_BT2[..., 0], found_BT2[..., 1]
     plain = jnp.sum(jnp.where(batch.masked, nll_BT, 0.0))
