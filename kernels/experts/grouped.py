@@ -5,6 +5,7 @@ Training takes the kernels of grouped_grad.py, forwards and backwards.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -54,6 +55,28 @@ def check() -> None:
     """NotImplementedError, with the reason, where the kernels cannot run or compute wrongly."""
     triton.require()
     triton.canary("experts", _grouped, dense.experts, *_small())
+
+
+def check_training() -> None:
+    """NotImplementedError where the kernels of the gradient cannot run or compute wrongly."""
+    triton.require()
+    triton.canary("experts in training", slopes(_grouped), slopes(dense.experts), *_small())
+
+
+def slopes(experts: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A function of the arrays: all derivatives of the sum of squared outputs, each of norm 1."""
+
+    def run(x: jax.Array, gate_up: jax.Array, down: jax.Array, picks: jax.Array, weights: Any):
+        def loss(x: jax.Array, gate_up: jax.Array, down: jax.Array, weights: Any) -> jax.Array:
+            return jnp.sum(
+                jnp.square(experts(x, gate_up, down, picks, weights).astype(jnp.float32))
+            )
+
+        found = jax.grad(loss, (0, 1, 2, 3))(x, gate_up, down, weights)
+        flat = (part.astype(jnp.float32).ravel() for part in found)
+        return jnp.concatenate([part / jnp.linalg.norm(part) for part in flat])
+
+    return run
 
 
 @jax.custom_vjp

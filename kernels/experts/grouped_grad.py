@@ -1,4 +1,4 @@
-"""The experts of a layer in training, each for its own tokens only: value, and gradient of everything.
+"""The experts of a layer in training, each for its own tokens only: the value, and all gradients.
 
 All of it is made of two products over pairs of a token and one of its picks, which lie sorted by
 expert: `times` multiplies the rows of an expert with its weights, `outer` sums the outer products
