@@ -5,7 +5,7 @@ Training takes the kernels of grouped_grad.py, forwards and backwards.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -41,14 +41,20 @@ def experts(
     mates where their number does not change the tiles.
     """
     triton.require()
-    for name, array in (("tokens", x_TD), ("weights", gate_up_EDCM), ("weights", down_EMD)):
-        if array.dtype != jnp.bfloat16 and array.dtype != jnp.float16:
-            raise NotImplementedError(f"it serves 16-bit {name}, not {array.dtype}")
-    (_, M, D), kind = down_EMD.shape, x_TD.dtype
-    if M % WIDTH or D % WIDTH:
-        raise NotImplementedError(f"it serves widths in multiples of {WIDTH}, not {D} and {M}")
+    kind = x_TD.dtype
+    check_kinds(down_EMD.shape[1:], kind, gate_up_EDCM.dtype, down_EMD.dtype)
     check()
     return _grouped(x_TD, gate_up_EDCM.astype(kind), down_EMD.astype(kind), picks_TP, weights_TP)
+
+
+def check_kinds(widths: Sequence[int], *dtypes: Any) -> None:
+    """NotImplementedError, with the reason, for numbers or widths that the kernels do not serve."""
+    for name, dtype in zip(("tokens", "weights", "weights"), dtypes, strict=False):
+        if dtype not in (jnp.bfloat16, jnp.float16):
+            raise NotImplementedError(f"it serves 16-bit {name}, not {dtype}")
+    if any(width % WIDTH for width in widths):
+        one, two = widths
+        raise NotImplementedError(f"it serves widths in multiples of {WIDTH}, not {two} and {one}")
 
 
 def check() -> None:
@@ -60,23 +66,22 @@ def check() -> None:
 def check_training() -> None:
     """NotImplementedError where the kernels of the gradient cannot run or compute wrongly."""
     triton.require()
-    triton.canary("experts in training", slopes(_grouped), slopes(dense.experts), *_small())
+    for number, name in SLOPES.items():
+        pair = slope(_grouped, number), slope(dense.experts, number)
+        triton.canary(f"experts, gradient of {name}", *pair, *_small())
 
 
-def slopes(experts: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """A function of the arrays: all derivatives of the sum of squared outputs, each of norm 1."""
+SLOPES = {0: "tokens", 1: "gate-up", 2: "down", 4: "factors"}
+"""What has a gradient, by its number among the arguments."""
 
-    def run(x: jax.Array, gate_up: jax.Array, down: jax.Array, picks: jax.Array, weights: Any):
-        def loss(x: jax.Array, gate_up: jax.Array, down: jax.Array, weights: Any) -> jax.Array:
-            return jnp.sum(
-                jnp.square(experts(x, gate_up, down, picks, weights).astype(jnp.float32))
-            )
 
-        found = jax.grad(loss, (0, 1, 2, 3))(x, gate_up, down, weights)
-        flat = (part.astype(jnp.float32).ravel() for part in found)
-        return jnp.concatenate([part / jnp.linalg.norm(part) for part in flat])
+def slope(experts: Callable[..., jax.Array], number: int) -> Callable[..., jax.Array]:
+    """The gradient, by one argument, of the sum of squared outputs."""
 
-    return run
+    def loss(*arrays: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.square(experts(*arrays).astype(jnp.float32)))
+
+    return jax.grad(loss, number)
 
 
 @jax.custom_vjp
