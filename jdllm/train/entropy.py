@@ -6,6 +6,7 @@ beside the loss, and columns that carry no loss are left out (`over_frozen_head`
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Protocol
 
 import jax
@@ -74,65 +75,95 @@ def over_frozen_head(
 ) -> tuple[jax.Array, jax.Array]:
     """The weighted sum of masked columns, with a gradient for `hidden_BTD` alone, and of plain nll.
 
-    Doubt counts `confidence` times. The masked columns of every row are moved to its front: chunks
-    behind the last of them are not computed. What goes back from the logits is rounded to the
-    compute dtype, so that its product with the head is one of that dtype.
+    Doubt counts `confidence` times.
+    """
+
+    def sums(logits: jax.Array, masked: jax.Array, targets: jax.Array, weights: jax.Array):
+        nll, doubt = jnp.unstack(nll_and_doubt(logits, targets, confidence > 0), axis=-1)
+        # Where nothing is masked, nll may be anything: it must not turn a product into nan.
+        each = nll * weights + confidence * doubt if confidence else nll * weights
+        return jnp.sum(jnp.where(masked, each, 0.0)), jnp.sum(jnp.where(masked, nll, 0.0))
+
+    return summed(model, hidden_BTD, batch.masked, (batch.targets, batch.weights), sums)
+
+
+def from_teacher(
+    model: Model, hidden_BTD: jax.Array, taught_BTD: jax.Array, masked_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The sum over masked columns of KL(teacher || student), twice; the student has a gradient.
+
+    Both are hidden states in front of one frozen head.
+    """
+
+    def sums(logits: jax.Array, masked: jax.Array, taught: jax.Array):
+        given, found = jax.nn.log_softmax(model.logits(taught)), jax.nn.log_softmax(logits)
+        apart = jnp.sum(jnp.exp(given) * (given - found), axis=-1)
+        total = jnp.sum(jnp.where(masked, apart, 0.0))
+        return total, total
+
+    model = dataclasses.replace(model, adapter=None)
+    return summed(model, hidden_BTD, masked_BT, (jax.lax.stop_gradient(taught_BTD),), sums)
+
+
+type Sums = Callable[..., tuple[jax.Array, jax.Array]]
+"""From logits, what is masked and facts of some columns to what counts and what is only told."""
+
+
+def summed(
+    model: Model, hidden_BTD: jax.Array, masked_BT: jax.Array, facts: tuple, sums: Sums
+) -> tuple[jax.Array, jax.Array]:
+    """Both `sums` over all columns; the first has a gradient, for `hidden_BTD` alone.
+
+    The masked columns of every row are moved to its front: chunks behind the last of them are not
+    computed. What goes back from the logits is rounded to the compute dtype, so that its product
+    with the head is one of that dtype.
     """
     model = dataclasses.replace(model, adapter=None)  # factors have no part in the head
 
     @jax.custom_vjp
-    def summed(hidden_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return swept(confidence, model, hidden_BTD, batch, False)[0]
+    def total_and_plain(hidden_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return swept(model, hidden_BTD, masked_BT, facts, sums, False)[0]
 
     def forward(hidden_BTD: jax.Array):
-        return swept(confidence, model, hidden_BTD, batch, True)
+        return swept(model, hidden_BTD, masked_BT, facts, sums, True)
 
     def backward(slope_BTD: jax.Array, change: tuple[jax.Array, jax.Array]):
         return ((slope_BTD * change[0]).astype(slope_BTD.dtype),)
 
-    summed.defvjp(forward, backward)
-    total, plain = summed(hidden_BTD)
+    total_and_plain.defvjp(forward, backward)
+    total, plain = total_and_plain(hidden_BTD)
     return total, jax.lax.stop_gradient(plain)
 
 
 def swept(
-    confidence: float, model: Model, hidden_BTD: jax.Array, batch: Weighed, slope: bool
+    model: Model, hidden_BTD: jax.Array, masked_BT: jax.Array, facts: tuple, sums: Sums, slope: bool
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """Both sums of `over_frozen_head`, and the slope of the first [B, T, D], zeros unless asked."""
-    (B, T), kind = batch.targets.shape, hidden_BTD.dtype
+    """Both sums of `summed`, and the slope of the first [B, T, D], a zero unless asked for."""
+    (B, T), kind = masked_BT.shape, hidden_BTD.dtype
     size = chunk_size(model, B, T)
-    order_BT = jnp.argsort(~batch.masked, axis=1, stable=True)
+    order_BT = jnp.argsort(~masked_BT, axis=1, stable=True)
 
     def sorted_columns(x: jax.Array) -> jax.Array:
         places = order_BT.reshape(B, T, *[1] * (x.ndim - 2))
         padding = [(0, 0), (0, -T % size)] + [(0, 0)] * (x.ndim - 2)
         return jnp.pad(jnp.take_along_axis(x, places, axis=1), padding)
 
-    hidden, targets = sorted_columns(hidden_BTD), sorted_columns(batch.targets)
-    masked, weights = sorted_columns(batch.masked), sorted_columns(batch.weights)
-
-    def loss_of(logits: jax.Array, targets: jax.Array, masked: jax.Array, weights: jax.Array):
-        nll, doubt = jnp.unstack(nll_and_doubt(logits, targets, confidence > 0), axis=-1)
-        # Where nothing is masked, nll may be anything: it must not turn a product into nan.
-        each = nll * weights + confidence * doubt if confidence else nll * weights
-        return jnp.sum(jnp.where(masked, each, 0.0)), jnp.sum(jnp.where(masked, nll, 0.0))
+    hidden, *rest = (sorted_columns(x) for x in (hidden_BTD, masked_BT, *facts))
 
     def chunk(number: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]):
         total, plain, slopes = carry
-        own = (
-            jax.lax.dynamic_slice_in_dim(x, number * size, size, 1)
-            for x in (hidden, targets, masked, weights)
+        own, *others = (
+            jax.lax.dynamic_slice_in_dim(x, number * size, size, 1) for x in (hidden, *rest)
         )
-        hidden_c, *facts = own
-        logits = model.logits(hidden_c)
-        (one, two), change = jax.value_and_grad(loss_of, has_aux=True)(logits, *facts)
+        loss = jax.value_and_grad(sums, has_aux=True)
+        (one, two), change = loss(model.logits(own), *others)
         if slope:
-            _, pull = jax.vjp(lambda h: model.logits(h, None), hidden_c)
+            _, pull = jax.vjp(lambda h: model.logits(h, None), own)
             (back,) = pull(change.astype(kind))
             slopes = jax.lax.dynamic_update_slice_in_dim(slopes, back, number * size, 1)
         return total + one, plain + two, slopes
 
-    chunks = -(-jnp.max(jnp.sum(batch.masked, axis=1)) // size)
+    chunks = -(-jnp.max(jnp.sum(masked_BT, axis=1)) // size)
     zeros = (jnp.zeros(()), jnp.zeros(()), jnp.zeros_like(hidden) if slope else jnp.zeros(()))
     total, plain, slopes = jax.lax.fori_loop(0, chunks, chunk, zeros)
     if slope:

@@ -46,7 +46,8 @@ def load_subject(config: SFTConfig, mesh: Mesh) -> Subject:
     dtype = compute_dtype(config.dtype, "bfloat16")
     if not config.lora.rank:
         model = load_model(config.model, mesh, "float32", config.seed, config.allow_unknown)
-        bare = dataclasses.replace(model, params=None, dtype=dtype)
+        own = config.adapt.applied(model.config)
+        bare = dataclasses.replace(model, params=None, dtype=dtype, config=own)
         bare = dataclasses.replace(bare, kernel=kernel_of(config, bare))
         return Subject(model.params, bare, all_parameters, {})
     model = load_model(config.model, mesh, "auto", config.seed, config.allow_unknown)
