@@ -135,7 +135,7 @@ OBJECTIVES: dict[str, Objective] = {
         weight="flat", divisor="masked", sees="two_stream", complementary=True, levels="block"
     ),
     # d1's self-distillation: reasoning that leads to an answer which only the teacher sees
-    "distil": Objective(weight="flat", divisor="masked", teacher=True),
+    "distil": Objective(low=0.999, weight="flat", divisor="masked", teacher=True),
 }
 
 
