@@ -8,6 +8,8 @@ the whole cache round, and then write its columns one number at a time. But it g
 QUERIES to one processor: too few of those leave the card idle.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -30,7 +32,7 @@ def attention(
         raise NotImplementedError(f"under masks per query it serves even widths, not {T} and {S}")
     if B * H * -(-T // QUERIES) < PROCESSORS:
         raise NotImplementedError("too little work to go round")
-    seen: dict[str, jax.Array] = {"key_value_seq_lengths": jnp.minimum(visible, S)}
+    seen: dict[str, Any] = {"key_value_seq_lengths": jnp.minimum(visible, S)}
     if visible.ndim == 3:
         seen = {"mask": visible[:, None]}
     try:

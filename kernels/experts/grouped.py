@@ -123,8 +123,15 @@ def _grouped(
     return jnp.sum(each_TPD * weights_TP[..., None], axis=1).astype(kind)
 
 
-def _forward(*arrays: jax.Array) -> tuple[jax.Array, tuple[Any, ...]]:
+def _forward(
+    x_TD: jax.Array,
+    gate_up_EDCM: jax.Array,
+    down_EMD: jax.Array,
+    picks_TP: jax.Array,
+    weights_TP: jax.Array,
+) -> tuple[jax.Array, tuple[Any, ...]]:
     """What differentiation runs: of many tokens at once, whose gate-up is kept."""
+    arrays = (x_TD, gate_up_EDCM, down_EMD, picks_TP, weights_TP)
     found, kept = grouped_grad.forward(grouped_grad.TRITON, *arrays)
     return found, (arrays, kept)
 

@@ -109,13 +109,13 @@ def test_rows_may_see_their_first_keys(name, shape, without_cudnn):
 def test_cudnn_serves_masks_per_query_of_even_widths(without_cudnn):
     """As of training in two streams, against each query by hand."""
     q, k, v, _ = random_inputs((2, 4, 8, 4, 2, 16), 7)
-    low = [x.astype(jnp.bfloat16) for x in (q, k, v)]
+    low = q.astype(jnp.bfloat16), k.astype(jnp.bfloat16), v.astype(jnp.bfloat16)
     seen = np.random.default_rng(7).random((2, 4, 8)) < 0.6
     seen[:, :, 0] = True
     found = np.asarray(attention(*low, jnp.array(seen), "attention:cudnn"), np.float32)
     assert without_cudnn == ["cudnn"]
-    arrays = [np.asarray(x, np.float32) for x in low]
-    np.testing.assert_allclose(found, by_hand(*arrays, seen), atol=2e-2)
+    queries, keys, values = (np.asarray(x, np.float32) for x in low)
+    np.testing.assert_allclose(found, by_hand(queries, keys, values, seen), atol=2e-2)
 
 
 def test_cudnn_serves_enough_16_bit_rows_that_see_their_first_keys(without_cudnn, monkeypatch):
