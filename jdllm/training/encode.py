@@ -148,11 +148,8 @@ def gapped(columns: Columns, mask_id: int, gap: tuple[int, int], number: int) ->
     """
     ids, learned, answer = columns
     size = int(np.random.default_rng(number).integers(gap[0], gap[1] + 1))
-    ids, learned = (
-        [*old[:answer], *[new] * size, *old[answer:]]
-        for old, new in ((ids, mask_id), (learned, True))
-    )
-    return ids, learned, answer
+    filled = [*ids[:answer], *[mask_id] * size, *ids[answer:]]
+    return filled, [*learned[:answer], *[True] * size, *learned[answer:]], answer
 
 
 def windows(

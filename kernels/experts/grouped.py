@@ -137,7 +137,8 @@ def _forward(
 
 
 def _backward(saved: tuple[Any, ...], change_TD: jax.Array) -> tuple[jax.Array | None, ...]:
-    return grouped_grad.backward(grouped_grad.TRITON, *saved, change_TD)
+    arrays, kept = saved
+    return grouped_grad.backward(grouped_grad.TRITON, arrays, kept, change_TD)
 
 
 _grouped.defvjp(_forward, _backward)
