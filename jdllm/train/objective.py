@@ -155,7 +155,9 @@ def choose(name: str, config: ModelConfig) -> Objective:
             f"objective={name} needs a model that attends block by block; this one can have "
             f"{fitting}"
         )
-    return dataclasses.replace(found, block=config.block_causal or 1)
+    if found.levels == "block":
+        found = dataclasses.replace(found, block=config.block_causal)
+    return found
 
 
 # Columns of documents
