@@ -1,5 +1,8 @@
 """A LoRA step on one GPU: memory and tokens per second by remat policy, and torch with peft beside.
 
+Every step has a noise level of its own, and the mean step counts: our head looks at masked columns
+alone, so a step's time depends on how many there are (torch's, as written here, does not).
+
 python experiments/lora_speed.py output=experiments/results/lora_speed.json
 
 Random weights of LLaDA-8B, one row: rank 128 on q, k, v at 4096 columns, rank 32 on every linear
@@ -18,8 +21,9 @@ import json
 import multiprocessing
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jdllm.kernels.choose import in_training
 from jdllm.load import enable_compilation_cache
 from jdllm.model.config import NAMED, ModelConfig, count_parameters
 from jdllm.model.linear import modules
@@ -37,7 +42,7 @@ from jdllm.model.model import Model, named
 from jdllm.model.model import abstract as model_shapes
 from jdllm.runtime import cli, files, sharding
 from jdllm.store.checkpoint import random_model
-from jdllm.train.objective import Batch, choose
+from jdllm.train.objective import Batch, Objective, choose, corrupt
 from jdllm.train.optimiser import Recipe, make_optimizer
 from jdllm.train.step import beside, create_state, train_step
 from jdllm.training.dynamics import DynamicsConfig
@@ -69,9 +74,11 @@ class SpeedConfig:
     output: Path
     cases: str = "qkv,all,sparse"
     remats: str = "none,products,layers"
-    steps: int = 6
+    steps: int = 8
     torch: bool = True
     """Time torch and peft on the cases of LLaDA-8B, too."""
+    profile: int = 0
+    """List so many of the dearest kernels of a step, too."""
     dynamics: bool = False
     """Time each policy with the window `mean` of gradient dynamics, too: EDIT's map."""
 
@@ -103,11 +110,16 @@ def ours(case: Case, config: SpeedConfig) -> list[dict[str, Any]]:
     """A row per remat policy; policies compile side by side."""
     facts, mesh = NAMED[case.model], sharding.parse_mesh("1x1")
     model = dataclasses.replace(random_model(facts, mesh, 0), dtype="bfloat16")
+    if facts.moe:
+        widths = facts.moe.expert_mlp, facts.embed
+        model = dataclasses.replace(model, kernel=in_training("auto", "bfloat16", widths))
     own = modules(named(model_shapes(facts)))
     names, lora = find(own, case.lora.targets), case.lora
     optimizer = make_optimizer(Recipe())
     frozen = dataclasses.replace(model, adapter=Adapter({}, lora.dropout))
-    batch, key, objective = batch_of(facts, case.length), jax.random.key(0), choose("auto", facts)
+    batch, objective = batch_of(facts, case.length), choose("auto", facts)
+    keys = [jax.random.key(number) for number in range(config.steps + 2)]
+    share = masked_share(objective, facts, batch, keys[2:])
 
     def state(windows: str) -> Any:
         return create_state(
@@ -118,7 +130,7 @@ def ours(case: Case, config: SpeedConfig) -> list[dict[str, Any]]:
     def compiled(kind: tuple[Any, str]) -> Any:
         remat, windows = kind
         step = train_step.lower(
-            abstract[windows], batch, key, frozen=frozen, join=beside, objective=objective,
+            abstract[windows], batch, keys[0], frozen=frozen, join=beside, objective=objective,
             optimizer=optimizer, remat=remat,
         )  # fmt: skip
         return step.compile()
@@ -130,14 +142,18 @@ def ours(case: Case, config: SpeedConfig) -> list[dict[str, Any]]:
         programs = dict(zip(kinds, pool.map(attempt(compiled), kinds), strict=True))
     for (remat, windows), program in programs.items():
         row: dict[str, Any] = {"who": "jdllm", "remat": remat, "dynamics": windows}
+        row |= {"kernel": model.kernel, "masked": share}
         try:
             if isinstance(program, Exception):
                 raise program
             memory = program.memory_analysis()
             held = memory.argument_size_in_bytes + memory.output_size_in_bytes
             row["peak_gb"] = (held + memory.temp_size_in_bytes - memory.alias_size_in_bytes) / 1e9
-            run = partial(advance, program, batch, key, frozen)
+            run = partial(advance, program, batch, iter(keys), frozen)
             row["seconds"], row["losses"] = timed(run, state(windows), config.steps)
+            if config.profile:
+                run = partial(advance, program, batch, itertools.repeat(keys[0]), frozen)
+                row["kernels"] = dearest(run, state(windows), config.profile)
         except Exception as error:
             row["failed"] = str(error).splitlines()[0][:200]
         found.append(row)
@@ -161,21 +177,46 @@ def abstract_of(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-def advance(program: Any, batch: Batch, key: jax.Array, frozen: Model, state: Any) -> Any:
+def advance(
+    program: Any, batch: Batch, keys: Iterator[jax.Array], frozen: Model, state: Any
+) -> Any:
     """The state after a step, and its loss."""
-    state, values = program(state, batch, key, frozen=frozen)
+    state, values = program(state, batch, next(keys), frozen=frozen)
     return state, float(values["loss"])
 
 
+def masked_share(objective: Objective, facts: ModelConfig, batch: Batch, keys: Any) -> float:
+    """The mean share of response columns that carry loss under these keys."""
+    one = jax.tree.map(lambda x: x[0], batch)
+    masked = [corrupt(objective, key, one, facts.mask_id).masked.sum() for key in keys]
+    return float(sum(masked) / len(keys) / one.learned.sum())
+
+
+def dearest(run: Callable[[Any], tuple[Any, float]], state: Any, count: int) -> list[list[Any]]:
+    """The device's dearest kernels of a step: milliseconds, calls, name."""
+    state, _ = run(state)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run(state)
+        path = next(Path(folder).rglob("*.xplane.pb"))
+        planes = list(jax.profiler.ProfileData.from_file(str(path)).planes)
+        spent: dict[str, list[float]] = {}
+        for line in (line for plane in planes if "GPU" in plane.name for line in plane.lines):
+            for event in line.events if line.name.startswith("Stream") else ():
+                spent.setdefault(event.name, []).append(event.duration_ns / 1e6)
+    rows = [[round(sum(ms), 3), len(ms), name[:120]] for name, ms in spent.items()]
+    return sorted(rows, reverse=True)[:count]
+
+
 def timed(run: Callable[[Any], tuple[Any, float]], state: Any, steps: int) -> tuple[float, list]:
-    """The median step's seconds, after two that are not counted, and all losses."""
+    """The mean step's seconds, after two that are not counted, and all losses."""
     seconds, losses = [], []
     for _ in range(steps + 2):
         start = time.perf_counter()
         state, loss = run(state)
         seconds.append(time.perf_counter() - start)
         losses.append(loss)
-    return statistics.median(seconds[2:]), losses
+    return statistics.mean(seconds[2:]), losses
 
 
 def peers(case: Case, remat: bool, steps: int) -> dict[str, Any]:
