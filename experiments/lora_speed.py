@@ -192,12 +192,12 @@ def advance(
 def spread_keys(
     objective: Objective, facts: ModelConfig, batch: Batch, count: int
 ) -> tuple[list[jax.Array], float]:
-    """Keys of steps whose masked columns are spread as those of many, and their mean share."""
+    """Keys of steps whose shares of masked columns are spread as those of many, and the mean."""
     one = jax.tree.map(lambda x: x[0], batch)
 
     @jax.jit
     def share(key: jax.Array) -> jax.Array:
-        return corrupt(objective, key, one, facts.mask_id).masked.sum() / one.learned.sum()
+        return corrupt(objective, key, one, facts.mask_id).masked.mean()
 
     found = sorted((float(share(jax.random.key(n))), n) for n in range(8 * count))
     chosen = found[4::8]
