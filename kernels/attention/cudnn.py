@@ -1,7 +1,7 @@
 """cuDNN's flash attention; serves 16-bit numbers on GPUs.
 
-Where rows see their first keys, it stops at the last of them; where every query sees keys of its
-own, it reads the mask as numbers to add, [B, 1, T, S].
+Where rows see their first keys, it stops at the last of them; where every query of a whole canvas
+sees keys of its own, as in training, it reads the mask as numbers to add, [B, 1, T, T].
 
 It reads keys as the cache holds them. XLA's batched products, left alone with a batch of rows, turn
 the whole cache round, and then write its columns one number at a time. But it gives each head's
@@ -28,8 +28,10 @@ def attention(
         raise NotImplementedError(f"it serves 16-bit numbers, not {q_BTHK.dtype}")
     if visible.ndim == 2:
         raise NotImplementedError("it serves rows that see their first keys, or masks per query")
-    if visible.ndim == 3 and (T % 2 or S % 2):
-        raise NotImplementedError(f"under masks per query it serves even widths, not {T} and {S}")
+    if visible.ndim == 3 and (T != S or T % 2):
+        raise NotImplementedError(
+            f"under masks per query it serves whole canvases of even width, not {T} of {S} columns"
+        )
     if B * H * -(-T // QUERIES) < PROCESSORS:
         raise NotImplementedError("too little work to go round")
     seen: dict[str, Any] = {"key_value_seq_lengths": jnp.minimum(visible, S)}
