@@ -67,9 +67,8 @@ def draw(traffic: Traffic, llm: LLM, seed: int) -> list[Call]:
     due = np.cumsum(np.broadcast_to(gaps, traffic.requests))
 
     def lengths(mean: int) -> np.ndarray:
-        return np.clip(
-            rng.lognormal(np.log(mean), traffic.spread, traffic.requests), mean / 4, mean * 4
-        )
+        drawn = rng.lognormal(np.log(mean), traffic.spread, traffic.requests)
+        return np.clip(np.rint(drawn), mean / 4, mean * 4)
 
     most = llm.config.max_length
     calls = []

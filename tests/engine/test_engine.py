@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jdllm import DecodeConfig
-from jdllm.engine import Engine, Engines, Job, rounds
+from jdllm.engine import Engine, EngineConfig, Engines, Job, rounds
 from jdllm.llm import LLM
 from jdllm.model.model import assemble, named
 from tests.engine.jobs import SMALL, canvas, make, run, setup_of
