@@ -77,7 +77,7 @@ def draw(traffic: Traffic, llm: LLM, seed: int) -> list[Call]:
     ):
         prompt, tokens = max(1, min(int(prompt), most // 2)), max(1, int(tokens))
         ids = rng.integers(0, llm.config.vocab - 1, prompt).tolist()
-        calls.append(Call(float(at), ids, min(tokens, most - most // 2 - 64)))
+        calls.append(Call(float(at), ids, min(tokens, most // 4)))
     return calls
 
 
