@@ -4,6 +4,7 @@ Every step has a noise level of its own, and the mean step counts: our head look
 alone, so a step's time depends on how many there are (torch's, as written here, does not).
 
 python experiments/lora_speed.py output=experiments/results/lora_speed.json
+python experiments/lora_speed.py output=FILE cases=qkv remats=none steps=5      (two minutes)
 
 Random weights of LLaDA-8B, one row: rank 128 on q, k, v at 4096 columns, rank 32 on every linear
 map at 1024; and LLaDA2-mini at 2048. torch's model has the same shapes, bfloat16 weights, peft's
@@ -74,6 +75,10 @@ class SpeedConfig:
     output: Path
     cases: str = "qkv,all,sparse"
     remats: str = "none,products,layers"
+    layers: int | None = None
+    """Only the first so many."""
+    kernel: str = "auto"
+    """Implementations that are forced; auto is what training takes."""
     steps: int = 8
     torch: bool = True
     """Time torch and peft on the cases of LLaDA-8B, too."""
@@ -111,10 +116,12 @@ def operations(config: ModelConfig, length: int, masked: float = 1.0) -> float:
 def ours(case: Case, config: SpeedConfig) -> list[dict[str, Any]]:
     """A row per remat policy; policies compile side by side."""
     facts, mesh = NAMED[case.model], sharding.parse_mesh("1x1")
+    facts = dataclasses.replace(facts, layers=config.layers or facts.layers)
     model = dataclasses.replace(random_model(facts, mesh, 0), dtype="bfloat16")
+    model = dataclasses.replace(model, kernel=config.kernel)
     if facts.moe:
         widths = facts.moe.expert_mlp, facts.embed
-        model = dataclasses.replace(model, kernel=in_training("auto", "bfloat16", widths))
+        model = dataclasses.replace(model, kernel=in_training(config.kernel, "bfloat16", widths))
     own = modules(named(model_shapes(facts)))
     names, lora = find(own, case.lora.targets), case.lora
     optimizer = make_optimizer(Recipe())
@@ -232,7 +239,7 @@ def timed(run: Callable[[Any], tuple[Any, float]], state: Any, steps: int) -> tu
     return statistics.mean(seconds[2:]), losses
 
 
-def peers(case: Case, remat: bool, steps: int) -> dict[str, Any]:
+def peers(case: Case, remat: bool, config: SpeedConfig) -> dict[str, Any]:
     """The same step by torch and peft: bfloat16 weights, float32 factors, layers compiled."""
     import torch
     import torch.nn.functional as F
@@ -242,6 +249,7 @@ def peers(case: Case, remat: bool, steps: int) -> dict[str, Any]:
     from torch.utils.checkpoint import checkpoint
 
     facts = NAMED[case.model]
+    facts = dataclasses.replace(facts, layers=config.layers or facts.layers)
     D, H, K, M = facts.embed, facts.heads, facts.head_dim, facts.mlp
 
     def linear(inputs: int, outputs: int) -> nn.Linear:
@@ -332,22 +340,22 @@ def peers(case: Case, remat: bool, steps: int) -> dict[str, Any]:
         return None, float(loss)
 
     torch.cuda.reset_peak_memory_stats()
-    seconds, losses = timed(step, None, steps)
+    seconds, losses = timed(step, None, config.steps)
     peak = torch.cuda.max_memory_allocated() / 1e9
     return {"seconds": seconds, "losses": losses, "peak_gb": peak}
 
 
 def by_torch(name: str, config: SpeedConfig) -> list[dict[str, Any]]:
-    """Rows of torch without and with remat, each in a process that gives its memory back."""
+    """Rows of torch by remat policy, each in a process that gives its memory back."""
     found, case = [], CASES[name]
     if not config.torch or case.model != "llada-8b":
         return found
-    for remat in (False, True):
-        row = {"who": "torch, peft", "remat": "layers" if remat else "none"}
+    for remat in (name for name in config.remats.split(",") if name != "products"):
+        row = {"who": "torch, peft", "remat": remat}
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
             try:
-                row |= pool.submit(peers, case, remat, config.steps).result()
+                row |= pool.submit(peers, case, remat == "layers", config).result()
             except Exception as error:
                 row["failed"] = str(error).splitlines()[0][:200]
         found.append(row)
@@ -368,11 +376,11 @@ def main(config: SpeedConfig) -> None:
             row |= {"case": name, "length": case.length, "model": case.model}
             if seconds := row.get("seconds"):
                 row["tokens_per_second"] = case.length / seconds
-                row["share_of_rate"] = (
-                    operations(NAMED[case.model], case.length, row.get("masked", 1.0))
-                    / seconds
-                    / DENSE_RATE
-                )
+                facts = NAMED[case.model]
+                if config.layers:
+                    facts = dataclasses.replace(facts, layers=config.layers)
+                work = operations(facts, case.length, row.get("masked", 1.0))
+                row["share_of_rate"] = work / seconds / DENSE_RATE
             rows.append(row)
             print({k: v for k, v in row.items() if k != "losses"}, flush=True)
         facts = {

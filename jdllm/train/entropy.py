@@ -44,12 +44,36 @@ def chunk_size(model: Model, rows: int, columns: int) -> int:
     return -(-columns // count)
 
 
+@jax.custom_vjp
+def nll_of(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Negative log likelihood [...] of float32 logits [..., V].
+
+    Its gradient is written out, so that it is one pass: chances, less 1 at the target.
+    """
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+
+
+def _forward(logits: jax.Array, targets: jax.Array):
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    found = total - jnp.take_along_axis(logits, targets[..., None], axis=-1)
+    return found[..., 0], (logits, targets, total)
+
+
+def _backward(kept: tuple[jax.Array, jax.Array, jax.Array], change: jax.Array):
+    logits, targets, total = kept
+    own = jnp.arange(logits.shape[-1]) == targets[..., None]
+    return (jnp.exp(logits - total) - own) * change[..., None], None
+
+
+nll_of.defvjp(_forward, _backward)
+
+
 def nll_and_doubt(logits: jax.Array, targets: jax.Array, entropy: bool) -> jax.Array:
     """Negative log likelihood and doubt [..., 2] of float32 logits.
 
     Doubt is the entropy where the best token is the right one, else 0; and 0 unless `entropy`.
     """
-    nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    nll = nll_of(logits, targets)
     if not entropy:
         return jnp.stack([nll, jnp.zeros_like(nll)], axis=-1)
     logs = jax.nn.log_softmax(logits)

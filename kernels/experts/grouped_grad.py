@@ -54,9 +54,9 @@ def sort(picks_TP: jax.Array, experts: int) -> Pairs:
     here_TP = (picks_TP >= 0) & (picks_TP < experts)
     picks_N = jnp.where(here_TP, picks_TP, experts).reshape(-1)
     order_N = jnp.argsort(picks_N, stable=True).astype(jnp.int32)
-    ids_E = jnp.arange(experts + 1, dtype=jnp.int32)
-    starts = jnp.searchsorted(picks_N[order_N], ids_E).astype(jnp.int32)
-    return Pairs(order_N, order_N // picks_TP.shape[1], jnp.diff(starts), starts)
+    counts_E = jnp.sum(picks_N[:, None] == jnp.arange(experts), axis=0, dtype=jnp.int32)
+    starts = jnp.pad(jnp.cumsum(counts_E), (1, 0))
+    return Pairs(order_N, order_N // picks_TP.shape[1], counts_E, starts)
 
 
 def mixed(each_ND: jax.Array, picks_TP: jax.Array, experts: int, weights_TP: jax.Array | None):
@@ -162,7 +162,8 @@ def work(pairs: Pairs, rows: int) -> Work:
     tiles_E = -(-pairs.counts_E // rows)
     ends_E = jnp.cumsum(tiles_E)
     number = jnp.arange(pairs_N // rows + min(experts, pairs_N), dtype=jnp.int32)
-    expert = jnp.searchsorted(ends_E, number, side="right").astype(jnp.int32)
+    # Compared with all of them: a search would be a loop of small kernels.
+    expert = jnp.sum(number[:, None] >= ends_E, axis=1, dtype=jnp.int32)
     there, expert = expert < experts, jnp.minimum(expert, experts - 1)
     first = pairs.starts[expert] + (number - ends_E[expert] + tiles_E[expert]) * rows
     return Work(expert, jnp.where(there, first, pairs_N).astype(jnp.int32))
