@@ -4,14 +4,19 @@ An implementation raises NotImplementedError, with its reason, where it does not
 next one in the table is tried.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import jax
 
 from jdllm.kernels.attention import cudnn, reference, split, xla
 from jdllm.kernels.experts import dense, grouped, ragged
+from jdllm.kernels.product import narrow
+from jdllm.kernels.product import reference as plain
+from jdllm.kernels.quantised import Quantised
 
 # In order of preference. The reference serves every case: what stands behind it serves by name
 # only. Triton's do until the whole loop has been measured with them (docs/performance.md).
@@ -26,6 +31,10 @@ TABLES: dict[str, dict[str, Callable[..., jax.Array]]] = {
         "reference": dense.experts,
         "grouped": grouped.experts,
         "ragged": ragged.experts,
+    },
+    "product": {
+        "narrow": narrow.product,
+        "reference": plain.product,
     },
 }
 
@@ -42,7 +51,11 @@ class Choice:
     """Those that were tried before it, with their reasons."""
 
 
-CHECKS = {"attention:split": split.check, "experts:grouped": grouped.check}
+CHECKS = {
+    "attention:split": split.check,
+    "experts:grouped": grouped.check,
+    "product:narrow": narrow.check,
+}
 """Those that hold themselves against their reference before they serve."""
 
 _made: dict[Choice, None] = {}  # in order; filled while programs are traced
@@ -61,8 +74,8 @@ def attention(
 
 def experts(
     x_TD: jax.Array,
-    gate_up_EDCM: jax.Array,
-    down_EMD: jax.Array,
+    gate_up_EDCM: jax.Array | Quantised,
+    down_EMD: jax.Array | Quantised,
     picks_TP: jax.Array,
     weights_TP: jax.Array,
     kernel: str = "auto",
@@ -71,7 +84,25 @@ def experts(
     return run("experts", kernel, x_TD, gate_up_EDCM, down_EMD, picks_TP, weights_TP)
 
 
-def run(operation: str, kernel: str, *arrays: jax.Array) -> jax.Array:
+_forced: ContextVar[str] = ContextVar("forced", default="auto")
+
+
+@contextlib.contextmanager
+def forcing(kernel: str) -> Iterator[None]:
+    """Products inside are made by what `kernel` forces, as they are traced."""
+    token = _forced.set(kernel)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def product(x_MK: jax.Array, values_NK: jax.Array, scale_N: jax.Array) -> jax.Array:
+    """The product with a weight in 8 bits [M, N]: see kernels/product/reference.py."""
+    return run("product", _forced.get(), x_MK, values_NK, scale_N)
+
+
+def run(operation: str, kernel: str, *arrays: Any) -> jax.Array:
     """The result of the first implementation that serves, or of the one that `kernel` forces.
 
     ValueError where `kernel` cannot be read, or forces one that does not serve.

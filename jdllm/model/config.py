@@ -80,6 +80,9 @@ class ModelConfig:
     """Ids that end a completion's text: eos, and the family's end-of-turn id."""
     dtype: str = "bfloat16"
     """Storage dtype of the weights."""
+    weights: Literal["int8", "fp8"] | None = None
+    """Linear maps of the layers are held in 8 bits with a scale per output channel (None: as all
+    else, in dtype)."""
     family: str = "llada"
     """The conversion table that knows this model's Hugging Face form. Only exporting reads it."""
     qkv_bias: bool = False

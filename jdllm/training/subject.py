@@ -45,6 +45,12 @@ def load_subject(config: SFTConfig, mesh: Mesh) -> Subject:
     static = {"dtype": compute_dtype(config.dtype, "bfloat16"), "kernel": config.kernel}
     if not config.lora.rank:
         model = load_model(config.model, mesh, "float32", config.seed, config.allow_unknown)
+        if held := model.config.weights:
+            raise ValueError(
+                f"model={config.model} holds its weights in {held}, which cannot be trained; add "
+                "lora.rank=16 to train factors beside them, or start from a folder converted "
+                "without weights="
+            )
         bare = dataclasses.replace(model, params=None, **static)
         return Subject(model.params, bare, all_parameters, {})
     model = load_model(config.model, mesh, "auto", config.seed, config.allow_unknown)

@@ -1,17 +1,19 @@
-"""The experts of a layer, each for its own tokens only, by Triton kernels; serves 16-bit numbers.
+"""The experts of a layer, each for its own tokens only, by Triton kernels; serves 16-bit numbers,
+and weights in 8 bits, which are widened in registers.
 
 Only the weights of experts that somebody picked are read: what a step of few tokens costs. The
 gradient is the dense reference's.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jdllm.kernels import triton_call as triton
 from jdllm.kernels.experts import dense
+from jdllm.kernels.quantised import Quantised, quantise
 
 WIDTH = 128  # what the widths of tokens and experts must be multiples of
 
@@ -33,12 +35,18 @@ TILES: tuple[tuple[float, Tiles, Tiles], ...] = (
     (8, Tiles(32, 128, 64, 4, 3), Tiles(32, 128, 64, 4, 4)),
     (float("inf"), Tiles(64, 128, 64, 4, 3), Tiles(64, 128, 64, 4, 4)),
 )
+# The same of weights in 8 bits.
+NARROW: tuple[tuple[float, Tiles, Tiles], ...] = (
+    (4, Tiles(16, 64, 128, 4, 4), Tiles(16, 128, 128, 4, 4)),
+    (8, Tiles(32, 64, 128, 4, 4), Tiles(32, 128, 128, 4, 4)),
+    (float("inf"), Tiles(64, 64, 128, 4, 4), Tiles(64, 128, 128, 4, 4)),
+)
 
 
 def experts(
     x_TD: jax.Array,
-    gate_up_EDCM: jax.Array,
-    down_EMD: jax.Array,
+    gate_up_EDCM: jax.Array | Quantised,
+    down_EMD: jax.Array | Quantised,
     picks_TP: jax.Array,
     weights_TP: jax.Array,
 ) -> jax.Array:
@@ -50,26 +58,36 @@ def experts(
     """
     triton.require()
     for name, array in (("tokens", x_TD), ("weights", gate_up_EDCM), ("weights", down_EMD)):
-        if array.dtype != jnp.bfloat16 and array.dtype != jnp.float16:
+        wide = array.dtype in (jnp.bfloat16, jnp.float16)
+        if not wide and not isinstance(array, Quantised):
             raise NotImplementedError(f"it serves 16-bit {name}, not {array.dtype}")
+        if not wide and array.dtype != jnp.int8:
+            triton.require_fp8()
     (_, M, D), kind = down_EMD.shape, x_TD.dtype
     if M % WIDTH or D % WIDTH:
         raise NotImplementedError(f"it serves widths in multiples of {WIDTH}, not {D} and {M}")
     check()
-    return _grouped(x_TD, gate_up_EDCM.astype(kind), down_EMD.astype(kind), picks_TP, weights_TP)
+    ready = (
+        weight if isinstance(weight, Quantised) else weight.astype(kind)
+        for weight in (gate_up_EDCM, down_EMD)
+    )
+    return _grouped(x_TD, *ready, picks_TP, weights_TP)
 
 
 def check() -> None:
     """NotImplementedError, with the reason, where the kernels cannot run or compute wrongly."""
     triton.require()
-    triton.canary("experts", _grouped, dense.experts, *_small())
+    x, gate_up, down, *pairs = _small()
+    triton.canary("experts", _grouped, dense.experts, x, gate_up, down, *pairs)
+    small = quantise(gate_up, (1,)), quantise(down, (1,))
+    triton.canary("experts in 8 bits", _grouped, dense.experts, x, *small, *pairs)
 
 
 @jax.custom_vjp
 def _grouped(
     x_TD: jax.Array,
-    gate_up_EDCM: jax.Array,
-    down_EMD: jax.Array,
+    gate_up_EDCM: jax.Array | Quantised,
+    down_EMD: jax.Array | Quantised,
     picks_TP: jax.Array,
     weights_TP: jax.Array,
 ) -> jax.Array:
@@ -88,28 +106,39 @@ def _grouped(
         E=E,
         CHUNK=min(triton.power_of_2(N), 1024),
     )
-    _, first, second = next(row for row in TILES if row[0] * E >= N)
+    scaled = isinstance(gate_up_EDCM, Quantised)
+    _, first, second = next(row for row in (NARROW if scaled else TILES) if row[0] * E >= N)
     hidden_NM = triton.call(
-        kernels.gate_up, x_TD, gate_up_EDCM, order_N, starts, out=array((N, M), kind),
+        kernels.gate_up, x_TD, *_leaves(gate_up_EDCM), order_N, starts, out=array((N, M), kind),
         grid=(E, M // first.columns), warps=first.warps, stages=first.stages,
-        D=D, M=M, P=P, BM=first.rows, BN=first.columns, BK=first.inner,
+        D=D, M=M, P=P, BM=first.rows, BN=first.columns, BK=first.inner, SCALED=int(scaled),
     )  # fmt: skip
     each_ND = triton.call(
-        kernels.down, hidden_NM, down_EMD, order_N, starts, out=array((N, D), jnp.float32),
+        kernels.down, hidden_NM, *_leaves(down_EMD), order_N, starts,
+        out=array((N, D), jnp.float32),
         grid=(E, D // second.columns), warps=second.warps, stages=second.stages,
-        D=D, M=M, BM=second.rows, BN=second.columns, BK=second.inner,
+        D=D, M=M, BM=second.rows, BN=second.columns, BK=second.inner, SCALED=int(scaled),
     )  # fmt: skip
     here_TP = (picks_TP >= 0) & (picks_TP < E)  # nobody has written the rows of other picks
     each_TPD = jnp.where(here_TP[..., None], each_ND.reshape(T, P, D), 0)
     return jnp.sum(each_TPD * weights_TP[..., None], axis=1).astype(kind)
 
 
+def _leaves(weight: jax.Array | Quantised) -> tuple[jax.Array, jax.Array]:
+    """What a kernel is handed of a weight: its numbers, and a scale, which is not read of all."""
+    return (weight.values, weight.scale) if isinstance(weight, Quantised) else (weight, weight)
+
+
 def _forward(*arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     return _grouped(*arrays), arrays
 
 
-def _backward(arrays: tuple[jax.Array, ...], change_TD: jax.Array) -> tuple[jax.Array | None, ...]:
+def _backward(arrays: tuple[Any, ...], change_TD: jax.Array) -> tuple[Any, ...]:
     x, gate_up, down, picks, weights = arrays
+    if isinstance(gate_up, Quantised):  # frozen
+        _, pull = jax.vjp(lambda x, w: dense.experts(x, gate_up, down, picks, w), x, weights)
+        dx, dweights = pull(change_TD)
+        return dx, None, None, None, dweights
     _, pull = jax.vjp(
         lambda x, g, d, w: dense.experts(x, g, d, picks, w), x, gate_up, down, weights
     )

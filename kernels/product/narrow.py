@@ -4,12 +4,14 @@ A step of few tokens costs what reading the weights costs. The inner axis is spl
 so that small products, too, keep all processors reading.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jdllm.kernels import triton_call as triton
+from jdllm.kernels.product import reference
 
 
 class Tiles(NamedTuple):
@@ -24,6 +26,63 @@ class Tiles(NamedTuple):
     """Whether the weight is the left operand."""
     split: int
     """Parts of the inner axis, each a program's."""
+
+
+# Up to so many rows.
+TILES: tuple[tuple[int, Tiles], ...] = ((64, Tiles(32, 64, 128, 4, 4, False, 1)),)
+SPLITS = (1, 2, 3, 4, 6, 8)
+PROGRAMS = 264  # at least so many, where the inner axis can be split for it: two per processor
+
+
+def product(x_MK: jax.Array, values_NK: jax.Array, scale_N: jax.Array) -> jax.Array:
+    """x times the transposed values, scaled: [M, N] in the dtype of x, as the reference says.
+
+    Sums are float32, rounded once. A row's numbers do not depend on the others where their number
+    does not change the tiles.
+    """
+    triton.require()
+    if x_MK.dtype != jnp.bfloat16 and x_MK.dtype != jnp.float16:
+        raise NotImplementedError(f"it serves 16-bit numbers, not {x_MK.dtype}")
+    if values_NK.dtype != jnp.int8:
+        triton.require_fp8()
+    tiles = tiles_of(*x_MK.shape, len(values_NK))
+    check()
+    return run(x_MK, values_NK, scale_N, tiles).astype(x_MK.dtype)
+
+
+def tiles_of(M: int, K: int, N: int) -> Tiles:
+    """The tiles for M rows of K inner numbers and N columns; NotImplementedError for none."""
+    one = next((tiles for limit, tiles in TILES if limit >= M), None)
+    if one is None:
+        raise NotImplementedError(f"it serves up to {TILES[-1][0]} rows, not {M}")
+    if N % one.columns or K % one.inner:
+        raise NotImplementedError(
+            f"it serves {one.columns} columns and {one.inner} inner numbers at a time, not {N}, {K}"
+        )
+    programs = N // one.columns * -(-M // one.rows)
+    fits = [split for split in SPLITS if K % (split * one.inner) == 0]
+    split = next((split for split in fits if split * programs >= PROGRAMS), fits[-1])
+    return one._replace(split=split)
+
+
+def check() -> None:
+    """NotImplementedError, with the reason, where the kernel cannot run or computes wrongly."""
+    triton.require()
+    triton.canary("product", _small_run, reference.product, *_small())
+
+
+def _small_run(x_MK: jax.Array, values_NK: jax.Array, scale_N: jax.Array) -> jax.Array:
+    return run(x_MK, values_NK, scale_N, tiles_of(*x_MK.shape, len(values_NK)))
+
+
+@functools.cache
+def _small() -> tuple[jax.Array, ...]:
+    """Inputs of the canary: 24 rows, several columns and parts."""
+    M, N, K = 24, 512, 1024
+    with jax.ensure_compile_time_eval():
+        values = jax.random.randint(jax.random.key(1), (N, K), -127, 128, jnp.int8)
+        scale = jax.random.uniform(jax.random.key(2), (N,), minval=0.5) / 127
+    return triton.normal(0, (M, K)), values, scale
 
 
 def run(x_MK: jax.Array, values_NK: jax.Array, scale_N: jax.Array, tiles: Tiles) -> jax.Array:
