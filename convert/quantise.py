@@ -51,7 +51,7 @@ def _parts(name: str, lazy: LazyArray, linear: Linear, kind: Kind) -> dict[str, 
         limit = max(PIECE_BYTES // WIDTH, math.prod(shape[kept:]))
         for index in pieces(shape, (*[1] * kept, *shape[kept:]), limit):
             top = np.abs(turned(index)).max(axis=tuple(range(kept, len(shape))))
-            found[index[:kept]] = np.where(top == 0, 1, top / np.float32(kind.largest))
+            found[index[:kept]] = np.where(top == 0, 1, top * np.float32(1 / kind.largest))
         return found
 
     def values(index: Index) -> np.ndarray:

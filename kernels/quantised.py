@@ -85,7 +85,7 @@ def quantise(weight: jax.Array, inputs: tuple[int, ...], kind: str = "int8") -> 
     summed = tuple(range(weight.ndim - len(inputs), weight.ndim))
     dtype, largest = KINDS[kind]
     top = jnp.max(jnp.abs(weight), axis=summed, keepdims=True)
-    scale = jnp.where(top == 0, 1.0, top / largest)
+    scale = jnp.where(top == 0, 1.0, top * np.float32(1 / largest))
     values = weight / scale
     if jnp.issubdtype(dtype, jnp.integer):
         values = jnp.round(values)
