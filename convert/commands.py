@@ -37,7 +37,8 @@ class ConvertConfig:
     source: str
     """A folder, or a Hugging Face id that is downloaded first."""
     output: Path | None = None
-    """Folder to write (default: models/<name> in JDLLM_HOME, which is ~/.cache/jdllm)."""
+    """Folder to write (default: models/<name> in JDLLM_HOME, which is ~/.cache/jdllm; with weights=
+    <name>-<weights>)."""
     dtype: Dtype | None = None
     """Store weights in this dtype (default: as in the source)."""
     weights: Weights | None = None
@@ -110,7 +111,9 @@ def run_convert(command: str, words: Sequence[str]) -> None:
     """One of COMMANDS."""
     family, source = COMMANDS[command]
     config = cli.parse(ConvertConfig, words, f"{PROG} {command}", ConvertConfig(source=source))
-    output = config.output or converted_folder(config.source)
+    folder = converted_folder(config.source)
+    beside = f"{folder.name}-{config.weights}" if config.weights else folder.name
+    output = config.output or folder.with_name(beside)
     files.refuse_existing(output)
     folder = fetch(config.source)
     source = open_source(folder, family, config.dtype, config.allow_unknown)

@@ -95,12 +95,11 @@ def with_model(words: Sequence[str]) -> list[str]:
 def shown_plan(facts: dict[str, Any]) -> str:
     """What `plan` found, as it is shown."""
     parts = [f"{name:<14}{size / 1e9:>8.3f}" for name, size in facts["bytes"].items()]
-    held = facts["dtype"] + (f", linear maps in {facts['weights']}" if facts["weights"] else "")
     verdict = "fits" if facts["fits"] else "does not fit"
     mesh = " x ".join(f"{axis}={size}" for axis, size in facts["mesh"].items())
     return "\n".join(
         [
-            f"{facts['model']}: {facts['parameters'] / 1e9:.2f} B parameters in {held}",
+            f"{facts['model']}: {facts['parameters'] / 1e9:.2f} B parameters in {facts['held']}",
             f"mesh {mesh}, batch {facts['batch']}, {facts['columns']} columns, {facts['work']}",
             "",
             "GB on each device",
@@ -126,6 +125,7 @@ def find_plan(config: PlanConfig) -> dict[str, Any]:
         "parameters": count_parameters(model),
         "dtype": model.dtype,
         "weights": model.weights,
+        "held": model.held,
         "mesh": dict(sharding.abstract_mesh(config.mesh).shape),
         "batch": config.batch,
         "columns": length,

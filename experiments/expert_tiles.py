@@ -108,12 +108,12 @@ def main(config: TilesConfig) -> None:
         for rows, wide, deep in itertools.product(config.heights, wides, deeps):
             grouped.TILES = ((float("inf"), Tiles(rows, *wide), Tiles(rows, *deep)),)
             grouped.NARROW = grouped.TILES
-            one: dict[str, Any] = {"gate_up": (rows, *wide), "down": (rows, *deep)}
+            tried: dict[str, Any] = {"gate_up": (rows, *wide), "down": (rows, *deep)}
             try:
-                one["ms"] = milliseconds(grouped.experts, config, *arrays)
+                tried["ms"] = milliseconds(grouped.experts, config, *arrays)
             except Exception as error:
-                one |= {"ms": math.inf, "failed": str(error)[:200]}
-            tiles.append(one)
+                tried |= {"ms": math.inf, "failed": str(error)[:200]}
+            tiles.append(tried)
         row["grouped"] = sorted(tiles, key=lambda one: one["ms"])
         row["error"] = error_of(row["grouped"][0], x, gate_ups[0], downs[0], picks[0], weights[0])
         print({k: v for k, v in row.items() if k != "grouped"}, row["grouped"][0], flush=True)

@@ -104,7 +104,7 @@ def looped(multiply: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     def run(xs: jax.Array, scale: jax.Array, weights: Any) -> jax.Array:
         def once(_: Any, xs: jax.Array) -> jax.Array:
             found = [multiply(xs[i], values, scale) for i, values in enumerate(weights)]
-            touch = sum(one[0, 0].astype(jnp.float32) for one in found) * 1e-6
+            touch = jnp.stack([one[0, 0].astype(jnp.float32) for one in found]).sum() * 1e-6
             return xs + touch.astype(xs.dtype)
 
         return jax.lax.fori_loop(0, LOOPS, once, xs)

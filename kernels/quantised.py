@@ -65,7 +65,7 @@ class Quantised:
         """The weight as an array."""
         scale = self.scale.reshape(*self.scale.shape, *[1] * len(self.inputs))
         found = (self.values.astype(jnp.float32) * scale).astype(dtype)
-        return jnp.transpose(found, np.argsort(self.order))
+        return jnp.transpose(found, np.argsort(self.order).tolist())
 
     def placed(self, axes: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """What `axes` says of the weight's axes, for those of values and of scale."""

@@ -124,6 +124,11 @@ class ModelConfig:
         """The facts of the experts of a layer; None where it has an ordinary MLP."""
         return None if self.moe and layer in self.moe.dense_layers else self.moe
 
+    @property
+    def held(self) -> str:
+        """How the weights are held, in words."""
+        return f"{self.dtype}, linear maps in {self.weights}" if self.weights else self.dtype
+
     def to_json(self) -> str:
         """JSON text for config.json beside converted weights."""
         return json.dumps({"format": FORMAT} | dataclasses.asdict(self), indent=2) + "\n"

@@ -45,7 +45,8 @@ def product(x_MK: jax.Array, values_NK: jax.Array, scale_N: jax.Array) -> jax.Ar
         raise NotImplementedError(f"it serves 16-bit numbers, not {x_MK.dtype}")
     if values_NK.dtype != jnp.int8:
         triton.require_fp8()
-    tiles = tiles_of(*x_MK.shape, len(values_NK))
+    (M, K), N = x_MK.shape, len(values_NK)
+    tiles = tiles_of(M, K, N)
     check()
     return run(x_MK, values_NK, scale_N, tiles).astype(x_MK.dtype)
 
@@ -72,7 +73,8 @@ def check() -> None:
 
 
 def _small_run(x_MK: jax.Array, values_NK: jax.Array, scale_N: jax.Array) -> jax.Array:
-    return run(x_MK, values_NK, scale_N, tiles_of(*x_MK.shape, len(values_NK)))
+    (M, K), N = x_MK.shape, len(values_NK)
+    return run(x_MK, values_NK, scale_N, tiles_of(M, K, N))
 
 
 @functools.cache
