@@ -146,8 +146,15 @@ def test_tiles_cover_the_product(M, columns, inner):
 # Models
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("config", [NAMED["tiny"], SPARSE], ids=["dense", "experts"])
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [(NAMED["tiny"], "int8"), (SPARSE, "fp8"), slow(NAMED["tiny"], "fp8"), slow(SPARSE, "int8")],
+    ids=["dense-int8", "experts-fp8", "dense-fp8", "experts-int8"],
+)
 def test_a_model_computes_what_its_weights_say_on_any_mesh(config, kind):
     one = sharding.parse_mesh("1x1")
     model = random_model(as_held(config, kind), one)
