@@ -38,11 +38,12 @@ from jdllm.decode.start import start
 from jdllm.decode.work import Work
 from jdllm.kernels.quantised import KINDS
 from jdllm.llm import LLM
-from jdllm.load import enable_compilation_cache
+from jdllm.load import enable_compilation_cache, read_facts
 from jdllm.model.config import count_parameters
 from jdllm.model.model import Model
 from jdllm.model.quantise import quantise_params
 from jdllm.runtime import cli, sharding
+from jdllm.store.checkpoint import random_model
 
 RESULTS = Path(__file__).resolve().parent / "results" / "gpu.jsonl"
 
@@ -55,6 +56,8 @@ class LoopConfig:
     model: str = "random:llada-8b"
     kernels: str = "auto"
     """What `kernel=` says, several with / between them."""
+    layers: int | None = None
+    """Of random weights: fewer than the shape has, where compiling must be short."""
     weights: str = "bf16"
     """How the layers' linear maps are held: bf16, int8, fp8, several with commas between them."""
     cache: str = "dual"
@@ -318,7 +321,17 @@ def measured(llm: LLM, config: LoopConfig) -> Iterator[dict[str, Any]]:
                     found = run()
                 except Exception as error:
                     found = {"kernel": kernel, "failed": str(error)[:300]}
-                yield {"name": name, "weights": llm.config.weights or "bf16"} | found
+                facts = {"weights": llm.config.weights or "bf16", "layers": llm.config.layers}
+                yield {"name": name} | facts | found
+
+
+def load(config: LoopConfig) -> LLM:
+    """The model, with as many layers as asked for."""
+    mesh = sharding.parse_mesh("1x1")
+    if config.layers is None:
+        return LLM.load(config.model, mesh)
+    facts = dataclasses.replace(read_facts(config.model), layers=config.layers)
+    return LLM(random_model(facts, mesh), None, engine="off")
 
 
 def held(llm: LLM, weights: str) -> LLM:
@@ -348,7 +361,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main(config: LoopConfig) -> None:
     """Appends every row to the file as soon as it is measured."""
     enable_compilation_cache()
-    llm = LLM.load(config.model, sharding.parse_mesh("1x1"))
+    llm = load(config)
     jax.block_until_ready(llm.model)
     facts = {
         "device": jax.devices()[0].device_kind,

@@ -33,8 +33,8 @@ TABLES: dict[str, dict[str, Callable[..., jax.Array]]] = {
         "ragged": ragged.experts,
     },
     "product": {
-        "narrow": narrow.product,
         "reference": plain.product,
+        "narrow": narrow.product,
     },
 }
 
@@ -54,6 +54,7 @@ class Choice:
 CHECKS = {
     "attention:split": split.check,
     "experts:grouped": grouped.check,
+    "experts:grouped in 8 bits": grouped.check_narrow,
     "product:narrow": narrow.check,
 }
 """Those that hold themselves against their reference before they serve."""

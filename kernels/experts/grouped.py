@@ -67,6 +67,8 @@ def experts(
     if M % WIDTH or D % WIDTH:
         raise NotImplementedError(f"it serves widths in multiples of {WIDTH}, not {D} and {M}")
     check()
+    if isinstance(gate_up_EDCM, Quantised):
+        check_narrow()
     ready = (
         weight if isinstance(weight, Quantised) else weight.astype(kind)
         for weight in (gate_up_EDCM, down_EMD)
@@ -77,9 +79,15 @@ def experts(
 def check() -> None:
     """NotImplementedError, with the reason, where the kernels cannot run or compute wrongly."""
     triton.require()
+    triton.canary("experts", _grouped, dense.experts, *_small())
+
+
+def check_narrow() -> None:
+    """The same of weights in 8 bits."""
+    triton.require()
     x, gate_up, down, *pairs = _small()
-    triton.canary("experts", _grouped, dense.experts, x, gate_up, down, *pairs)
-    small = quantise(gate_up, (1,)), quantise(down, (1,))
+    with jax.ensure_compile_time_eval():
+        small = quantise(gate_up, (1,)), quantise(down, (1,))
     triton.canary("experts in 8 bits", _grouped, dense.experts, x, *small, *pairs)
 
 
