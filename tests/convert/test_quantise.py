@@ -1,6 +1,7 @@
 """convert weights=int8 and fp8: what is stored, what reads it, and what cannot be undone."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from jdllm.runtime import sharding
 from jdllm.store import checkpoint
 from jdllm.training.config import SFTConfig
 from jdllm.training.subject import load_subject
+from tests.support.marks import quick
 from tests.support.recordings import with_mask
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -52,15 +54,10 @@ def assert_same(first: Model, second: Model) -> None:
             np.testing.assert_array_equal(a, b, err_msg=name)
 
 
-def slow(*values: str) -> Any:
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
 @pytest.mark.parametrize(
     ("case", "kind"),
-    [("llada", "int8"), ("llada2_moe", "fp8"), slow("llada", "fp8"), slow("llada2_moe", "int8"),
-     slow("dream", "int8"), slow("dream", "fp8")],
-)  # fmt: skip
+    quick(itertools.product(CASES, KINDS), ("llada", "int8"), ("llada2_moe", "fp8")),
+)
 def test_what_is_streamed_is_what_whole_weights_become(case, kind, tmp_path, monkeypatch):
     """Piece by piece, restored on one device and on a mesh."""
     monkeypatch.setattr(checkpoint, "PIECE_BYTES", 4096)
@@ -120,7 +117,7 @@ def test_every_command_s_loader_decodes_from_it(tmp_path):
     )
 
 
-@pytest.mark.parametrize("kind", ["int8", slow("fp8")])
+@pytest.mark.parametrize("kind", quick(KINDS, "int8"))
 def test_merge_widens_and_may_round_again(kind, tmp_path):
     """The sum of a rounded base and an adapter is a plain model, or one in 8 bits."""
     base, adapter = converted("llada", tmp_path, f"weights={kind}"), GOLDENS / "peft" / "llada_all"

@@ -265,3 +265,9 @@ def test_what_8_bits_cost_is_what_was_measured():
     page = (ROOT / "docs" / "convert.md").read_text()
     assert script["task_table"](found["tasks"]) in page
     assert script["golden_table"](found["goldens"]) in page
+
+
+def test_what_fits_is_what_was_planned():
+    script = runpy.run_path(str(ROOT / "experiments" / "fits.py"))
+    found = json.loads((ROOT / "experiments/results/fits.json").read_text())
+    assert script["table"](found["rows"]) in (ROOT / "docs" / "performance.md").read_text()

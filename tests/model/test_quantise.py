@@ -1,6 +1,7 @@
 """Weights in 8 bits: their rounding, products, experts, meshes, and what they change of logits."""
 
 import dataclasses
+import itertools
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,7 @@ from jdllm.model.weights import product
 from jdllm.runtime import sharding
 from jdllm.store.checkpoint import placements, random_model
 from jdllm.store.fingerprint import fingerprint
+from tests.support.marks import quick
 from tests.support.recordings import Case, load, supported
 
 KEY = jax.random.key(0)
@@ -146,17 +148,15 @@ def test_tiles_cover_the_product(M, columns, inner):
 # Models
 
 
-def slow(*values: Any) -> Any:
-    return pytest.param(*values, marks=pytest.mark.slow)
+MODELS = {"dense": NAMED["tiny"], "experts": SPARSE}
 
 
 @pytest.mark.parametrize(
-    ("config", "kind"),
-    [(NAMED["tiny"], "int8"), (SPARSE, "fp8"), slow(NAMED["tiny"], "fp8"), slow(SPARSE, "int8")],
-    ids=["dense-int8", "experts-fp8", "dense-fp8", "experts-int8"],
+    ("name", "kind"),
+    quick(itertools.product(MODELS, KINDS), ("dense", "int8"), ("experts", "fp8")),
 )
-def test_a_model_computes_what_its_weights_say_on_any_mesh(config, kind):
-    one = sharding.parse_mesh("1x1")
+def test_a_model_computes_what_its_weights_say_on_any_mesh(name, kind):
+    config, one = MODELS[name], sharding.parse_mesh("1x1")
     model = random_model(as_held(config, kind), one)
     plain = random_model(config, one)
     dense = {
