@@ -4,8 +4,10 @@ An implementation raises NotImplementedError, with its reason, where it does not
 next one in the table is tried.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -13,6 +15,9 @@ import jax.numpy as jnp
 
 from jdllm.kernels.attention import cudnn, reference, split, xla
 from jdllm.kernels.experts import dense, grouped, ragged
+from jdllm.kernels.product import narrow
+from jdllm.kernels.product import reference as plain
+from jdllm.kernels.quantised import Quantised
 
 # In order of preference. The reference serves every case: what stands behind it serves by name
 # only. Triton's do until the whole loop has been measured with them (docs/performance.md).
@@ -27,6 +32,10 @@ TABLES: dict[str, dict[str, Callable[..., jax.Array]]] = {
         "reference": dense.experts,
         "grouped": grouped.experts,
         "ragged": ragged.experts,
+    },
+    "product": {
+        "reference": plain.product,
+        "narrow": narrow.product,
     },
 }
 
@@ -47,6 +56,8 @@ CHECKS = {
     "attention:split": split.check,
     "experts:grouped": grouped.check,
     "experts:grouped in training": grouped.check_training,
+    "experts:grouped in 8 bits": grouped.check_narrow,
+    "product:narrow": narrow.check,
 }
 """Those that hold themselves against their reference before they serve."""
 
@@ -66,8 +77,8 @@ def attention(
 
 def experts(
     x_TD: jax.Array,
-    gate_up_EDCM: jax.Array,
-    down_EMD: jax.Array,
+    gate_up_EDCM: jax.Array | Quantised,
+    down_EMD: jax.Array | Quantised,
     picks_TP: jax.Array,
     weights_TP: jax.Array,
     kernel: str = "auto",
@@ -76,7 +87,25 @@ def experts(
     return run("experts", kernel, x_TD, gate_up_EDCM, down_EMD, picks_TP, weights_TP)
 
 
-def run(operation: str, kernel: str, *arrays: jax.Array) -> jax.Array:
+_forced: ContextVar[str] = ContextVar("forced", default="auto")
+
+
+@contextlib.contextmanager
+def forcing(kernel: str) -> Iterator[None]:
+    """Products inside are made by what `kernel` forces, as they are traced."""
+    token = _forced.set(kernel)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def product(x_MK: jax.Array, values_NK: jax.Array, scale_N: jax.Array) -> jax.Array:
+    """The product with a weight in 8 bits [M, N]: see kernels/product/reference.py."""
+    return run("product", _forced.get(), x_MK, values_NK, scale_N)
+
+
+def run(operation: str, kernel: str, *arrays: Any) -> jax.Array:
     """The result of the first implementation that serves, or of the one that `kernel` forces.
 
     ValueError where `kernel` cannot be read, or forces one that does not serve.

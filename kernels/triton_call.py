@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 CAPABILITY = 8.0  # Ampere: the first with bfloat16 products and asynchronous copies
+FP8 = 8.9  # the first that widens fp8 itself
 WRONG = 0.03  # relative error of bfloat16 products is 0.002 to 0.01
 
 
@@ -38,6 +39,13 @@ def require() -> None:
         import jax_triton  # noqa: F401 # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise NotImplementedError(f"jax-triton cannot be imported: {error}") from error
+
+
+def require_fp8() -> None:
+    """NotImplementedError where Triton kernels cannot widen fp8."""
+    found = float(jax.local_devices()[0].compute_capability)
+    if found < FP8:
+        raise NotImplementedError(f"fp8 needs compute capability {FP8}, not {found}")
 
 
 def call(
