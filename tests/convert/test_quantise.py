@@ -16,7 +16,7 @@ from jdllm.convert import commands
 from jdllm.convert.families import open_source
 from jdllm.convert.quantise import quantised, widened
 from jdllm.decode.memory import Planner
-from jdllm.kernels.quantised import Quantised
+from jdllm.kernels.quantised import KINDS, Quantised
 from jdllm.load import load_model
 from jdllm.model.config import NAMED
 from jdllm.model.linear import linear_of
