@@ -38,6 +38,8 @@ class PeersConfig:
     parts: str = "ours,torch,experts"
     models: str = "llada-8b:1+8,llada2-mini:1"
     """Shapes, and numbers of rows behind a colon."""
+    kernel: str = "auto"
+    """What ours are computed with, as of kernel= elsewhere."""
     columns: int = 1024
     block: int = 32
     expert_tokens: tuple[int, ...] = (32, 128)
@@ -85,8 +87,11 @@ def ours(config: PeersConfig) -> list[dict[str, Any]]:
             repeats=config.repeats,
         )
         llm = gpu_loop.load(loop)
+        forced = dataclasses.replace(llm.model, kernel=config.kernel)
+        llm = gpu_loop.LLM(forced, None, llm.defaults, engine="off")
         for rows in batches:
             row = {"name": "jdllm loop", "model": model, "rows": rows, "copy_rate": rate} | facts
+            row["kernel"] = config.kernel
             try:
                 told = gpu_loop.step_row(llm, rows, loop, rate)
                 row |= {"ms": told["ms_per_step"], "floor_ms": told["floor_ms"]}
@@ -233,7 +238,7 @@ def main(config: PeersConfig) -> None:
     if config.here:
         files.write_json(config.output, PARTS[config.parts](config))
         return
-    passed = ("models", "columns", "block", "repeats", "copy_megabytes", "timeout")
+    passed = ("models", "kernel", "columns", "block", "repeats", "copy_megabytes", "timeout")
     words = [f"{name}={getattr(config, name)}" for name in passed]
     words += [f"expert_tokens={','.join(map(str, config.expert_tokens))}", "here=true"]
     rows, about = [], {
