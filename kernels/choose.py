@@ -10,8 +10,22 @@ from typing import Any
 
 import jax
 
-from jdllm.kernels.attention import cudnn, reference, split, xla
+from jdllm.kernels.attention import cudnn, reference, split, tiled, xla
 from jdllm.kernels.experts import dense, grouped, ragged
+
+
+def gathered(
+    q_BTHK: jax.Array,
+    k_PNGK: jax.Array,
+    v_PNGK: jax.Array,
+    table: jax.Array,
+    visible: jax.Array,
+    kernel: str = "auto",
+) -> jax.Array:
+    """Attention to rows that are first gathered from their pages, by the operation `attention`."""
+    k_BSGK, v_BSGK = (reference.gathered(x, table) for x in (k_PNGK, v_PNGK))
+    return attention(q_BTHK, k_BSGK, v_BSGK, visible, kernel)
+
 
 # In order of preference. The reference serves every case: what stands behind it serves by name
 # only. Triton's do until the whole loop has been measured with them (docs/performance.md).
@@ -21,6 +35,13 @@ TABLES: dict[str, dict[str, Callable[..., jax.Array]]] = {
         "xla": xla.attention,
         "reference": reference.attention,
         "split": split.attention,
+        "tiled": tiled.attention,
+    },
+    "paged_attention": {
+        "gathered": gathered,
+        "reference": reference.paged_attention,
+        "split": split.paged_attention,
+        "tiled": tiled.paged_attention,
     },
     "experts": {
         "reference": dense.experts,
@@ -42,7 +63,11 @@ class Choice:
     """Those that were tried before it, with their reasons."""
 
 
-CHECKS = {"attention:split": split.check, "experts:grouped": grouped.check}
+CHECKS = {
+    "attention:split": split.check,
+    "paged_attention:split": split.check_paged,
+    "experts:grouped": grouped.check,
+}
 """Those that hold themselves against their reference before they serve."""
 
 _made: dict[Choice, None] = {}  # in order; filled while programs are traced
@@ -57,6 +82,24 @@ def attention(
 ) -> jax.Array:
     """Attention [B, T, H, K] of T queries over S keys: see kernels/attention/reference.py."""
     return run("attention", kernel, q_BTHK, k_BSGK, v_BSGK, visible)
+
+
+def paged_attention(
+    q_BTHK: jax.Array,
+    k_PNGK: jax.Array,
+    v_PNGK: jax.Array,
+    table: jax.Array,
+    visible: jax.Array,
+    kernel: str = "auto",
+) -> jax.Array:
+    """Attention of T queries over keys in pages: see kernels/attention/reference.py.
+
+    Where `kernel` says how to attend, and not how to attend to pages, they are gathered for it.
+    """
+    arrays, forced = (q_BTHK, k_PNGK, v_PNGK, table, visible), parse(kernel)
+    if "attention" in forced and "paged_attention" not in forced:
+        return gathered(*arrays, kernel)
+    return run("paged_attention", kernel, *arrays)
 
 
 def experts(

@@ -1,0 +1,92 @@
+"""Split's algorithm without a GPU: against the definition, in pages, and rows that stay alone."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jdllm.kernels import choose
+from jdllm.kernels.attention import reference, split
+from jdllm.kernels.attention.split import Tiles, in_pages
+from jdllm.kernels.shapes import ATTENTION as SHAPES
+from tests.model.test_kernels import by_hand, random_inputs
+
+TILED = "attention:tiled,paged_attention:tiled"
+
+
+@pytest.fixture(autouse=True)
+def few_keys(monkeypatch: pytest.MonkeyPatch):
+    """So that the small shapes have tiles and parts, too."""
+    monkeypatch.setattr(split, "TILES", Tiles(keys=2, part=4))
+
+
+def ranges_of(B: int, T: int, S: int, seed: int) -> Any:
+    """Of every query, one key at least; some end behind the last column."""
+    rng = np.random.default_rng(seed)
+    first = rng.integers(0, S, (B, T))
+    return jnp.array(np.stack([first, first + rng.integers(1, S + 1, (B, T))], -1), jnp.int32)
+
+
+def padded(x: jax.Array, page: int) -> jax.Array:
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % page), (0, 0), (0, 0)))
+
+
+@pytest.mark.parametrize("name", ["tiled", "xla", "reference"])
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_queries_see_their_ranges(name: str, own: bool, shape: Any, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    (q, k, v, _), (B, T, S, *_) = random_inputs(shape, 7), shape
+    ranges = ranges_of(B, T if own else 1, S, 8)
+    seen = np.broadcast_to(reference.by_query(ranges, S), (B, T, S))
+    expected = by_hand(*map(np.asarray, (q, k, v)), seen)
+    found = choose.attention(q, k, v, ranges, f"attention:{name}")
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    pages = in_pages(padded(k, 3), padded(v, 3), 3)
+    seen = jnp.minimum(ranges, S)  # what pads the last page is nobody's
+    for kernel in (f"paged_attention:{name}", f"attention:{name}"):
+        if name != "xla" or kernel[0] == "a":
+            found = choose.paged_attention(q, *pages, seen, kernel)
+            np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_that_see_their_first_keys(shape: Any):
+    q, k, v, _ = random_inputs(shape, 9)
+    lengths = jnp.array([shape[2] + 3, 2][: len(q)], jnp.int32)
+    found = choose.attention(q, k, v, lengths, TILED)
+    np.testing.assert_allclose(found, reference.attention(q, k, v, lengths), atol=1e-5)
+    unseen = choose.attention(q, k, v, 0 * lengths, TILED)
+    np.testing.assert_array_equal(unseen, 0 * q)
+
+
+def test_what_is_not_ranges_is_refused():
+    q, k, v, visible = random_inputs(SHAPES[1], 9)
+    with pytest.raises(ValueError, match="tiled: it serves rows and queries that see ranges"):
+        choose.attention(q, k, v, visible, "tiled")
+
+
+attend = jax.jit(partial(choose.attention, kernel=TILED))
+attend_pages = jax.jit(partial(choose.paged_attention, kernel=TILED))
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(st.sampled_from([5, 12]), st.integers(0, 2**16))
+def test_a_row_gets_the_same_bits_in_any_company(keys: int, seed: int):
+    """Alone, among others, in a wider cache, in pages: not one bit of 16 differs."""
+    q, k, v, _ = random_inputs((3, 3, keys, 4, 2, 16), seed)
+    q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
+    ranges = jnp.minimum(ranges_of(3, 3, keys, seed), keys)
+    together = np.asarray(attend(q, k, v, ranges), np.float32)
+    wide = [jnp.pad(x, ((0, 0), (0, 7), (0, 0), (0, 0)), constant_values=3) for x in (k, v)]
+    for b in range(3):
+        own = slice(b, b + 1)
+        alone = attend(q[own], wide[0][own], wide[1][own], ranges[own])
+        np.testing.assert_array_equal(together[own], np.asarray(alone, np.float32))
+    paged = attend_pages(q, *in_pages(padded(k, 2), padded(v, 2), 2), ranges)
+    np.testing.assert_array_equal(together, np.asarray(paged, np.float32))
