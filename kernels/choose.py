@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jdllm.kernels.attention import cudnn, reference, split, tiled, xla
+from jdllm.kernels.attention import cudnn, mosaic, reference, split, tiled, xla
 from jdllm.kernels.experts import dense, grouped, ragged
 
 
@@ -35,12 +35,14 @@ TABLES: dict[str, dict[str, Callable[..., jax.Array]]] = {
         "xla": xla.attention,
         "reference": reference.attention,
         "split": split.attention,
+        "mosaic": mosaic.attention,
         "tiled": tiled.attention,
     },
     "paged_attention": {
         "gathered": gathered,
         "reference": reference.paged_attention,
         "split": split.paged_attention,
+        "mosaic": mosaic.paged_attention,
         "tiled": tiled.paged_attention,
     },
     "experts": {
@@ -65,7 +67,9 @@ class Choice:
 
 CHECKS = {
     "attention:split": split.check,
+    "attention:mosaic": mosaic.check,
     "paged_attention:split": split.check_paged,
+    "paged_attention:mosaic": mosaic.check_paged,
     "experts:grouped": grouped.check,
 }
 """Those that hold themselves against their reference before they serve."""

@@ -50,24 +50,12 @@ def attend(
         ):
             key = start + tl.arange(0, BN)
             inside = key < high
-            if PAGE == 0:
-                column = key
-            else:
-                page = tl.load(table + b * (S // PAGE) + key // PAGE, mask=inside, other=0)
-                column = page * PAGE + key % PAGE
+            column = columns(key, inside, table + b * (S // PAGE if PAGE else 0), PAGE)
             place = pools + column[:, None].to(tl.int64) * (G * K) + width[None, :]
-            keys = tl.load(k + place, mask=inside[:, None], other=0.0)
-            scores = tl.dot(queries, tl.trans(keys)) * scale
             seen = (key[None, :] >= first[:, None]) & (key[None, :] < last[:, None])
-            scores = tl.where(seen, scores, -float("inf"))
-            top = tl.maximum(best, tl.max(scores, 1))
-            level = tl.where(top > -float("inf"), top, 0.0)
-            shares = tl.exp2(scores - level[:, None])
-            fade = tl.exp2(best - level)
-            values = tl.load(v + place, mask=inside[:, None], other=0.0)
-            mixed = tl.dot(shares.to(values.dtype), values, mixed * fade[:, None])
-            total = total * fade + tl.sum(shares, 1)
-            best = top
+            best, total, mixed = tile(
+                queries, k + place, v + place, inside, seen, scale, best, total, mixed
+            )
         some = total > 0
         mean = mixed / tl.where(some, total, 1.0)[:, None]
         power = tl.where(some, best + tl.log2(total), -float("inf"))
@@ -81,6 +69,30 @@ def attend(
         found = found / tl.maximum(weight, 1e-30)[:, None]
         place = at[:, None] * K + width[None, :]
         tl.store(out + place, found.to(out.dtype.element_ty), mask=there[:, None])
+
+
+@triton.jit
+def columns(key, inside, pages, PAGE: tl.constexpr):
+    """Where keys of a row lie in the pool, if there is one."""
+    if PAGE == 0:
+        found = key
+    else:
+        found = tl.load(pages + key // PAGE, mask=inside, other=0) * PAGE + key % PAGE
+    return found
+
+
+@triton.jit
+def tile(queries, k, v, inside, seen, scale, best, total, mixed):
+    """What queries have seen of a part with another tile of keys."""
+    keys = tl.load(k, mask=inside[:, None], other=0.0)
+    scores = tl.where(seen, tl.dot(queries, tl.trans(keys)) * scale, -float("inf"))
+    top = tl.maximum(best, tl.max(scores, 1))
+    level = tl.where(top > -float("inf"), top, 0.0)
+    shares = tl.exp2(scores - level[:, None])
+    fade = tl.exp2(best - level)
+    values = tl.load(v, mask=inside[:, None], other=0.0)
+    mixed = tl.dot(shares.to(values.dtype), values, mixed * fade[:, None])
+    return top, total * fade + tl.sum(shares, 1), mixed
 
 
 @triton.jit

@@ -61,7 +61,9 @@ def test_a_request_gets_what_it_gets_alone_by_other_rules(case: str):
     check_case(*MORE[case])
 
 
-@pytest.mark.parametrize("forced", ["tiled", "attention:tiled"])
+@pytest.mark.parametrize(
+    "forced", ["tiled", pytest.param("attention:tiled", marks=pytest.mark.slow)]
+)
 def test_pages_are_read_alike_where_they_lie_and_gathered(forced: str):
     """The first looks pages up tile by tile, the second gathers rows for the same tiles."""
     llm = tiny("blocks", 1.5)

@@ -14,8 +14,8 @@ from jdllm.kernels.choose import attention
 from jdllm.kernels.shapes import ATTENTION as SHAPES
 from jdllm.model.mask import Mask
 
-# Triton's kernels run on GPUs alone: experiments/gpu_check.py holds them against the reference.
-IMPLEMENTATIONS = [name for name in choose.TABLES["attention"] if name != "split"]
+# Kernels run on GPUs alone: experiments/gpu_check.py holds them against the reference.
+IMPLEMENTATIONS = [name for name in choose.TABLES["attention"] if name not in ("split", "mosaic")]
 
 
 MASKED = ["xla", "reference"]  # those that serve any mask
