@@ -37,9 +37,10 @@ SPLIT = [
     for one in (
         (64, 64, 256, 4, 3), (64, 64, 128, 4, 3), (64, 64, 512, 4, 3), (64, 64, 1024, 4, 3),
         (64, 64, 256, 4, 2), (64, 64, 256, 4, 4), (64, 64, 256, 8, 3), (64, 32, 256, 4, 4),
-        (64, 128, 256, 8, 2), (128, 64, 256, 8, 3), (128, 128, 256, 8, 2), (32, 64, 256, 4, 3),
+        (64, 128, 256, 8, 2), (128, 64, 256, 8, 3), (128, 128, 256, 8, 2), (64, 32, 256, 4, 3),
     )
 ]  # fmt: skip
+PAGED = [SPLIT[0], SPLIT[5], SPLIT[7]]
 MOSAIC = [
     mosaic.Tiles(*one)
     for one in (
@@ -139,7 +140,7 @@ def ways(case: Case, config: TilesConfig) -> Iterator[Way]:
     yield "cudnn", None, partial(with_visible, cudnn.attention, case)
     yield from own_ways(case, config, None)
     if config.paged:
-        for name, inner in (("gathered, xla", xla.attention), ("gathered, cudnn", cudnn.attention)):
+        for name, inner in (("gathered+xla", xla.attention), ("gathered+cudnn", cudnn.attention)):
             yield name, None, partial(gathered, inner, case)
         yield "paged cudnn", None, partial(cudnn_paged, case)
         yield from own_ways(case, config, case.table)
@@ -163,7 +164,7 @@ def own_ways(case: Case, config: TilesConfig, table: jax.Array | None) -> Iterat
     yield f"{place}mosaic", {}, partial(mosaic.attend, **given)
     if not config.tune:
         return
-    for tiles, whole in itertools.product(SPLIT, (False, True)):
+    for tiles, whole in itertools.product(SPLIT if table is None else PAGED, (False, True)):
         if whole == (case.shape.rows > 1) or tiles == split.TILES:
             facts = {**tiles._asdict(), "whole": whole}
             yield f"{place}split", facts, partial(split.attend, **given, tiles=tiles, whole=whole)
@@ -286,14 +287,16 @@ def main(config: TilesConfig) -> None:
         "versions": versions(),
         "command": " ".join(["python experiments/attention_tiles.py", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
-        "canaries": choose.canaries(),
         "rows": [],
     }
-    print({name: facts[name] for name in ("device", "versions", "canaries")}, flush=True)
+    print({name: facts[name] for name in ("device", "versions")}, flush=True)
     for row in rows(config):
         facts["rows"].append(row)
         print(line(row), flush=True)
         files.write_json(config.output, facts)
+    facts["canaries"] = choose.canaries()
+    print(facts["canaries"], flush=True)
+    files.write_json(config.output, facts)
 
 
 if __name__ == "__main__":
