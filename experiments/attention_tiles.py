@@ -216,7 +216,7 @@ def measure(run: Callable[..., jax.Array], case: Case, name: str, config: TilesC
     }
 
 
-def alone(run: partial[jax.Array], case: Case) -> bool:
+def alone(run: Any, case: Case) -> bool:
     """Whether rows get the same bits alone, their parts side by side, and together."""
     facts = dict(run.keywords)
     ranges, table = facts.pop("ranges"), facts.pop("table")

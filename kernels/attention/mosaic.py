@@ -96,8 +96,7 @@ def attend(
     interpret: Any = None,
 ) -> jax.Array:
     """The kernel, and the folding of its parts."""
-    import jax.experimental.pallas.mosaic_gpu as gpu
-
+    _, gpu = _pallas()
     tiles = tiles or TILES
     (B, T, H, K), (page, G) = q.shape, k.shape[1:3]
     S = page if table is None else page * table.shape[1]
@@ -141,9 +140,16 @@ def attend(
     return found.reshape(B, G, T, R, K).swapaxes(1, 2).reshape(B, T, H, K).astype(q.dtype)
 
 
-def _score(q: Any, k: Any) -> jax.Array:
+def _pallas() -> tuple[Any, Any]:
+    """Pallas, and what it has for GPUs: imported where they are used, for it takes its time."""
     import jax.experimental.pallas as pl
     import jax.experimental.pallas.mosaic_gpu as gpu
+
+    return pl, gpu
+
+
+def _score(q: Any, k: Any) -> jax.Array:
+    pl, gpu = _pallas()
 
     def multiply(sums: Any) -> jax.Array:
         gpu.wgmma(sums, q, k.T)
@@ -153,9 +159,7 @@ def _score(q: Any, k: Any) -> jax.Array:
 
 
 def _mix(mixed: jax.Array, shares: jax.Array, v: Any) -> jax.Array:
-    import jax.experimental.pallas as pl
-    import jax.experimental.pallas.mosaic_gpu as gpu
-
+    pl, gpu = _pallas()
     return pl.run_state(lambda sums: gpu.wgmma(sums, shares, v))(gpu.ACC.init(mixed))
 
 
@@ -169,8 +173,7 @@ PLAIN = (
 
 def _place(b: Any, g: Any, at: Any, chunk: int, page: int, table: Any = None) -> tuple[Any, ...]:
     """Where so many columns of a row and a head lie. Behind the last one nothing is seen."""
-    import jax.experimental.pallas as pl
-
+    pl, _ = _pallas()
     if table is None:
         return b, pl.ds(at, chunk), g
     number = jnp.minimum(jax.lax.div(at, page), table.shape[1] - 1)
@@ -189,9 +192,7 @@ def _shares(scores: jax.Array, seen: jax.Array, best: jax.Array, total: jax.Arra
 
 def _program(G: int, tiles: Tiles, chunk: int, products: tuple[Any, Any], *refs: Any) -> None:
     """Program (b * G + g, part, place): a part of a row's keys of a head, for ROWS queries."""
-    import jax.experimental.pallas as pl
-    import jax.experimental.pallas.mosaic_gpu as gpu
-
+    pl, gpu = _pallas()
     q, k, v, firsts, lasts, lows, highs, *table, means, powers = refs[:-10]
     q_here, k_here, v_here, first_here, last_here, mean_here, power_here = refs[-10:-3]
     begun, k_come, v_come = refs[-3:]

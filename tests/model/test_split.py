@@ -33,6 +33,11 @@ def ranges_of(B: int, T: int, S: int, seed: int) -> Any:
     return jnp.array(np.stack([first, first + rng.integers(1, S + 1, (B, T))], -1), jnp.int32)
 
 
+def paged(k: jax.Array, v: jax.Array, page: int) -> Any:
+    """Pools and their table; zeros fill the last pages."""
+    return in_pages(padded(k, page), padded(v, page), page)
+
+
 def padded(x: jax.Array, page: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % page), (0, 0), (0, 0)))
 
@@ -44,14 +49,14 @@ def test_queries_see_their_ranges(name: str, own: bool, shape: Any, monkeypatch)
     (q, k, v, _), (B, T, S, *_) = random_inputs(shape, 7), shape
     ranges = ranges_of(B, T if own else 1, S, 8)
     seen = np.broadcast_to(reference.by_query(ranges, S), (B, T, S))
-    expected = by_hand(*map(np.asarray, (q, k, v)), seen)
+    expected = by_hand(*map(np.asarray, (q, k, v, seen)))
     found = choose.attention(q, k, v, ranges, f"attention:{name}")
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    pages = in_pages(padded(k, 3), padded(v, 3), 3)
+    pages = paged(k, v, 3)
     seen = jnp.minimum(ranges, S)  # what pads the last page is nobody's
     for kernel in (f"paged_attention:{name}", f"attention:{name}"):
         if name != "xla" or kernel[0] == "a":
-            found = choose.paged_attention(q, *pages, seen, kernel)
+            found = choose.paged_attention(q, *pages, visible=seen, kernel=kernel)
             np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -71,8 +76,8 @@ def test_what_is_not_ranges_is_refused():
         choose.attention(q, k, v, visible, "tiled")
 
 
-attend = jax.jit(partial(choose.attention, kernel=TILED))
-attend_pages = jax.jit(partial(choose.paged_attention, kernel=TILED))
+attend: Any = jax.jit(partial(choose.attention, kernel=TILED))
+attend_pages: Any = jax.jit(partial(choose.paged_attention, kernel=TILED))
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
@@ -88,8 +93,8 @@ def test_a_row_gets_the_same_bits_in_any_company(keys: int, seed: int):
         own = slice(b, b + 1)
         alone = attend(q[own], wide[0][own], wide[1][own], ranges[own])
         np.testing.assert_array_equal(together[own], np.asarray(alone, np.float32))
-    paged = attend_pages(q, *in_pages(padded(k, 2), padded(v, 2), 2), ranges)
-    np.testing.assert_array_equal(together, np.asarray(paged, np.float32))
+    found = attend_pages(q, *paged(k, v, 2), ranges)
+    np.testing.assert_array_equal(together, np.asarray(found, np.float32))
 
 
 def test_mosaic_interpreted_gives_the_same():
@@ -99,7 +104,8 @@ def test_mosaic_interpreted_gives_the_same():
     ranges = jnp.minimum(ranges_of(2, 5, 80, 12), 80)
     run = jax.jit(partial(mosaic.attend, tiles=tiles, interpret=pallas.InterpretGPUParams()))
     found = run(q, k, v, ranges)
-    exact = reference.attention(*(x.astype(jnp.float32) for x in (q, k, v)), ranges)
+    high = (x.astype(jnp.float32) for x in (q, k, v))
+    exact = reference.attention(*high, visible=ranges)
     np.testing.assert_allclose(found.astype(jnp.float32), exact, atol=0.02)
     pools_k, pools_v, table = in_pages(k, v, 16)
     np.testing.assert_array_equal(found, run(q, pools_k, pools_v, ranges, table))
