@@ -34,41 +34,35 @@ def attend(
     low, high = tl.min(first), tl.max(last)
     pools = (b.to(tl.int64) * S * G + g) * K if PAGE == 0 else (g * K).to(tl.int64)
     scale = 1.4426950408889634 / tl.sqrt(K * 1.0)  # exp2 is the unit's own
-    parts = (S + PART - 1) // PART
-    begin = 0 if WHOLE else tl.program_id(1)
-    end = parts if WHOLE else begin + 1
-    most = tl.full((BM,), -float("inf"), tl.float32)
-    weight = tl.zeros((BM,), tl.float32)
-    found = tl.zeros((BM, K), tl.float32)
-    for p in range(begin, end):
-        best = tl.full((BM,), -float("inf"), tl.float32)
-        total = tl.zeros((BM,), tl.float32)
-        mixed = tl.zeros((BM, K), tl.float32)
-        # Tiles begin at multiples of BN whatever is seen of them: bits hang on nothing else.
-        for start in range(
-            tl.maximum(p * PART, low // BN * BN), tl.minimum((p + 1) * PART, high), BN
-        ):
-            key = start + tl.arange(0, BN)
-            inside = key < high
-            column = columns(key, inside, table + b * (S // PAGE if PAGE else 0), PAGE)
-            place = pools + column[:, None].to(tl.int64) * (G * K) + width[None, :]
-            seen = (key[None, :] >= first[:, None]) & (key[None, :] < last[:, None])
-            best, total, mixed = tile(
-                queries, k + place, v + place, inside, seen, scale, best, total, mixed
-            )
-        some = total > 0
-        mean = mixed / tl.where(some, total, 1.0)[:, None]
-        power = tl.where(some, best + tl.log2(total), -float("inf"))
+    most, weight, found = nothing(BM, K)
+    best, total, mixed = nothing(BM, K)
+    p = 0 if WHOLE else tl.program_id(1)
+    end = high if WHOLE else tl.minimum((p + 1) * PART, high)
+    # Tiles begin at multiples of BN whatever is seen of them: bits hang on nothing else.
+    for start in range(tl.maximum(p * PART, low // BN * BN), end, BN):
+        key = start + tl.arange(0, BN)
+        inside = key < high
+        column = columns(key, inside, table + b * (S // PAGE if PAGE else 0), PAGE)
+        place = pools + column[:, None].to(tl.int64) * (G * K) + width[None, :]
+        seen = (key[None, :] >= first[:, None]) & (key[None, :] < last[:, None])
+        best, total, mixed = tile(
+            queries, k + place, v + place, inside, seen, scale, best, total, mixed
+        )
         if WHOLE:
-            most, weight, found = fold(most, weight, found, power, mean)
-        else:
-            place = (p * (tl.num_programs(0) // G) * T * H + at).to(tl.int64)
-            tl.store(out + place[:, None] * K + width[None, :], mean, mask=there[:, None])
-            tl.store(sums + place, power, mask=there)
+            if (start + BN) % PART == 0:
+                power, mean = part(best, total, mixed)
+                most, weight, found = fold(most, weight, found, power, mean)
+                best, total, mixed = nothing(BM, K)
+    power, mean = part(best, total, mixed)
     if WHOLE:
+        most, weight, found = fold(most, weight, found, power, mean)
         found = found / tl.maximum(weight, 1e-30)[:, None]
         place = at[:, None] * K + width[None, :]
         tl.store(out + place, found.to(out.dtype.element_ty), mask=there[:, None])
+    else:
+        place = (p * (tl.num_programs(0) // G) * T * H + at).to(tl.int64)
+        tl.store(out + place[:, None] * K + width[None, :], mean, mask=there[:, None])
+        tl.store(sums + place, power, mask=there)
 
 
 @triton.jit
@@ -96,6 +90,21 @@ def tile(queries, k, v, inside, seen, scale, best, total, mixed):
 
 
 @triton.jit
+def nothing(BM: tl.constexpr, K: tl.constexpr):
+    """What BM queries have seen before the first key."""
+    best = tl.full((BM,), -float("inf"), tl.float32)
+    return best, tl.zeros((BM,), tl.float32), tl.zeros((BM, K), tl.float32)
+
+
+@triton.jit
+def part(best, total, mixed):
+    """The log normaliser of a part, and the mean of its values."""
+    some = total > 0
+    mean = mixed / tl.where(some, total, 1.0)[:, None]
+    return tl.where(some, best + tl.log2(total), -float("inf")), mean
+
+
+@triton.jit
 def fold(most, weight, found, power, mean):
     """A part is added to those before it; its products are rounded alike wherever this is done."""
     top = tl.maximum(most, power)
@@ -112,9 +121,7 @@ def combine(
     """Program n: the means of BM queries over all their parts, in the order of the parts."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     width, there = tl.arange(0, K), row < N
-    most = tl.full((BM,), -float("inf"), tl.float32)
-    weight = tl.zeros((BM,), tl.float32)
-    found = tl.zeros((BM, K), tl.float32)
+    most, weight, found = nothing(BM, K)
     for p in tl.static_range(PARTS):
         place = (p * N + row).to(tl.int64)
         power = tl.load(sums + place, mask=there, other=-float("inf"))
