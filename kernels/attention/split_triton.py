@@ -48,7 +48,7 @@ def attend(
         best, total, mixed = tile(
             queries, k + place, v + place, inside, seen, scale, best, total, mixed
         )
-        if WHOLE:
+        if WHOLE:  # noqa: SIM102 (known before the program is made: the other is not)
             if (start + BN) % PART == 0:
                 power, mean = part(best, total, mixed)
                 most, weight, found = fold(most, weight, found, power, mean)
