@@ -5,7 +5,7 @@ python experiments/attention_tiles.py output=FILE tune=True keys=1024 queries=32
 
 A program calls one implementation many times, each time with keys and values that no cache holds.
 Beside the time: the error against the reference in float32, and the time that the bytes of keys and
-values take at the copy rate. Rows see all keys but some; those of a model that attends block by
+values take at the rate of a copy. Rows see all keys but some; those of a model that attends block by
 block see a range per query.
 """
 
@@ -30,7 +30,6 @@ from jdllm.kernels.attention import cudnn, mosaic, reference, split, xla
 from jdllm.kernels.shapes import PAGE, PUBLISHED_HEADS, Attention
 from jdllm.runtime import cli, files
 
-COPY_RATE = 3.0e12  # bytes per second that an H100 moves
 BY_QUERY = ("llada2-mini",)  # attends block by block
 SPLIT = [
     split.Tiles(*one)
@@ -91,10 +90,9 @@ class Case:
     expected: jax.Array
     """Of the first layer, in float32."""
 
-    @property
-    def floor(self) -> float:
+    def floor(self, rate: float) -> float:
         """Microseconds that the bytes of keys and values take."""
-        return 1e6 * sum(x.nbytes for x in self.layers[0]) / COPY_RATE
+        return 1e6 * sum(x.nbytes for x in self.layers[0]) / rate
 
 
 def prepare(shape: Attention, by_query: bool, megabytes: int, paged: bool) -> Case:
@@ -114,12 +112,12 @@ def prepare(shape: Attention, by_query: bool, megabytes: int, paged: bool) -> Ca
         visible = jnp.stack([0 * last, last], -1)
     pools, table = [], jnp.zeros((0,), jnp.int32)
     if paged:
-        order = np.random.default_rng(0).permutation(B * S // PAGE) + 1
+        order = np.random.default_rng(0).permutation(B * S // PAGE)
         table = jnp.asarray(order.reshape(B, -1), jnp.int32)
 
         @jax.jit
         def pool(x: jax.Array) -> jax.Array:
-            empty = jnp.zeros((B * S // PAGE + 1, PAGE, G, K), x.dtype)
+            empty = jnp.zeros((B * S // PAGE, PAGE, G, K), x.dtype)
             return empty.at[table.ravel()].set(x.reshape(-1, PAGE, G, K))
 
         pools = [(pool(k), pool(v)) for k, v in layers]
@@ -232,7 +230,17 @@ def alone(run: Any, case: Case) -> bool:
     return True
 
 
-def rows(config: TilesConfig) -> Iterator[dict[str, Any]]:
+def copy_rate(repeats: int, megabytes: int = 1024) -> float:
+    """Bytes per second that the memory moves, read and written, in copies of a large array."""
+    x, copy, spent = jnp.zeros(megabytes * 2**19, jnp.bfloat16), jax.jit(jnp.copy), []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        jax.block_until_ready([copy(x) for _ in range(10)])
+        spent.append(time.perf_counter() - start)
+    return 20 * x.nbytes / statistics.median(spent[1:])
+
+
+def rows(config: TilesConfig, rate: float) -> Iterator[dict[str, Any]]:
     """A row for each case and way; one that fails says why."""
     cudnn.PROCESSORS = 0  # it is measured everywhere
     begun = time.perf_counter()
@@ -247,7 +255,7 @@ def rows(config: TilesConfig) -> Iterator[dict[str, Any]]:
             if time.perf_counter() - begun > config.seconds:
                 return
             row = {"model": model, **shape._asdict(), "name": name, "tiles": tiles}
-            row["floor"] = case.floor
+            row["floor"] = case.floor(rate)
             try:
                 row |= measure(run, case, name, config)
                 if tiles is not None:
@@ -287,10 +295,11 @@ def main(config: TilesConfig) -> None:
         "versions": versions(),
         "command": " ".join(["python experiments/attention_tiles.py", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
+        "copy_rate": copy_rate(config.repeats, config.megabytes),
         "rows": [],
     }
-    print({name: facts[name] for name in ("device", "versions")}, flush=True)
-    for row in rows(config):
+    print({name: facts[name] for name in ("device", "versions", "copy_rate")}, flush=True)
+    for row in rows(config, facts["copy_rate"]):
         facts["rows"].append(row)
         print(line(row), flush=True)
         files.write_json(config.output, facts)
