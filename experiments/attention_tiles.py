@@ -5,8 +5,8 @@ python experiments/attention_tiles.py output=FILE tune=True keys=1024 queries=32
 
 A program calls one implementation many times, each time with keys and values that no cache holds.
 Beside the time: the error against the reference in float32, and the time that the bytes of keys and
-values take at the rate of a copy. Rows see all keys but some; those of a model that attends block by
-block see a range per query.
+values take at the rate of a copy. Rows see all keys but some; where a model attends by blocks, a
+range per query.
 """
 
 import dataclasses
@@ -90,9 +90,10 @@ class Case:
     expected: jax.Array
     """Of the first layer, in float32."""
 
-    def floor(self, rate: float) -> float:
-        """Microseconds that the bytes of keys and values take."""
-        return 1e6 * sum(x.nbytes for x in self.layers[0]) / rate
+    @property
+    def bytes(self) -> int:
+        """Of the keys and values of a layer."""
+        return sum(x.nbytes for x in self.layers[0])
 
 
 def prepare(shape: Attention, by_query: bool, megabytes: int, paged: bool) -> Case:
@@ -255,7 +256,7 @@ def rows(config: TilesConfig, rate: float) -> Iterator[dict[str, Any]]:
             if time.perf_counter() - begun > config.seconds:
                 return
             row = {"model": model, **shape._asdict(), "name": name, "tiles": tiles}
-            row["floor"] = case.floor(rate)
+            row |= {"bytes": case.bytes, "floor": 1e6 * case.bytes / rate}
             try:
                 row |= measure(run, case, name, config)
                 if tiles is not None:

@@ -28,20 +28,20 @@ def gathered(
 
 
 # In order of preference. The reference serves every case: what stands behind it serves by name
-# only. Triton's do until the whole loop has been measured with them (docs/performance.md).
+# only, until the whole loop has been measured with it (docs/performance.md).
 TABLES: dict[str, dict[str, Callable[..., jax.Array]]] = {
     "attention": {
+        "split": split.attention,
         "cudnn": cudnn.attention,
         "xla": xla.attention,
         "reference": reference.attention,
-        "split": split.attention,
         "mosaic": mosaic.attention,
         "tiled": tiled.attention,
     },
     "paged_attention": {
+        "split": split.paged_attention,
         "gathered": gathered,
         "reference": reference.paged_attention,
-        "split": split.paged_attention,
         "mosaic": mosaic.paged_attention,
         "tiled": tiled.paged_attention,
     },

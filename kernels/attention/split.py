@@ -30,8 +30,11 @@ class Tiles(NamedTuple):
 
 
 TILES = Tiles()
-LARGEST = 512  # query rows per key head: beyond, products bind and not memory
-ENOUGH = 192  # tiles from which on each goes through all parts (measured on an H200)
+QUERIES = 64  # of a row: two blocks of 32; canvases are others' work
+LARGEST = 256  # query rows per key head: beyond, products bind and not memory
+# Tiles, by experiments/attention_tiles.py on an H200:
+LEAST = 64  # with fewer of them XLA's own attention is as quick, unless keys lie in pages
+ENOUGH = 192  # from here on each goes through all parts of its keys
 
 
 def attention(
@@ -43,6 +46,11 @@ def attention(
     """
     require(q_BTHK, k_BSGK, v_BSGK)
     ranges = as_ranges(visible)
+    (_, _, H, _), G = q_BTHK.shape, k_BSGK.shape[2]
+    if (found := _tiles(q_BTHK, G, TILES.rows)) < LEAST:
+        raise NotImplementedError("too little work to go round")
+    if H == G and found < ENOUGH:
+        raise NotImplementedError("where no heads share keys, others are as quick with few rows")
     check()
     return _differentiable(q_BTHK, k_BSGK, v_BSGK, ranges)
 
@@ -66,12 +74,21 @@ def require(q_BTHK: jax.Array, k: jax.Array, v: jax.Array) -> None:
     (_, T, H, K), G = q_BTHK.shape, k.shape[2]
     rows = T * H // G
     triton.require()
-    if {q_BTHK.dtype, k.dtype, v.dtype} not in ({jnp.bfloat16}, {jnp.float16}):
-        raise NotImplementedError(f"it serves 16-bit numbers, not {q_BTHK.dtype}")
+    kinds = {x.dtype.name for x in (q_BTHK, k, v)}
+    if kinds not in ({"bfloat16"}, {"float16"}):
+        raise NotImplementedError(f"it serves 16-bit numbers, not {' and '.join(sorted(kinds))}")
     if K not in (64, 128):
         raise NotImplementedError(f"it serves head dims of 64 and 128, not {K}")
+    if T > QUERIES:
+        raise NotImplementedError(f"{T} queries are more than {QUERIES}")
     if rows > LARGEST:
         raise NotImplementedError(f"{rows} queries per key head are more than {LARGEST}")
+
+
+def _tiles(q_BTHK: jax.Array, G: int, rows: int) -> int:
+    """Tiles of queries, of all rows and key heads."""
+    B, T, H, _ = q_BTHK.shape
+    return B * G * -(-T * (H // G) // rows)
 
 
 def attend(
@@ -91,7 +108,7 @@ def attend(
     tiles = tiles or TILES
     places = -(-T * (H // G) // tiles.rows)
     parts = -(-S // tiles.part)
-    whole = B * G * places >= ENOUGH if whole is None else whole
+    whole = _tiles(q, G, tiles.rows) >= ENOUGH if whole is None else whole
     kind = array((1, *q.shape), q.dtype) if whole else array((parts, *q.shape), jnp.float32)
     found, sums = triton.call(
         kernels.attend, q, k, v, ranges, ranges if table is None else table,

@@ -70,6 +70,42 @@ def test_rows_that_see_their_first_keys(shape: Any):
     np.testing.assert_array_equal(unseen, 0 * q)
 
 
+REASONS = {
+    (4, 32, 64, 28, 4, 128): "",
+    (6, 32, 64, 32, 32, 128): "",
+    (4, 64, 64, 16, 4, 128): "",
+    (1, 32, 64, 28, 4, 128): "too little work",
+    (5, 32, 64, 32, 32, 128): "where no heads share keys",
+    (9, 65, 64, 16, 4, 128): "65 queries are more than 64",
+    (9, 64, 64, 28, 4, 128): "448 queries per key head are more than 256",
+    (9, 32, 64, 16, 4, 96): "head dims of 64 and 128, not 96",
+}
+"""Of shapes in 16 bits: why split leaves them to others, or "" where it is the first choice."""
+
+
+@pytest.mark.parametrize("shape", REASONS)
+def test_split_serves_blocks_of_many_rows(shape: Any, monkeypatch: pytest.MonkeyPatch):
+    """Keys in pages for few rows, too: gathering them costs more than anything else."""
+    monkeypatch.setattr(split, "TILES", Tiles())
+    monkeypatch.setattr(triton_call, "require", lambda: None)
+    monkeypatch.setattr(choose, "_made", {})
+    for name in ("check", "check_paged"):
+        monkeypatch.setattr(split, name, lambda: None)
+    monkeypatch.setattr(split, "attend", lambda q, *_: q)
+    B, T, S, H, G, K = shape
+    q, k = jnp.zeros((B, T, H, K), jnp.bfloat16), jnp.zeros((B, S, G, K), jnp.bfloat16)
+    lengths = jnp.ones(B, jnp.int32)
+    choose.attention(q, k, k, lengths)
+    choose.paged_attention(q, *in_pages(k, k, 32), lengths)
+    found, paged_too, *_ = choose.choices()
+    reason = REASONS[shape]
+    assert reason in found["refused"].get("split", "")
+    assert (found["chosen"] == "split") == (not reason)
+    of_rows = "work" in reason or "share" in reason
+    assert paged_too["operation"] == "paged_attention" or reason and not of_rows
+    assert (paged_too["chosen"] == "split") == (not reason or of_rows)
+
+
 def test_what_is_not_ranges_is_refused():
     q, k, v, visible = random_inputs(SHAPES[1], 9)
     with pytest.raises(ValueError, match="tiled: it serves rows and queries that see ranges"):
