@@ -21,7 +21,7 @@ FLOORS: list[list[str]] = [
         "convert.commands",
     ],
     [
-        "viz", "completion", "maps", "llm", "arguments", "training", "evaluation", "generation",
+        "viz", "completion", "maps", "llm", "cluster", "arguments", "training", "evaluation", "generation",
         "checkup", "server",
     ],
     [
@@ -47,6 +47,7 @@ OUTSIDE = GROUND | {
     "ml_dtypes",
     "packaging",
     "prometheus_client",
+    "ray",
     "rich",
     "safetensors",
     "tokenizers",

@@ -1,0 +1,76 @@
+"""The way into a Ray cluster: joining it, what a worker takes of it, and who may work with whom."""
+
+import functools
+import hashlib
+import os
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jdllm
+
+
+def need_ray() -> None:
+    """ValueError where Ray is not installed."""
+    if not find_spec("ray"):
+        raise ValueError("executor=ray needs Ray: pip install 'jdllm[cluster]'")
+
+
+def connect() -> Any:
+    """Joins a cluster and returns the module ray.
+
+    That is the one that RAY_ADDRESS names, else one that runs on this machine, else one that is
+    started for this process, with all of the machine. ConnectionError where there is none at the
+    address. This process only plans: it takes no accelerator, which a worker may have.
+    """
+    need_ray()
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import jax
+    import ray
+
+    if ray.is_initialized():
+        return ray
+    jax.config.update("jax_platforms", "cpu")
+    address = os.environ.get("RAY_ADDRESS", "on this machine")
+    try:
+        ray.init(logging_level="ERROR", log_to_driver=False)
+    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConnectionError(
+            f"no Ray cluster answers at {address}: {reason}; start one (ray start --head), or "
+            "unset RAY_ADDRESS"
+        ) from None
+    return ray
+
+
+@functools.cache
+def identity() -> str:
+    """What must be equal where processes work together: versions, and a digest of jdllm's files."""
+    digest = hashlib.sha256()
+    root = Path(jdllm.__file__).parent
+    folders = [root, root / "convert", root / "kernels"]  # two may be links, which rglob leaves out
+    for path in sorted({path for folder in folders for path in folder.rglob("*.py")}):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return f"jdllm {jdllm.__version__} ({digest.hexdigest()[:8]}), jax {version('jax')}"
+
+
+def share(mesh: str, gpus: float | None) -> dict[str, float]:
+    """What a worker takes of the cluster: a CPU, and `gpus`.
+
+    By default those are as many as the mesh has devices, or one, where the cluster has any.
+    """
+    from jdllm.runtime import sharding  # not for those who ask whether Ray is there
+
+    if gpus is None:
+        found = connect().cluster_resources().get("GPU", 0)
+        gpus = (1 if mesh == "auto" else sharding.abstract_mesh(mesh).size) if found else 0
+    return {"num_cpus": 1, "num_gpus": gpus}
+
+
+def room(share: dict[str, float]) -> int:
+    """How many workers with that share the cluster holds now."""
+    total = connect().cluster_resources()
+    names = {"num_cpus": "CPU", "num_gpus": "GPU"}
+    fits = [total.get(names[name], 0) // part for name, part in share.items() if part]
+    return int(min(fits, default=1))

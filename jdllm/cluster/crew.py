@@ -1,0 +1,177 @@
+"""A crew: workers that take tasks from one list, replaced when they are lost.
+
+A task is done once: its result counts when it is here, and a task whose worker is lost is handed
+to another one. What is finished is written by whoever reads the results, and by nobody else.
+"""
+
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from jdllm.cluster.connect import connect, identity, room
+from jdllm.cluster.worker import Worker
+from jdllm.runtime import processes
+
+TRIES = 3  # workers that one task may end, or that may end one after the other while they start
+PATIENCE = 30  # seconds without a worker until it is said what is waited for
+
+
+class Crew:
+    """Some workers with the same model. The first that is ready begins."""
+
+    def __init__(self, settings: dict[str, Any], count: int, share: dict[str, float]):
+        """Starts them; `settings` are those of LLM.load, and a `count` of 0 fills the cluster."""
+        self.ray = connect()
+        self._settings, self._share = settings, share
+        self._starting: dict[Any, Any] = {}  # what is waited for: its worker
+        self._idle: list[Any] = []
+        self._places: dict[Any, str] = {}
+        self.fingerprint: str | None = None
+        self._failures = 0  # workers that were lost since something went well
+        fits = room(share)
+        self.count = count or max(fits, 1)
+        if self.count > fits:
+            processes.say(
+                f"note: workers={self.count}, but the cluster has room for {fits}; the others "
+                "start when there is more"
+            )
+        for _ in range(self.count):
+            self._start()
+
+    def _start(self) -> None:
+        options = self._share | {"max_restarts": 0}
+        worker = self.ray.remote(Worker).options(**options).remote()
+        self._starting[worker.load.remote(identity(), os.getcwd(), self._settings)] = worker
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """What one of the workers answers."""
+        return next(iter(self.run(method, [arguments])))[1]
+
+    def run(self, method: str, tasks: Sequence[tuple]) -> Iterator[tuple[int, Any]]:
+        """The number of each task and its result, as they come.
+
+        Raises what a task raises. ConnectionError, in one sentence, where no worker is left or the
+        cluster is lost.
+        """
+        waiting, running, tries = deque(range(len(tasks))), dict[Any, tuple[Any, int]](), Counter()
+        try:
+            while waiting or running:
+                while waiting and self._idle:
+                    worker, number = self._idle.pop(), waiting.popleft()
+                    running[getattr(worker, method).remote(*tasks[number])] = worker, number
+                for ref in self._wait([*running, *self._starting]):
+                    if ref in self._starting:
+                        self._started(ref)
+                        continue
+                    worker, number = running.pop(ref)
+                    found, lost = self._result(ref, worker)
+                    if lost:
+                        tries[number] += 1
+                        self._give_up_on(tries[number], lost)
+                        waiting.appendleft(number)
+                        continue
+                    self._idle.append(worker)
+                    yield number, found
+        finally:
+            self._starting |= {ref: worker for ref, (worker, _) in running.items()}
+
+    def _wait(self, refs: list[Any]) -> list[Any]:
+        """Those that are ready, at least one."""
+        start, said = time.monotonic(), False
+        while refs:
+            try:
+                ready, _ = self.ray.wait(refs, timeout=5)
+            except self.ray.exceptions.RayError as error:
+                raise self._cluster_lost(error) from None
+            if ready:
+                return ready
+            self._require_head()
+            slow = time.monotonic() - start > PATIENCE
+            if slow and not said and len(refs) == len(self._starting):
+                processes.say(f"no worker has started yet: each takes {self._share}")
+                said = True
+        raise ConnectionError("no worker is left; what is finished is kept, start again")
+
+    def _require_head(self) -> None:
+        """ConnectionError where the head of the cluster does not answer."""
+        try:
+            self.ray.nodes()
+        except Exception as error:  # Ray has several, most of them its own
+            raise self._cluster_lost(error) from None
+
+    def _cluster_lost(self, error: Exception) -> ConnectionError:
+        return ConnectionError(
+            f"the head of the Ray cluster is lost ({type(error).__name__}); what is finished is "
+            "kept: start the cluster, then the same command again"
+        )
+
+    def _result(self, ref: Any, worker: Any) -> tuple[Any, str]:
+        """What a call returned, or why its worker is lost. Raises what a user has to know."""
+        errors = self.ray.exceptions
+        try:
+            found = self.ray.get(ref)
+        except errors.RayTaskError as error:
+            cause = error.cause
+            if not isinstance(cause, OSError):
+                raise cause from None
+            # Its disk is full, say: others may have better luck, and it would fail again.
+            return None, self._retire(worker, f"{cause}", again=False)
+        except errors.RayError as error:
+            return None, self._retire(worker, type(error).__name__, again=True)
+        self._failures = 0
+        return found, ""
+
+    def _started(self, ref: Any) -> None:
+        """Takes in a worker that has loaded its model, or that has ended a call nobody wants."""
+        worker = self._starting.pop(ref)
+        facts, lost = self._result(ref, worker)
+        if lost:
+            self._give_up_on(self._failures, lost)
+            return
+        if worker in self._places:
+            self._idle.append(worker)
+        elif refused := facts.get("refused"):
+            self._retire(worker, refused, again=False)
+        elif self.fingerprint not in (None, facts["fingerprint"]):
+            name = self._settings.get("model")
+            self._retire(
+                worker, f"{facts['host']} has other weights under model={name}", again=False
+            )
+        else:
+            self.fingerprint = facts["fingerprint"]
+            self._places[worker] = f"process {facts['pid']} on {facts['host']}"
+            self._idle.append(worker)
+
+    def _retire(self, worker: Any, reason: str, again: bool) -> str:
+        """Ends a worker, starts another one where that may help, and returns what happened.
+
+        ConnectionError where none is left.
+        """
+        who = self._places.pop(worker, "a worker that was starting")
+        self.ray.kill(worker)
+        self._failures += 1
+        if again:
+            self._start()
+            processes.say(f"note: {who} was lost ({reason}); another one takes its place")
+            return reason
+        processes.say(f"note: {who} gives up: {reason}")
+        self.count -= 1
+        if not self.count:
+            raise ConnectionError(f"no worker is left: {reason}")
+        return reason
+
+    def _give_up_on(self, failures: int, reason: str) -> None:
+        """ConnectionError where workers are lost one after the other."""
+        if failures >= TRIES * max(self.count, 1) or (failures >= TRIES and self._places == {}):
+            raise ConnectionError(
+                f"{failures} workers were lost one after the other ({reason}): what they do may "
+                "not fit their memory (batch_size=, mesh=); what is finished is kept"
+            )
+
+    def close(self) -> None:
+        """Ends all workers."""
+        for worker in {*self._places, *self._starting.values()}:
+            self.ray.kill(worker)
+        self._places, self._starting, self._idle = {}, {}, []
