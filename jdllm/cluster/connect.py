@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import os
+import warnings
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,7 +35,9 @@ def connect() -> Any:
     jax.config.update("jax_platforms", "cpu")
     address = os.environ.get("RAY_ADDRESS", "on this machine")
     try:
-        ray.init(logging_level="ERROR", log_to_driver=False)
+        with warnings.catch_warnings():  # Ray starts programs by fork, and they are other programs
+            warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
+            ray.init(logging_level="ERROR", log_to_driver=False)
     except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConnectionError(

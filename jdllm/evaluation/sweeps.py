@@ -138,8 +138,8 @@ def perform(
 ) -> Iterator[tuple[EvalConfig, Row, Facts]]:
     """Runs what the journal does not hold yet, each model loaded once.
 
-    Yields every run, its settings' lengths filled in, its row, and where it ran. A task that cannot be loaded is
-    refused before any model is.
+    Yields every run, its settings' lengths filled in, its row, and where it ran. A task that cannot
+    be loaded is refused before any model is.
     """
     for run in {run.task: run for run in runs}.values():
         for name in run.tasks:

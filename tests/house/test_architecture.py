@@ -21,8 +21,8 @@ FLOORS: list[list[str]] = [
         "convert.commands",
     ],
     [
-        "viz", "completion", "maps", "llm", "cluster", "arguments", "training", "evaluation", "generation",
-        "checkup", "server",
+        "viz", "completion", "maps", "llm", "cluster", "arguments", "training", "evaluation",
+        "generation", "checkup", "server",
     ],
     [
         "eval", "bench", "sweep", "tune", "generate", "sft", "doctor", "launch", "harness", "serve",
