@@ -22,7 +22,7 @@ FLOORS: list[list[str]] = [
     ],
     [
         "viz", "completion", "maps", "llm", "cluster", "arguments", "training", "evaluation",
-        "generation", "checkup", "server",
+        "bulk", "generation", "checkup", "server",
     ],
     [
         "eval", "bench", "sweep", "tune", "generate", "sft", "doctor", "launch", "harness", "serve",
