@@ -7,7 +7,6 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from jdllm.cluster.connect import need_ray
 from jdllm.kernels.choose import parse
 
 if TYPE_CHECKING:  # imported when a model is loaded, so that --help is quick
@@ -99,5 +98,3 @@ def check_spread(executor: str, counts: dict[str, int], gpus: float | None) -> N
             raise ValueError(f"{name}={number} belongs to executor=ray; add that, or leave it out")
         if number < 0:
             raise ValueError(f"{name}={number} must be 0 or more")
-    if executor == "ray":
-        need_ray()

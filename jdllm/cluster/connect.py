@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import os
+import socket
 import warnings
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -28,23 +29,48 @@ def connect() -> Any:
     need_ray()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import jax
-    import ray
+    import ray  # pyright: ignore[reportMissingImports]
 
     if ray.is_initialized():
         return ray
     jax.config.update("jax_platforms", "cpu")
-    address = os.environ.get("RAY_ADDRESS", "on this machine")
+    address = known_address()
     try:
         with warnings.catch_warnings():  # Ray starts programs by fork, and they are other programs
             warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
-            ray.init(logging_level="ERROR", log_to_driver=False)
+            ray.init(address or "local", logging_level="ERROR", log_to_driver=False)
     except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConnectionError(
-            f"no Ray cluster answers at {address}: {reason}; start one (ray start --head), or "
-            "unset RAY_ADDRESS"
-        ) from None
+        raise ConnectionError(f"Ray did not start or join a cluster: {reason}") from None
     return ray
+
+
+def known_address() -> str:
+    """Where a cluster is: what RAY_ADDRESS says, or what was started on this machine; else "".
+
+    ConnectionError where none answers at RAY_ADDRESS. Ray itself would try for minutes, and also
+    where a file tells of a cluster on this machine that was killed.
+    """
+    if address := os.environ.get("RAY_ADDRESS", ""):
+        if "://" not in address and address not in ("auto", "local") and not answers(address):
+            raise ConnectionError(
+                f"no Ray cluster answers at RAY_ADDRESS={address}; start its head (ray start "
+                "--head), or unset RAY_ADDRESS"
+            )
+        return address
+    told = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+    address = told.read_text().strip() if told.is_file() else ""
+    return address if answers(address) else ""
+
+
+def answers(address: str, seconds: float = 3) -> bool:
+    """Whether something listens at host:port."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), seconds).close()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 @functools.cache

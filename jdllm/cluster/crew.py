@@ -10,16 +10,19 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jdllm.cluster.connect import connect, identity, room
+from jdllm.cluster.connect import answers, connect, identity, room
 from jdllm.cluster.worker import Worker
 from jdllm.runtime import processes
 
 TRIES = 3  # workers that one task may end, or that may end one after the other while they start
+ASK_HEAD, HEAD_LOST = 5, 20  # seconds between looks for the head, and until it counts as lost
 PATIENCE = 30  # seconds without a worker until it is said what is waited for
 
 
 class Crew:
     """Some workers with the same model. The first that is ready begins."""
+
+    worker: type = Worker
 
     def __init__(self, settings: dict[str, Any], count: int, share: dict[str, float]):
         """Starts them; `settings` are those of LLM.load, and a `count` of 0 fills the cluster."""
@@ -29,6 +32,9 @@ class Crew:
         self._idle: list[Any] = []
         self._places: dict[Any, str] = {}
         self.fingerprint: str | None = None
+        self._head = self.ray.get_runtime_context().gcs_address
+        self._asked = time.monotonic()
+        self._silent: float | None = None  # since when the head has not answered
         self._failures = 0  # workers that were lost since something went well
         fits = room(share)
         self.count = count or max(fits, 1)
@@ -42,7 +48,7 @@ class Crew:
 
     def _start(self) -> None:
         options = self._share | {"max_restarts": 0}
-        worker = self.ray.remote(Worker).options(**options).remote()
+        worker = self.ray.remote(self.worker).options(**options).remote()
         self._starting[worker.load.remote(identity(), os.getcwd(), self._settings)] = worker
 
     def ask(self, method: str, *arguments: Any) -> Any:
@@ -81,13 +87,10 @@ class Crew:
         """Those that are ready, at least one."""
         start, said = time.monotonic(), False
         while refs:
-            try:
-                ready, _ = self.ray.wait(refs, timeout=5)
-            except self.ray.exceptions.RayError as error:
-                raise self._cluster_lost(error) from None
+            ready, _ = self.ray.wait(refs, timeout=5)
+            self._require_head()
             if ready:
                 return ready
-            self._require_head()
             slow = time.monotonic() - start > PATIENCE
             if slow and not said and len(refs) == len(self._starting):
                 processes.say(f"no worker has started yet: each takes {self._share}")
@@ -95,17 +98,23 @@ class Crew:
         raise ConnectionError("no worker is left; what is finished is kept, start again")
 
     def _require_head(self) -> None:
-        """ConnectionError where the head of the cluster does not answer."""
-        try:
-            self.ray.nodes()
-        except Exception as error:  # Ray has several, most of them its own
-            raise self._cluster_lost(error) from None
+        """ConnectionError where the head has not answered for a while; Ray would end us abruptly.
 
-    def _cluster_lost(self, error: Exception) -> ConnectionError:
-        return ConnectionError(
-            f"the head of the Ray cluster is lost ({type(error).__name__}); what is finished is "
-            "kept: start the cluster, then the same command again"
-        )
+        Workers go on without it meanwhile, and it may come back.
+        """
+        now = time.monotonic()
+        if now - self._asked < ASK_HEAD:
+            return
+        self._asked = now
+        if answers(self._head):
+            self._silent = None
+            return
+        self._silent = self._silent or now
+        if now - self._silent > HEAD_LOST:
+            raise ConnectionError(
+                f"the head of the Ray cluster, {self._head}, is lost; what is finished is kept: "
+                "start the cluster, then the same command again"
+            )
 
     def _result(self, ref: Any, worker: Any) -> tuple[Any, str]:
         """What a call returned, or why its worker is lost. Raises what a user has to know."""

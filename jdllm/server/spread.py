@@ -36,7 +36,7 @@ class Replica:
 
 def application(config: ServeConfig) -> Any:
     """The deployment that `config` describes, for serve.run."""
-    from ray import serve
+    from ray import serve  # pyright: ignore[reportMissingImports]
 
     key = config.api_key or os.environ.get("JDLLM_API_KEY", "")
     config = dataclasses.replace(config, api_key=key)  # a replica has an environment of its own
@@ -74,7 +74,7 @@ def serve(config: ServeConfig) -> None:
     host, port = listener.getsockname()[:2]
     listener.close()
     connect()
-    from ray import serve as ray_serve
+    from ray import serve as ray_serve  # pyright: ignore[reportMissingImports]
 
     asked = threading.Event()
     with signals.handled(lambda *_: asked.set()):
