@@ -59,10 +59,14 @@ def application(config: ServeConfig) -> Any:
     return deployed.bind(identity())
 
 
-def app(words: dict[str, Any]) -> Any:
-    """The same from a dict of settings, as `serve run` and a RayService pass it."""
-    given = [f"{name}={value}" for name, value in words.items()]
-    return application(cli.parse(ServeConfig, ["executor=ray", *given], prog="jdllm.serve"))
+def words_of(settings: dict[str, Any]) -> list[str]:
+    """The words of a command line that say what a dict does."""
+    return ["executor=ray", *(f"{name}={value}" for name, value in settings.items())]
+
+
+def app(settings: dict[str, Any]) -> Any:
+    """The same from a dict, as `serve run` and a RayService pass it."""
+    return application(cli.parse(ServeConfig, words_of(settings), prog="jdllm.serve"))
 
 
 def serve(config: ServeConfig) -> None:

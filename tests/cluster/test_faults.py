@@ -51,16 +51,20 @@ def wait_for(true: Callable[[], Any], seconds: float = 180) -> None:
         time.sleep(0.02)
 
 
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def completions(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "out" / "completions.jsonl").open()]
+    return lines(folder / "out" / "completions.jsonl")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A model and prompts, some of which repeat."""
     write_small(tmp_path / "model", 64)
-    lines = [json.dumps({"prompt": f"Add {i % 200} and one."}) for i in range(PROMPTS)]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    prompts = [json.dumps({"prompt": f"Add {i % 200} and one."}) for i in range(PROMPTS)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(prompts))
     return tmp_path
 
 
@@ -75,7 +79,7 @@ def wanted(folder: Path, variables: dict[str, str]) -> list[dict[str, Any]]:
 
 def whole(folder: Path, wanted: list[dict[str, Any]]) -> None:
     """Nothing is lost, doubled, or other than one process makes it."""
-    keys = Counter(json.loads(x)["key"] for x in (folder / "out" / "finished.jsonl").open())
+    keys = Counter(one["key"] for one in lines(folder / "out" / "finished.jsonl"))
     assert len(keys) == PROMPTS and set(keys.values()) == {1}
     assert completions(folder) == wanted
 
@@ -127,11 +131,12 @@ def finished_before(said: str) -> int:
 
 
 def test_another_version_and_a_full_disk(folder, variables, wanted, start_cluster):
-    """Of three nodes one has another jdllm, one a disk without room: the third does all the work."""
+    """Of three nodes one has another jdllm, one a full disk: the third does the rest."""
     other = folder / "other"
     for name in ("jdllm", "convert", "kernels"):
         shutil.copytree(ROOT / name, other / name, symlinks=True)
-    (other / "jdllm" / "__init__.py").open("a").write("\n__version__ = '0.0.9'\n")
+    with (other / "jdllm" / "__init__.py").open("a") as file:
+        file.write("\n__version__ = '0.0.9'\n")
     full = folder / "full"
     full.mkdir()
     (full / "sitecustomize.py").write_text(FULL)
@@ -148,17 +153,21 @@ def test_another_version_and_a_full_disk(folder, variables, wanted, start_cluste
 
 
 FULL = """
-import builtins, errno, sys
-if "default_worker.py" in " ".join(sys.orig_argv):
-    real = builtins.open
-    import pathlib
-    def read_bytes(self, real=pathlib.Path.read_text):
-        return real(self)
-    class Full:
-        def find_spec(self, name, path=None, target=None):
-            return None
-    import os
-    os.environ["JDLLM_HOME"] = "/dev/full/home"
+import errno, importlib.machinery, itertools, os
+
+run, calls = importlib.machinery.SourceFileLoader.exec_module, itertools.count()
+
+def exec_module(self, module):
+    run(self, module)
+    if module.__name__ == "jdllm.cluster.worker":
+        stream = module.Worker.stream
+        def until_it_is_full(self, *arguments):
+            if next(calls) > 2:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/scratch")
+            return stream(self, *arguments)
+        module.Worker.stream = until_it_is_full
+
+importlib.machinery.SourceFileLoader.exec_module = exec_module
 """
 
 
@@ -172,8 +181,8 @@ def test_sweep_and_eval_are_those_of_one_process(folder, variables, start_cluste
         words = command("sweep", *own, f"output={folder / name}", *more)
         done = subprocess.run(words, env=variables, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        lines = [json.loads(x) for x in (folder / name / "finished.jsonl").open()]
-        rows[name] = {x["key"]: x["completion"] for x in lines}
+        done = lines(folder / name / "finished.jsonl")
+        rows[name] = {one["key"]: one["completion"] for one in done}
         facts = json.loads((folder / name / "table.json").read_text())
         assert ("workers" in json.dumps(facts)) == (name == "ray")
     assert rows["local"] == rows["ray"] and len(rows["ray"]) == 12
