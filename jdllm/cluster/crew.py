@@ -36,6 +36,7 @@ class Crew:
         self._asked = time.monotonic()
         self._silent: float | None = None  # since when the head has not answered
         self._failures = 0  # workers that were lost since something went well
+        self._stillborn = 0  # workers that were lost before they had loaded their model
         fits = room(share)
         self.count = count or max(fits, 1)
         if self.count > fits:
@@ -50,6 +51,13 @@ class Crew:
         options = self._share | {"max_restarts": 0}
         worker = self.ray.remote(self.worker).options(**options).remote()
         self._starting[worker.load.remote(identity(), os.getcwd(), self._settings)] = worker
+
+    def ready(self) -> int:
+        """Waits until no worker is starting any more, and returns how many there are."""
+        while self._starting:
+            for ref in self._wait([*self._starting]):
+                self._started(ref)
+        return len(self._idle)
 
     def ask(self, method: str, *arguments: Any) -> Any:
         """What one of the workers answers."""
@@ -124,7 +132,7 @@ class Crew:
         except errors.RayTaskError as error:
             cause = error.cause
             if not isinstance(cause, OSError):
-                raise cause from None
+                raise cause if isinstance(cause, Exception) else error
             # Its disk is full, say: others may have better luck, and it would fail again.
             return None, self._retire(worker, f"{cause}", again=False)
         except errors.RayError as error:
@@ -158,9 +166,12 @@ class Crew:
 
         ConnectionError where none is left.
         """
-        who = self._places.pop(worker, "a worker that was starting")
+        who = self._places.pop(worker, "")
         self.ray.kill(worker)
         self._failures += 1
+        if not who:
+            who, self._stillborn = "a worker that was starting", self._stillborn + 1
+            again = again and self._stillborn <= TRIES
         if again:
             self._start()
             processes.say(f"note: {who} was lost ({reason}); another one takes its place")

@@ -1,6 +1,7 @@
 """A Ray cluster of this machine: a head that does no work, and nodes with one CPU each."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,12 +41,14 @@ def start_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any
 
     def start(*nodes: dict[str, str]) -> Any:
         head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE}
-        cluster = Cluster(initialize_head=True, head_node_args=head)
-        started.append(cluster)
-        cluster.own = [
-            cluster.add_node(num_cpus=1, object_store_memory=STORE, env_vars=variables)
-            for variables in nodes
-        ]
+        with warnings.catch_warnings():  # Ray starts programs by fork, and they are other programs
+            warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
+            cluster = Cluster(initialize_head=True, head_node_args=head)
+            started.append(cluster)
+            cluster.own = [
+                cluster.add_node(num_cpus=1, object_store_memory=STORE, env_vars=variables)
+                for variables in nodes
+            ]
         monkeypatch.setenv("RAY_ADDRESS", cluster.address)
         return cluster
 

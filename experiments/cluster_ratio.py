@@ -1,0 +1,100 @@
+"""Throughput of two workers of a Ray cluster on this machine against one, the journal on.
+
+python experiments/cluster_ratio.py output=experiments/results/cluster_ratio.json
+
+Every worker has one thread (XLA's pool is off, and each is a process of one CPU to Ray). After a
+pass that compiles, the same prompts are generated again and again, by one worker and by two in
+turn, each time into a new journal. The load average tells what the machine did besides.
+"""
+
+import dataclasses
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+# Before JAX starts here, or in a worker, which gets the environment of this process.
+os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NPROC"):
+    os.environ[name] = "1"
+
+from jdllm.bulk import complete_all  # noqa: E402
+from jdllm.cluster.connect import need_ray  # noqa: E402
+from jdllm.cluster.fleet import Fleet  # noqa: E402
+from jdllm.decode import DecodeConfig  # noqa: E402
+from jdllm.runtime import cli  # noqa: E402
+from jdllm.runtime.environment import environment  # noqa: E402
+from jdllm.runtime.files import write_json  # noqa: E402
+from jdllm.runtime.journal import Journal  # noqa: E402
+
+
+@dataclasses.dataclass(frozen=True)
+class RatioConfig:
+    """One worker against two."""
+
+    model: str = "bundled"
+    prompts: int = 96
+    batch_size: int = 4
+    rounds: int = 5
+    """Passes of each number of workers."""
+    output: Path = Path("experiments/results/cluster_ratio.json")
+
+
+def connect() -> None:
+    """Starts Ray with room for three workers, of which two at most have something to do."""
+    need_ray()
+    import ray  # pyright: ignore[reportMissingImports]
+
+    ray.init("local", num_cpus=3, logging_level="ERROR", log_to_driver=False)
+
+
+def settings(model: str) -> dict[str, Any]:
+    """Those of LLM.load."""
+    return {"model": model, "mesh": "1x1", "engine": "off"}
+
+
+def timed(fleet: Fleet, rows: list[list[int]], config: RatioConfig, decode: DecodeConfig) -> float:
+    """Seconds that a fleet takes for the prompts, its journal on the disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        journal = Journal(Path(folder) / "finished.jsonl")
+        start = time.perf_counter()
+        complete_all(fleet, rows, decode, journal, batch_size=config.batch_size)
+        return time.perf_counter() - start
+
+
+def main(config: RatioConfig) -> None:
+    """Measures, prints and writes."""
+    decode = DecodeConfig(rule="quota", gen_length=64, block_length=32, steps=64)
+    connect()
+    fleets = {n: Fleet.start(settings(config.model), n, 0) for n in (1, 2)}
+    rows = fleets[1].encode([f"Add {100 + i} and one." for i in range(2 * config.prompts)])
+    rows = [row for row in rows if len(row) == len(rows[0])][: config.prompts]  # one program serves
+    for fleet in fleets.values():
+        fleet.crew.ready()
+        timed(fleet, rows, config, decode)  # compiles
+    seconds: dict[int, list[float]] = {n: [] for n in fleets}
+    for number in range(config.rounds):
+        for count, fleet in fleets.items():
+            seconds[count].append(timed(fleet, rows, config, decode))
+            print(f"round {number}: {count} workers {seconds[count][-1]:.1f} s", flush=True)
+    rates = {n: len(rows) / statistics.median(times) for n, times in seconds.items()}
+    facts = {
+        "command": cli.command(config, "experiments.cluster_ratio"),
+        "environment": environment(),
+        "cpus": os.cpu_count(),
+        "load_average": os.getloadavg(),
+        "prompts": len(rows),
+        "decode": dataclasses.asdict(decode),
+        "seconds": seconds,
+        "prompts_per_second": rates,
+        "ratio": rates[2] / rates[1],
+        "ratio_of_best": min(seconds[1]) / min(seconds[2]),
+    }
+    write_json(config.output, facts)
+    print(f"{rates[1]:.2f} and {rates[2]:.2f} prompts per second: {facts['ratio']:.2f} times")
+
+
+if __name__ == "__main__":
+    cli.run(main, RatioConfig, "python experiments/cluster_ratio.py")
