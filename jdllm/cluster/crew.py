@@ -132,7 +132,7 @@ class Crew:
         except errors.RayTaskError as error:
             cause = error.cause
             if not isinstance(cause, OSError):
-                raise cause if isinstance(cause, Exception) else error
+                raise (cause if isinstance(cause, Exception) else error) from None
             # Its disk is full, say: others may have better luck, and it would fail again.
             return None, self._retire(worker, f"{cause}", again=False)
         except errors.RayError as error:
