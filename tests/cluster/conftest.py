@@ -1,5 +1,6 @@
 """A Ray cluster of this machine: a head that does no work, and nodes with one CPU each."""
 
+import gc
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,6 +28,13 @@ def workers_of(node: Any) -> list[int]:
     return found
 
 
+def add_node(cluster: Any, variables: dict[str, str]) -> Any:
+    """A node of one CPU whose processes have these variables, too."""
+    with warnings.catch_warnings():  # Ray starts programs by fork, and they are other programs
+        warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
+        return cluster.add_node(num_cpus=1, object_store_memory=STORE, env_vars=variables)
+
+
 @pytest.fixture
 def start_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     """A function that starts a cluster with a node for each dict of variables, and names it."""
@@ -45,16 +53,15 @@ def start_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any
             warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
             cluster = Cluster(initialize_head=True, head_node_args=head)
             started.append(cluster)
-            cluster.own = [
-                cluster.add_node(num_cpus=1, object_store_memory=STORE, env_vars=variables)
-                for variables in nodes
-            ]
+        cluster.own = [add_node(cluster, variables) for variables in nodes]
         monkeypatch.setenv("RAY_ADDRESS", cluster.address)
         return cluster
 
     yield start
     for cluster in started:
         cluster.shutdown()
+    started.clear()
+    gc.collect()
 
 
 @pytest.fixture
