@@ -111,9 +111,12 @@ def test_a_killed_head_and_a_killed_command(folder, variables, wanted, start_clu
     run.kill()
     run.communicate()
     before = finished(folder)
-    slow = "decode.gen_length=1024"  # for hours
-    run = subprocess.Popen(spread(folder, slow), env=variables, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: [pid for node in cluster.own for pid in workers_of(node)])
+    long = folder / "long"  # enough for as long as it takes to miss the head
+    long.mkdir()
+    (long / "model").symlink_to(folder / "model")
+    (long / "prompts.jsonl").write_text(((folder / "prompts.jsonl").read_text() + "\n") * 40)
+    run = subprocess.Popen(spread(long), env=variables, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: finished(long) > 5)
     cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
     said = run.communicate(timeout=120)[1]
     assert run.returncode == 1, said
@@ -242,4 +245,5 @@ def test_serving_replicas(folder, variables, start_cluster):
     assert good >= 8
     wait_for(lambda: len([p for n in cluster.own for p in workers_of(n) if p != before[0]]) >= 2)
     run.send_signal(signal.SIGTERM)
-    assert run.wait(60) == 0
+    run.communicate(timeout=60)
+    assert run.returncode == 0
