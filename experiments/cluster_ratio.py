@@ -8,6 +8,7 @@ turn, each time into a new journal. The load average tells what the machine did 
 """
 
 import dataclasses
+import logging
 import os
 import statistics
 import tempfile
@@ -47,7 +48,7 @@ def connect() -> None:
     need_ray()
     import ray  # pyright: ignore[reportMissingImports]
 
-    ray.init("local", num_cpus=3, logging_level="ERROR", log_to_driver=False)
+    ray.init("local", num_cpus=3, logging_level=logging.ERROR, log_to_driver=False)
 
 
 def settings(model: str) -> dict[str, Any]:

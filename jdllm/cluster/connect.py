@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import logging
 import os
 import socket
 import warnings
@@ -38,7 +39,7 @@ def connect() -> Any:
     try:
         with warnings.catch_warnings():  # Ray starts programs by fork, and they are other programs
             warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
-            ray.init(address or "local", logging_level="ERROR", log_to_driver=False)
+            ray.init(address or "local", logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConnectionError(f"Ray did not start or join a cluster: {reason}") from None
@@ -92,9 +93,9 @@ def share(mesh: str, gpus: float | None) -> dict[str, float]:
     from jdllm.runtime import sharding  # not for those who ask whether Ray is there
 
     if gpus is None:
-        found = connect().cluster_resources().get("GPU", 0)
-        gpus = (1 if mesh == "auto" else sharding.abstract_mesh(mesh).size) if found else 0
-    return {"num_cpus": 1, "num_gpus": gpus}
+        some = connect().cluster_resources().get("GPU", 0) > 0
+        gpus = 0 if not some else 1 if mesh == "auto" else sharding.abstract_mesh(mesh).size
+    return {"num_cpus": 1, "num_gpus": float(gpus)}
 
 
 def room(share: dict[str, float]) -> int:

@@ -51,7 +51,7 @@ def start_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any
         head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE}
         with warnings.catch_warnings():  # Ray starts programs by fork, and they are other programs
             warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
-            cluster = Cluster(initialize_head=True, head_node_args=head)
+            cluster: Any = Cluster(initialize_head=True, head_node_args=head)
             started.append(cluster)
         cluster.own = [add_node(cluster, variables) for variables in nodes]
         monkeypatch.setenv("RAY_ADDRESS", cluster.address)

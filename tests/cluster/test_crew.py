@@ -137,7 +137,7 @@ def test_a_lost_head_is_one_sentence(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("left", [True, False])
 def test_a_reader_that_leaves_keeps_the_crew(monkeypatch: pytest.MonkeyPatch, left: bool):
     own = play(monkeypatch)
-    results = own.run("double", [(i,) for i in range(6)])
+    results: Any = own.run("double", [(i,) for i in range(6)])
     assert next(results)[1] in (0, 2)
     if left:
         results.close()
@@ -165,7 +165,8 @@ def test_without_ray_the_fix_is_named(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_settings():
-    for words in ({"workers": 2}, {"gpus": 0.5}):
+    given: list[dict[str, Any]] = [{"workers": 2}, {"gpus": 0.5}]
+    for words in given:
         with pytest.raises(ValueError, match="belongs to executor=ray"):
             SpreadArgs(**words)
     with pytest.raises(ValueError, match="workers=-1 must be 0 or more"):
