@@ -5,10 +5,11 @@ next one in the table is tried.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jdllm.kernels.attention import cudnn, reference, split, xla
 from jdllm.kernels.experts import dense, grouped, ragged
@@ -42,7 +43,11 @@ class Choice:
     """Those that were tried before it, with their reasons."""
 
 
-CHECKS = {"attention:split": split.check, "experts:grouped": grouped.check}
+CHECKS = {
+    "attention:split": split.check,
+    "experts:grouped": grouped.check,
+    "experts:grouped in training": grouped.check_training,
+}
 """Those that hold themselves against their reference before they serve."""
 
 _made: dict[Choice, None] = {}  # in order; filled while programs are traced
@@ -110,6 +115,22 @@ def parse(kernel: str) -> dict[str, str]:
         names = (f"{operation}:{name}" for operation, table in TABLES.items() for name in table)
         raise ValueError(f"kernel={kernel} must be auto, reference, or of {', '.join(names)}")
     return found
+
+
+def in_training(kernel: str, dtype: str, widths: Sequence[int]) -> str:
+    """The `kernel` of a model with experts of these widths while it is trained.
+
+    auto is the grouped experts where they serve and their gradient is right: a training step has
+    so many tokens that every expert for every token is out of the question.
+    """
+    if kernel != "auto":
+        return kernel
+    try:
+        grouped.check_kinds(widths, jnp.dtype(dtype))
+        grouped.check_training()
+    except NotImplementedError:
+        return kernel
+    return "experts:grouped"
 
 
 def canaries() -> dict[str, str]:

@@ -6,13 +6,23 @@ numbers when a process first wants it: compilers have made wrong programs of rig
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 CAPABILITY = 8.0  # Ampere: the first with bfloat16 products and asynchronous copies
 WRONG = 0.03  # relative error of bfloat16 products is 0.002 to 0.01
+
+
+class Tiles(NamedTuple):
+    """Sizes of a kernel's work: rows, columns, inner numbers at a time; warps, loads in flight."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
 
 
 def require() -> None:

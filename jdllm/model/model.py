@@ -69,9 +69,9 @@ class Model:
         """Hidden states, cache and probes of embedded tokens: see `Transformer.__call__`."""
         return self.net(x_BTD, positions_BT, mask, cache, probes, remat, self.kernel)
 
-    def logits(self, hidden_BND: jax.Array) -> jax.Array:
-        """Float32 logits [B, N, V] of hidden states, never shifted."""
-        return self.net.logits(hidden_BND)
+    def logits(self, hidden_BND: jax.Array, dtype: str | None = "float32") -> jax.Array:
+        """Logits [B, N, V] of hidden states, never shifted; None keeps their dtype."""
+        return self.net.logits(hidden_BND, dtype)
 
     def best(
         self, hidden_BND: jax.Array, special: Special = NOTHING, chunk: int | None = None

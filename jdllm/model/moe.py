@@ -67,8 +67,10 @@ def route(logits_BTE: jax.Array, bias_E: jax.Array | None, moe: MoEConfig) -> Ro
 
 def swiglu(x_BTD: jax.Array, gate_up_DCF: Any, down_FD: Any) -> jax.Array:
     """down(silu(gate x) * up x), in the dtype of x; the weights are what `product` takes."""
-    gate_up = product("BTD,DCF->CBTF", x_BTD, gate_up_DCF)
-    hidden = jax.nn.silu(gate_up[0]) * gate_up[1]
+    # The halves stand beside each other, as the product makes them: in training what goes back is
+    # summed over both at once, and would have to be turned round otherwise.
+    gate_up = product("BTD,DCF->BTCF", x_BTD, gate_up_DCF)
+    hidden = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
     return product("BTF,FD->BTD", hidden, down_FD)
 
 

@@ -23,7 +23,8 @@ from jdllm.model.model import abstract, named
 from jdllm.model.quantise import quantise_params
 from jdllm.model.transformer import Remat
 from jdllm.runtime import sharding
-from jdllm.train.objective import LOGIT_BYTES, Batch, Objective
+from jdllm.train.entropy import LOGIT_BYTES
+from jdllm.train.objective import Batch, Objective
 from jdllm.train.optimiser import Recipe, make_optimizer
 from jdllm.train.step import TrainState, all_parameters, beside, train_step
 

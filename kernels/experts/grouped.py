@@ -1,29 +1,21 @@
 """The experts of a layer, each for its own tokens only, by Triton kernels; serves 16-bit numbers.
 
-Only the weights of experts that somebody picked are read: what a step of few tokens costs. The
-gradient is the dense reference's.
+Only the weights of experts that somebody picked are read: what a step of few tokens costs.
+Training takes the kernels of grouped_grad.py, forwards and backwards.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jdllm.kernels import triton_call as triton
-from jdllm.kernels.experts import dense
+from jdllm.kernels.experts import dense, grouped_grad
+from jdllm.kernels.triton_call import Tiles
 
 WIDTH = 128  # what the widths of tokens and experts must be multiples of
-
-
-class Tiles(NamedTuple):
-    """Sizes of a kernel's work: rows, columns, inner numbers at a time; warps, loads in flight."""
-
-    rows: int
-    columns: int
-    inner: int
-    warps: int
-    stages: int
 
 
 # Up to so many pairs per expert: tiles of gate_up and of down. Measured on an H100 with LLaDA2's
@@ -49,20 +41,47 @@ def experts(
     mates where their number does not change the tiles.
     """
     triton.require()
-    for name, array in (("tokens", x_TD), ("weights", gate_up_EDCM), ("weights", down_EMD)):
-        if array.dtype != jnp.bfloat16 and array.dtype != jnp.float16:
-            raise NotImplementedError(f"it serves 16-bit {name}, not {array.dtype}")
-    (_, M, D), kind = down_EMD.shape, x_TD.dtype
-    if M % WIDTH or D % WIDTH:
-        raise NotImplementedError(f"it serves widths in multiples of {WIDTH}, not {D} and {M}")
+    kind = x_TD.dtype
+    check_kinds(down_EMD.shape[1:], kind, gate_up_EDCM.dtype, down_EMD.dtype)
     check()
     return _grouped(x_TD, gate_up_EDCM.astype(kind), down_EMD.astype(kind), picks_TP, weights_TP)
+
+
+def check_kinds(widths: Sequence[int], *dtypes: Any) -> None:
+    """NotImplementedError, with the reason, for numbers or widths that the kernels do not serve."""
+    for name, dtype in zip(("tokens", "weights", "weights"), dtypes, strict=False):
+        if dtype not in (jnp.bfloat16, jnp.float16):
+            raise NotImplementedError(f"it serves 16-bit {name}, not {dtype}")
+    if any(width % WIDTH for width in widths):
+        one, two = widths
+        raise NotImplementedError(f"it serves widths in multiples of {WIDTH}, not {two} and {one}")
 
 
 def check() -> None:
     """NotImplementedError, with the reason, where the kernels cannot run or compute wrongly."""
     triton.require()
     triton.canary("experts", _grouped, dense.experts, *_small())
+
+
+def check_training() -> None:
+    """NotImplementedError where the kernels of the gradient cannot run or compute wrongly."""
+    triton.require()
+    for number, name in SLOPES.items():
+        pair = slope(_grouped, number), slope(dense.experts, number)
+        triton.canary(f"experts, gradient of {name}", *pair, *_small())
+
+
+SLOPES = {0: "tokens", 1: "gate-up", 2: "down", 4: "factors"}
+"""What has a gradient, by its number among the arguments."""
+
+
+def slope(experts: Callable[..., jax.Array], number: int) -> Callable[..., jax.Array]:
+    """The gradient, by one argument, of the sum of squared outputs."""
+
+    def loss(*arrays: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.square(experts(*arrays).astype(jnp.float32)))
+
+    return jax.grad(loss, number)
 
 
 @jax.custom_vjp
@@ -104,17 +123,22 @@ def _grouped(
     return jnp.sum(each_TPD * weights_TP[..., None], axis=1).astype(kind)
 
 
-def _forward(*arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return _grouped(*arrays), arrays
+def _forward(
+    x_TD: jax.Array,
+    gate_up_EDCM: jax.Array,
+    down_EMD: jax.Array,
+    picks_TP: jax.Array,
+    weights_TP: jax.Array,
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    """What differentiation runs: of many tokens at once, whose gate-up is kept."""
+    arrays = (x_TD, gate_up_EDCM, down_EMD, picks_TP, weights_TP)
+    found, kept = grouped_grad.forward(grouped_grad.TRITON, *arrays)
+    return found, (arrays, kept)
 
 
-def _backward(arrays: tuple[jax.Array, ...], change_TD: jax.Array) -> tuple[jax.Array | None, ...]:
-    x, gate_up, down, picks, weights = arrays
-    _, pull = jax.vjp(
-        lambda x, g, d, w: dense.experts(x, g, d, picks, w), x, gate_up, down, weights
-    )
-    dx, dgate_up, ddown, dweights = pull(change_TD)
-    return dx, dgate_up, ddown, None, dweights
+def _backward(saved: tuple[Any, ...], change_TD: jax.Array) -> tuple[jax.Array | None, ...]:
+    arrays, kept = saved
+    return grouped_grad.backward(grouped_grad.TRITON, arrays, kept, change_TD)
 
 
 _grouped.defvjp(_forward, _backward)
