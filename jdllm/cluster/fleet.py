@@ -139,10 +139,15 @@ def numbered(rows: Sequence[Sequence[int]]) -> list[int]:
 
 
 def surroundings(llm: LLM) -> dict[str, Any]:
-    """What the work of a model is measured on, and which kernels were chosen there."""
+    """What the work of a model is measured on."""
     if isinstance(llm, Fleet):
         return llm.crew.ask("surroundings") | {"workers": llm.crew.count}
-    return environment() | {"kernels": choices()}
+    return environment()
+
+
+def kernels(llm: LLM) -> list[dict[str, Any]]:
+    """Which kernels were chosen for a model, and why; of workers, by one of them."""
+    return llm.crew.ask("kernels") if isinstance(llm, Fleet) else choices()
 
 
 def peak(llm: LLM) -> int:

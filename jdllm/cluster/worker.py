@@ -74,8 +74,12 @@ class Worker:
         return getattr(self.llm.maps, question)(settings)
 
     def surroundings(self) -> dict[str, Any]:
-        """What the work is measured on, and the kernels that were chosen."""
-        return environment() | {"kernels": choices()}
+        """What the work is measured on."""
+        return environment()
+
+    def kernels(self) -> list[dict[str, Any]]:
+        """The kernels that were chosen in this process."""
+        return choices()
 
     def peak_bytes(self) -> int:
         """What the first device has held at most so far."""

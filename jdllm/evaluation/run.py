@@ -141,7 +141,7 @@ def introduce(name: str, llm: Any) -> None:
 def report(config: EvalConfig, llm: Any, results: Sequence[TaskResult]) -> dict[str, Any]:
     """What results.json holds; `config` with its lengths resolved."""
     model: ModelConfig = llm.config
-    from jdllm.cluster.fleet import surroundings
+    from jdllm.cluster.fleet import kernels, surroundings
 
     speed = functools.reduce(operator.add, [result.speed for result in results])
     return {
@@ -166,7 +166,7 @@ def report(config: EvalConfig, llm: Any, results: Sequence[TaskResult]) -> dict[
             for result in results
         },
         "speed": speed.facts(),
-        "environment": surroundings(llm),
+        "environment": surroundings(llm) | {"kernels": kernels(llm)},
     }
 
 

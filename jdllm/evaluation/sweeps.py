@@ -141,6 +141,8 @@ def perform(
     Yields every run, its settings' lengths filled in, its row, and where it ran. A task that cannot
     be loaded is refused before any model is.
     """
+    from jdllm.cluster.fleet import surroundings  # it would have --help wait
+
     for run in {run.task: run for run in runs}.values():
         for name in run.tasks:
             run.load_task(name)
@@ -163,7 +165,7 @@ def perform(
                     file=sys.stderr,
                 )
                 bar.update(1)
-                where = facts["environment"] | {"mesh": sharding.describe(llm.mesh)}
+                where = surroundings(llm) | {"mesh": sharding.describe(llm.mesh)}
                 yield dataclasses.replace(run, decode=decode, decode_file=None), row, where
 
 
