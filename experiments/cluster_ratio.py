@@ -20,6 +20,7 @@ from typing import Any
 os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NPROC"):
     os.environ[name] = "1"
+os.environ["RAY_worker_niceness"] = "0"  # else whatever runs beside it comes first
 
 from jdllm.bulk import complete_all  # noqa: E402
 from jdllm.cluster.connect import need_ray  # noqa: E402
@@ -56,13 +57,25 @@ def settings(model: str) -> dict[str, Any]:
     return {"model": model, "mesh": "1x1", "engine": "off"}
 
 
-def timed(fleet: Fleet, rows: list[list[int]], config: RatioConfig, decode: DecodeConfig) -> float:
-    """Seconds that a fleet takes for the prompts, its journal on the disk."""
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """What a pass over the prompts took."""
+
+    seconds: float
+    driver: float
+    """CPU seconds of this process, which plans and writes the journal: what does not scale."""
+    load: float
+    """The machine's load average behind it: more than the workers means that others worked, too."""
+
+
+def timed(fleet: Fleet, rows: list[list[int]], config: RatioConfig, decode: DecodeConfig) -> Pass:
+    """Lets a fleet complete the prompts, its journal on the disk."""
     with tempfile.TemporaryDirectory() as folder:
         journal = Journal(Path(folder) / "finished.jsonl")
-        start = time.perf_counter()
+        start, own = time.perf_counter(), time.process_time()
         complete_all(fleet, rows, decode, journal, batch_size=config.batch_size)
-        return time.perf_counter() - start
+        spent = time.perf_counter() - start, time.process_time() - own
+        return Pass(*spent, os.getloadavg()[0])
 
 
 def main(config: RatioConfig) -> None:
@@ -75,23 +88,23 @@ def main(config: RatioConfig) -> None:
     for fleet in fleets.values():
         fleet.crew.ready()
         timed(fleet, rows, config, decode)  # compiles
-    seconds: dict[int, list[float]] = {n: [] for n in fleets}
+    passes: dict[int, list[Pass]] = {n: [] for n in fleets}
     for number in range(config.rounds):
         for count, fleet in fleets.items():
-            seconds[count].append(timed(fleet, rows, config, decode))
-            print(f"round {number}: {count} workers {seconds[count][-1]:.1f} s", flush=True)
-    rates = {n: len(rows) / statistics.median(times) for n, times in seconds.items()}
+            passes[count].append(timed(fleet, rows, config, decode))
+            print(f"round {number}: {count} workers {passes[count][-1]}", flush=True)
+    rates = {n: len(rows) / statistics.median(p.seconds for p in own) for n, own in passes.items()}
+    ratios = [one.seconds / two.seconds for one, two in zip(passes[1], passes[2], strict=True)]
     facts = {
         "command": cli.command(config, "experiments.cluster_ratio"),
         "environment": environment(),
         "cpus": os.cpu_count(),
-        "load_average": os.getloadavg(),
         "prompts": len(rows),
         "decode": dataclasses.asdict(decode),
-        "seconds": seconds,
+        "passes": {n: [dataclasses.asdict(one) for one in own] for n, own in passes.items()},
         "prompts_per_second": rates,
         "ratio": rates[2] / rates[1],
-        "ratio_of_best": min(seconds[1]) / min(seconds[2]),
+        "ratio_of_rounds": sorted(ratios),
     }
     write_json(config.output, facts)
     print(f"{rates[1]:.2f} and {rates[2]:.2f} prompts per second: {facts['ratio']:.2f} times")
