@@ -4,7 +4,8 @@ python experiments/cluster_ratio.py output=experiments/results/cluster_ratio.jso
 
 Every worker has one thread (XLA's pool is off, and each is a process of one CPU to Ray). After a
 pass that compiles, the same prompts are generated again and again, by one worker and by two in
-turn, each time into a new journal. The load average tells what the machine did besides.
+turn, each time into a new journal. The load average tells what the machine did besides; where it
+was busy, the ratio by CPU seconds is the one that says how the work scales.
 """
 
 import dataclasses
@@ -37,8 +38,8 @@ class RatioConfig:
     """One worker against two."""
 
     model: str = "bundled"
-    prompts: int = 96
-    batch_size: int = 4
+    prompts: int = 24
+    batch_size: int = 2
     rounds: int = 5
     """Passes of each number of workers."""
     output: Path = Path("experiments/results/cluster_ratio.json")
@@ -62,6 +63,8 @@ class Pass:
     """What a pass over the prompts took."""
 
     seconds: float
+    workers: list[float]
+    """CPU seconds of each worker."""
     driver: float
     """CPU seconds of this process, which plans and writes the journal: what does not scale."""
     load: float
@@ -72,10 +75,24 @@ def timed(fleet: Fleet, rows: list[list[int]], config: RatioConfig, decode: Deco
     """Lets a fleet complete the prompts, its journal on the disk."""
     with tempfile.TemporaryDirectory() as folder:
         journal = Journal(Path(folder) / "finished.jsonl")
-        start, own = time.perf_counter(), time.process_time()
+        pids = [pid for pid, _ in fleet.crew.places]
+        start, own, theirs = time.perf_counter(), time.process_time(), [*map(cpu_seconds, pids)]
         complete_all(fleet, rows, decode, journal, batch_size=config.batch_size)
-        spent = time.perf_counter() - start, time.process_time() - own
-        return Pass(*spent, os.getloadavg()[0])
+        seconds, driver = time.perf_counter() - start, time.process_time() - own
+        workers = [cpu_seconds(pid) - old for pid, old in zip(pids, theirs, strict=True)]
+        return Pass(seconds, workers, driver, os.getloadavg()[0])
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU seconds of a process so far (Linux)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def alone(one: Pass) -> float:
+    """Seconds that a pass would take if each process had a core to itself: CPU seconds of the
+    busiest worker, and of the driver, whose work for a batch may fall between two."""
+    return max(one.workers) + one.driver
 
 
 def main(config: RatioConfig) -> None:
@@ -95,6 +112,7 @@ def main(config: RatioConfig) -> None:
             print(f"round {number}: {count} workers {passes[count][-1]}", flush=True)
     rates = {n: len(rows) / statistics.median(p.seconds for p in own) for n, own in passes.items()}
     ratios = [one.seconds / two.seconds for one, two in zip(passes[1], passes[2], strict=True)]
+    by_cpu = statistics.median(map(alone, passes[1])) / statistics.median(map(alone, passes[2]))
     facts = {
         "command": cli.command(config, "experiments.cluster_ratio"),
         "environment": environment(),
@@ -105,9 +123,13 @@ def main(config: RatioConfig) -> None:
         "prompts_per_second": rates,
         "ratio": rates[2] / rates[1],
         "ratio_of_rounds": sorted(ratios),
+        "ratio_by_cpu": by_cpu,
     }
     write_json(config.output, facts)
-    print(f"{rates[1]:.2f} and {rates[2]:.2f} prompts per second: {facts['ratio']:.2f} times")
+    print(
+        f"{rates[1]:.2f} and {rates[2]:.2f} prompts per second: {facts['ratio']:.2f} times "
+        f"({by_cpu:.2f} by CPU seconds)"
+    )
 
 
 if __name__ == "__main__":

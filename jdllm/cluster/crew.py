@@ -30,7 +30,7 @@ class Crew:
         self._settings, self._share = settings, share
         self._starting: dict[Any, Any] = {}  # what is waited for: its worker
         self._idle: list[Any] = []
-        self._places: dict[Any, str] = {}
+        self._places: dict[Any, tuple[int, str]] = {}
         self.fingerprint: str | None = None
         self._head = self.ray.get_runtime_context().gcs_address
         self._asked = time.monotonic()
@@ -58,6 +58,11 @@ class Crew:
             for ref in self._wait([*self._starting]):
                 self._started(ref)
         return len(self._idle)
+
+    @property
+    def places(self) -> list[tuple[int, str]]:
+        """The process and the host of every worker that has loaded its model."""
+        return list(self._places.values())
 
     def ask(self, method: str, *arguments: Any) -> Any:
         """What one of the workers answers."""
@@ -158,7 +163,7 @@ class Crew:
             )
         else:
             self.fingerprint = facts["fingerprint"]
-            self._places[worker] = f"process {facts['pid']} on {facts['host']}"
+            self._places[worker] = facts["pid"], facts["host"]
             self._idle.append(worker)
 
     def _retire(self, worker: Any, reason: str, again: bool) -> str:
@@ -166,7 +171,8 @@ class Crew:
 
         ConnectionError where none is left.
         """
-        who = self._places.pop(worker, "")
+        place = self._places.pop(worker, None)
+        who = "process {} on {}".format(*place) if place else ""
         self.ray.kill(worker)
         self._failures += 1
         if not who:
