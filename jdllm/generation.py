@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 
 import jdllm
-from jdllm.arguments import DecodingArgs
+from jdllm.arguments import SpreadArgs
+from jdllm.bulk import complete_file
 from jdllm.decode import DecodeConfig
 from jdllm.evaluation.settings import check_verifier
 from jdllm.load import enable_compilation_cache
 from jdllm.runtime import files, processes, sharding
+from jdllm.runtime.journal import going_on
 from jdllm.runtime.machine import process_age
 from jdllm.runtime.progress import Bar
 from jdllm.viz import replay, trace
@@ -27,11 +29,17 @@ if TYPE_CHECKING:  # imported when it runs, so that --help is quick
 
 
 @dataclasses.dataclass(frozen=True)
-class GenerateConfig(DecodingArgs):
-    """Generation from one prompt."""
+class GenerateConfig(SpreadArgs):
+    """Generation from one prompt, or from a file of them."""
 
     prompt: str = ""
-    """The user's message; needed unless replay is given."""
+    """The user's message; needed unless file or replay is given."""
+    file: Path | None = None
+    """Prompts, one per line: text, or in a .jsonl file objects with prompt or messages."""
+    output: Path | None = None
+    """Folder for the completions of file; the same command goes on after a kill."""
+    batch_size: int = 32
+    """file: most rows of a batch."""
     system: str = ""
     """A system prompt before it, as the chat template writes one."""
     decode: DecodeConfig = DecodeConfig()
@@ -54,7 +62,8 @@ class GenerateConfig(DecodingArgs):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.replay is None and not self.prompt.strip():
+        self.check_file()
+        if self.replay is None and not self.file and not self.prompt.strip():
             raise ValueError('prompt is empty; write prompt="some text"')
         if self.system and not self.chat:
             raise ValueError("system= needs the chat template; leave out chat=false")
@@ -73,6 +82,27 @@ class GenerateConfig(DecodingArgs):
             if path.is_dir():
                 raise ValueError(f"{name}={path} is a folder; name a file")
 
+    def check_file(self) -> None:
+        """ValueError for settings that have no meaning with, or without, a file of prompts."""
+        own = {"output": self.output, "executor": self.executor == "ray"}
+        if not self.file:
+            if given := [name for name, value in own.items() if value]:
+                raise ValueError(f"{given[0]}= is for many prompts: name them, file=PROMPTS.jsonl")
+            return
+        if not self.output:
+            raise ValueError("file= has many completions: name a folder for them, output=FOLDER")
+        one = ("prompt", "system", "trace", "html", "replay", "json")
+        given = [n for n in one if getattr(self, n)] + ["viz"] * (self.viz != "none")
+        if given:
+            raise ValueError(f"{given[0]}= is for one prompt; leave it out, or file=")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size} must be 1 or more")
+
+    @property
+    def going_on(self) -> str:
+        """How to go on after an interrupt."""
+        return going_on(self.output) if self.file else ""
+
     @property
     def conversation(self) -> "Prompt":
         """What the model is asked."""
@@ -90,7 +120,10 @@ def generate(config: GenerateConfig) -> None:
     """Completes the prompt, or shows a recorded run, and writes the files that were asked for."""
     for path in config.outputs.values():
         files.require_writable(path)  # now rather than after the run
-    if config.replay:
+    if config.file:
+        enable_compilation_cache()
+        complete_file(config)
+    elif config.replay:
         show_again(config, trace.read(config.replay))
     else:
         complete(config)

@@ -13,24 +13,47 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jdllm.kernels.attention import cudnn, reference, split, xla
+from jdllm.kernels.attention import cudnn, mosaic, reference, split, tiled, xla
 from jdllm.kernels.experts import dense, grouped, ragged
 from jdllm.kernels.product import narrow
 from jdllm.kernels.product import reference as plain
 from jdllm.kernels.quantised import Quantised
 
+
+def gathered(
+    q_BTHK: jax.Array,
+    k_PNGK: jax.Array,
+    v_PNGK: jax.Array,
+    table: jax.Array,
+    visible: jax.Array,
+    kernel: str = "auto",
+) -> jax.Array:
+    """Attention to rows that are first gathered from their pages, by the operation `attention`."""
+    k_BSGK, v_BSGK = (reference.gathered(x, table) for x in (k_PNGK, v_PNGK))
+    return attention(q_BTHK, k_BSGK, v_BSGK, visible, kernel)
+
+
 # In order of preference. The reference serves every case: what stands behind it serves by name
-# only. Triton's do until the whole loop has been measured with them (docs/performance.md).
+# only, until the whole loop has been measured with it (docs/performance.md).
 TABLES: dict[str, dict[str, Callable[..., jax.Array]]] = {
     "attention": {
+        "split": split.attention,
         "cudnn": cudnn.attention,
         "xla": xla.attention,
         "reference": reference.attention,
-        "split": split.attention,
+        "mosaic": mosaic.attention,
+        "tiled": tiled.attention,
+    },
+    "paged_attention": {
+        "split": split.paged_attention,
+        "gathered": gathered,
+        "reference": reference.paged_attention,
+        "mosaic": mosaic.paged_attention,
+        "tiled": tiled.paged_attention,
     },
     "experts": {
-        "reference": dense.experts,
         "grouped": grouped.experts,
+        "reference": dense.experts,
         "ragged": ragged.experts,
     },
     "product": {
@@ -54,6 +77,9 @@ class Choice:
 
 CHECKS = {
     "attention:split": split.check,
+    "attention:mosaic": mosaic.check,
+    "paged_attention:split": split.check_paged,
+    "paged_attention:mosaic": mosaic.check_paged,
     "experts:grouped": grouped.check,
     "experts:grouped in training": grouped.check_training,
     "experts:grouped in 8 bits": grouped.check_narrow,
@@ -73,6 +99,24 @@ def attention(
 ) -> jax.Array:
     """Attention [B, T, H, K] of T queries over S keys: see kernels/attention/reference.py."""
     return run("attention", kernel, q_BTHK, k_BSGK, v_BSGK, visible)
+
+
+def paged_attention(
+    q_BTHK: jax.Array,
+    k_PNGK: jax.Array,
+    v_PNGK: jax.Array,
+    table: jax.Array,
+    visible: jax.Array,
+    kernel: str = "auto",
+) -> jax.Array:
+    """Attention of T queries over keys in pages: see kernels/attention/reference.py.
+
+    Where `kernel` says how to attend, and not how to attend to pages, they are gathered for it.
+    """
+    arrays, forced = (q_BTHK, k_PNGK, v_PNGK, table, visible), parse(kernel)
+    if "attention" in forced and "paged_attention" not in forced:
+        return gathered(*arrays, kernel)
+    return run("paged_attention", kernel, *arrays)
 
 
 def experts(
