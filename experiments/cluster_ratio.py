@@ -21,7 +21,7 @@ from typing import Any
 os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NPROC"):
     os.environ[name] = "1"
-os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  (else the rest comes first)
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - else what runs beside it comes first
 
 from jdllm.bulk import complete_all  # noqa: E402
 from jdllm.cluster.connect import need_ray  # noqa: E402

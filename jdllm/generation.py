@@ -3,9 +3,12 @@
 import dataclasses
 import json
 import platform
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+import jax
 
 import jdllm
 from jdllm.arguments import SpreadArgs
@@ -15,6 +18,7 @@ from jdllm.evaluation.settings import check_verifier
 from jdllm.load import enable_compilation_cache
 from jdllm.runtime import files, processes, sharding
 from jdllm.runtime.journal import going_on
+from jdllm.runtime.machine import process_age
 from jdllm.runtime.progress import Bar
 from jdllm.viz import replay, trace
 from jdllm.viz.pieces import Lexicon
@@ -128,9 +132,12 @@ def generate(config: GenerateConfig) -> None:
 def complete(config: GenerateConfig) -> None:
     """Prints the completion; a line on standard error says what it cost."""
     enable_compilation_cache()
+    age, begun = process_age(), time.perf_counter()
     with Bar(total=1, unit="prompt", leave=False, disable=not processes.is_main()) as bar:
         bar.set_postfix_str(f"loading {config.model}")
         llm = config.load_llm()
+        jax.block_until_ready(llm.model)
+        weights = time.perf_counter() - begun
         bar.set_postfix_str("")
         watched = config.viz == "live" or config.outputs
         if not watched:
@@ -141,16 +148,24 @@ def complete(config: GenerateConfig) -> None:
         print(batch.completions[0].text)
     completion = batch.completions[0]
     tokens = len(completion.ids)
+    start = {} if age is None else {"start": age}
+    start |= {
+        "weights": weights,
+        "compilation": batch.compile_seconds,
+        "tokens": time.perf_counter() - begun - weights - batch.compile_seconds,
+    }
     if config.json:
         facts = describe(llm, config, llm.resolve(config.decode), batch)
         facts |= {"ids": completion.ids, "compile_seconds": round(batch.compile_seconds, 6)}
+        facts["start_seconds"] = {name: round(seconds, 6) for name, seconds in start.items()}
         print(json.dumps(facts, indent=2, ensure_ascii=False))
         return
     processes.say(
         f"\nfinish {completion.finish_reason}, {tokens} tokens, NFE {completion.nfe}, "
         f"{tokens / batch.seconds:.1f} tokens/s on {processes.describe()}, "
         f"{sharding.describe(llm.mesh)} "
-        f"(compilation {batch.compile_seconds:.1f} s apart)"
+        f"(compilation {batch.compile_seconds:.1f} s apart)\n"
+        + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in start.items())
     )
 
 

@@ -4,29 +4,61 @@ An implementation raises NotImplementedError, with its reason, where it does not
 next one in the table is tried.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jdllm.kernels.attention import cudnn, reference, split, xla
+from jdllm.kernels.attention import cudnn, mosaic, reference, split, tiled, xla
 from jdllm.kernels.experts import dense, grouped, ragged
+from jdllm.kernels.product import narrow
+from jdllm.kernels.product import reference as plain
+from jdllm.kernels.quantised import Quantised
+
+
+def gathered(
+    q_BTHK: jax.Array,
+    k_PNGK: jax.Array,
+    v_PNGK: jax.Array,
+    table: jax.Array,
+    visible: jax.Array,
+    kernel: str = "auto",
+) -> jax.Array:
+    """Attention to rows that are first gathered from their pages, by the operation `attention`."""
+    k_BSGK, v_BSGK = (reference.gathered(x, table) for x in (k_PNGK, v_PNGK))
+    return attention(q_BTHK, k_BSGK, v_BSGK, visible, kernel)
+
 
 # In order of preference. The reference serves every case: what stands behind it serves by name
-# only. Triton's do until the whole loop has been measured with them (docs/performance.md).
+# only, until the whole loop has been measured with it (docs/performance.md).
 TABLES: dict[str, dict[str, Callable[..., jax.Array]]] = {
     "attention": {
+        "split": split.attention,
         "cudnn": cudnn.attention,
         "xla": xla.attention,
         "reference": reference.attention,
-        "split": split.attention,
+        "mosaic": mosaic.attention,
+        "tiled": tiled.attention,
+    },
+    "paged_attention": {
+        "split": split.paged_attention,
+        "gathered": gathered,
+        "reference": reference.paged_attention,
+        "mosaic": mosaic.paged_attention,
+        "tiled": tiled.paged_attention,
     },
     "experts": {
-        "reference": dense.experts,
         "grouped": grouped.experts,
+        "reference": dense.experts,
         "ragged": ragged.experts,
+    },
+    "product": {
+        "reference": plain.product,
+        "narrow": narrow.product,
     },
 }
 
@@ -45,8 +77,13 @@ class Choice:
 
 CHECKS = {
     "attention:split": split.check,
+    "attention:mosaic": mosaic.check,
+    "paged_attention:split": split.check_paged,
+    "paged_attention:mosaic": mosaic.check_paged,
     "experts:grouped": grouped.check,
     "experts:grouped in training": grouped.check_training,
+    "experts:grouped in 8 bits": grouped.check_narrow,
+    "product:narrow": narrow.check,
 }
 """Those that hold themselves against their reference before they serve."""
 
@@ -64,10 +101,28 @@ def attention(
     return run("attention", kernel, q_BTHK, k_BSGK, v_BSGK, visible)
 
 
+def paged_attention(
+    q_BTHK: jax.Array,
+    k_PNGK: jax.Array,
+    v_PNGK: jax.Array,
+    table: jax.Array,
+    visible: jax.Array,
+    kernel: str = "auto",
+) -> jax.Array:
+    """Attention of T queries over keys in pages: see kernels/attention/reference.py.
+
+    Where `kernel` says how to attend, and not how to attend to pages, they are gathered for it.
+    """
+    arrays, forced = (q_BTHK, k_PNGK, v_PNGK, table, visible), parse(kernel)
+    if "attention" in forced and "paged_attention" not in forced:
+        return gathered(*arrays, kernel)
+    return run("paged_attention", kernel, *arrays)
+
+
 def experts(
     x_TD: jax.Array,
-    gate_up_EDCM: jax.Array,
-    down_EMD: jax.Array,
+    gate_up_EDCM: jax.Array | Quantised,
+    down_EMD: jax.Array | Quantised,
     picks_TP: jax.Array,
     weights_TP: jax.Array,
     kernel: str = "auto",
@@ -76,7 +131,25 @@ def experts(
     return run("experts", kernel, x_TD, gate_up_EDCM, down_EMD, picks_TP, weights_TP)
 
 
-def run(operation: str, kernel: str, *arrays: jax.Array) -> jax.Array:
+_forced: ContextVar[str] = ContextVar("forced", default="auto")
+
+
+@contextlib.contextmanager
+def forcing(kernel: str) -> Iterator[None]:
+    """Products inside are made by what `kernel` forces, as they are traced."""
+    token = _forced.set(kernel)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def product(x_MK: jax.Array, values_NK: jax.Array, scale_N: jax.Array) -> jax.Array:
+    """The product with a weight in 8 bits [M, N]: see kernels/product/reference.py."""
+    return run("product", _forced.get(), x_MK, values_NK, scale_N)
+
+
+def run(operation: str, kernel: str, *arrays: Any) -> jax.Array:
     """The result of the first implementation that serves, or of the one that `kernel` forces.
 
     ValueError where `kernel` cannot be read, or forces one that does not serve.

@@ -129,7 +129,7 @@ def evaluate(
 
 def introduce(name: str, llm: Any) -> None:
     """Says what was loaded, and where."""
-    what = f"{count_parameters(llm.config):,} parameters in {llm.config.dtype}"
+    what = f"{count_parameters(llm.config):,} parameters in {llm.config.held}"
     from jdllm.cluster.fleet import Fleet
 
     spread = f"{llm.crew.count} workers, each " if isinstance(llm, Fleet) else ""

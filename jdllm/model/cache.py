@@ -1,6 +1,7 @@
 """Cache: keys and values of every layer, preallocated and written in place.
 
-A model knows `length`, `at`, `update` and `view` alone, so keys may lie row by row, or in pages.
+A model knows `length`, `at`, `update`, `view` and `table` alone, so keys may lie row by row, or in
+pages.
 """
 
 import dataclasses
@@ -35,6 +36,10 @@ class Cache:
         keys = tuple(jnp.zeros(shape, dtype) for _ in range(config.layers))
         values = tuple(jnp.zeros(shape, dtype) for _ in range(config.layers))
         return cls(keys, values)
+
+    @property
+    def table(self) -> None:
+        """None: columns lie in their order, and nothing has to be looked up."""
 
     @property
     def length(self) -> int:
@@ -124,13 +129,8 @@ class PagedCache:
         return dataclasses.replace(self, keys=tuple(keys), values=tuple(values))
 
     def view(self, layer: int) -> tuple[jax.Array, jax.Array]:
-        """Keys and values [B, S, G, K] of a layer, gathered: the reference for a paged kernel."""
-
-        def rows(pool_PNGK: jax.Array) -> jax.Array:
-            found = pool_PNGK[self.table]
-            return found.reshape(len(self.table), self.length, *pool_PNGK.shape[2:])
-
-        return rows(self.keys[layer]), rows(self.values[layer])
+        """Pools [P, N, G, K] of keys and values of a layer, which attention reads by the table."""
+        return self.keys[layer], self.values[layer]
 
 
 def write(old_BSGK: jax.Array, new_BTGK: jax.Array, columns_BT: jax.Array) -> jax.Array:

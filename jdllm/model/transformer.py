@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jdllm.kernels.choose import attention
+from jdllm.kernels.choose import attention, paged_attention
 from jdllm.model.cache import Cache
 from jdllm.model.config import ModelConfig
 from jdllm.model.head import NOTHING, Best, Special, best
@@ -144,7 +144,8 @@ class Attention(nnx.Module):
         if cache is not None:
             cache = cache.update(self.number, k, v)
             k, v = cache.view(self.number)
-        mixed = self.attend(q, k.astype(q.dtype), v.astype(q.dtype), visible, kernel)
+        table = cache and cache.table
+        mixed = self.attend(q, k.astype(q.dtype), v.astype(q.dtype), visible, kernel, table)
         return product("BTHK,HKD->BTD", mixed, self.out), cache
 
     def attend(
@@ -154,19 +155,25 @@ class Attention(nnx.Module):
         v_BSGK: jax.Array,
         visible: jax.Array,
         kernel: str,
+        table: jax.Array | None = None,
     ) -> jax.Array:
-        """Attention, every device with its own rows and query heads."""
+        """Attention, every device with its own rows and query heads.
 
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+        With a `table` the keys and values are pools of pages, whose heads alone are split.
+        """
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array, *rest: jax.Array) -> jax.Array:
             first = sharding.shard_index("heads") * q.shape[2]
             k, v = (serving(x, first, q.shape[2], self.group) for x in (k, v))
-            return attention(q, k, v, visible, kernel)
+            run = attention if table is None else paged_attention
+            return run(q, k, v, *rest, kernel=kernel)
 
-        queries, keys = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
-        mask = ("batch", *[None] * (visible.ndim - 1))
-        inputs = (queries, keys, keys, mask)
+        rest = (visible,) if table is None else (table, visible)
+        queries, rows = ("batch", None, "heads", None), "batch" if table is None else None
+        keys = (rows, None, "kv_heads", None)
+        inputs = (queries, keys, keys, *(("batch", *[None] * (x.ndim - 1)) for x in rest))
         run = sharding.per_shard(attend, self.out, inputs, queries)
-        return run(q_BTHK, k_BSGK, v_BSGK, visible)
+        return run(q_BTHK, k_BSGK, v_BSGK, *rest)
 
 
 class MLP(nnx.Module):

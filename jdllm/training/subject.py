@@ -46,6 +46,12 @@ def load_subject(config: SFTConfig, mesh: Mesh) -> Subject:
     dtype = compute_dtype(config.dtype, "bfloat16")
     if not config.lora.rank:
         model = load_model(config.model, mesh, "float32", config.seed, config.allow_unknown)
+        if held := model.config.weights:
+            raise ValueError(
+                f"model={config.model} holds its weights in {held}, which cannot be trained; add "
+                "lora.rank=16 to train factors beside them, or start from a folder converted "
+                "without weights="
+            )
         own = config.adapt.applied(model.config)
         bare = dataclasses.replace(model, params=None, dtype=dtype, config=own)
         bare = dataclasses.replace(bare, kernel=kernel_of(config, bare))

@@ -1,4 +1,5 @@
-"""The experts of a layer, each for its own tokens only, by Triton kernels; serves 16-bit numbers.
+"""The experts of a layer, each for its own tokens only, by Triton kernels; serves 16-bit numbers,
+and weights in 8 bits, which are widened in registers.
 
 Only the weights of experts that somebody picked are read: what a step of few tokens costs.
 Training takes the kernels of grouped_grad.py, forwards and backwards.
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 
 from jdllm.kernels import triton_call as triton
 from jdllm.kernels.experts import dense, grouped_grad
+from jdllm.kernels.quantised import Quantised, quantise
 from jdllm.kernels.triton_call import Tiles
 
 WIDTH = 128  # what the widths of tokens and experts must be multiples of
@@ -25,12 +27,18 @@ TILES: tuple[tuple[float, Tiles, Tiles], ...] = (
     (8, Tiles(32, 128, 64, 4, 3), Tiles(32, 128, 64, 4, 4)),
     (float("inf"), Tiles(64, 128, 64, 4, 3), Tiles(64, 128, 64, 4, 4)),
 )
+# The same of weights in 8 bits.
+NARROW: tuple[tuple[float, Tiles, Tiles], ...] = (
+    (4, Tiles(16, 64, 128, 4, 4), Tiles(16, 128, 128, 4, 4)),
+    (8, Tiles(32, 64, 128, 4, 4), Tiles(32, 128, 128, 4, 4)),
+    (float("inf"), Tiles(64, 64, 128, 4, 3), Tiles(64, 128, 128, 4, 3)),
+)
 
 
 def experts(
     x_TD: jax.Array,
-    gate_up_EDCM: jax.Array,
-    down_EMD: jax.Array,
+    gate_up_EDCM: jax.Array | Quantised,
+    down_EMD: jax.Array | Quantised,
     picks_TP: jax.Array,
     weights_TP: jax.Array,
 ) -> jax.Array:
@@ -41,10 +49,19 @@ def experts(
     mates where their number does not change the tiles.
     """
     triton.require()
-    kind = x_TD.dtype
-    check_kinds(down_EMD.shape[1:], kind, gate_up_EDCM.dtype, down_EMD.dtype)
+    kind, widths = x_TD.dtype, down_EMD.shape[1:]
+    narrow = [w.dtype for w in (gate_up_EDCM, down_EMD) if isinstance(w, Quantised)]
+    if any(dtype != jnp.int8 for dtype in narrow):
+        triton.require_fp8()
+    check_kinds(widths, kind, *([kind] if narrow else [gate_up_EDCM.dtype, down_EMD.dtype]))
     check()
-    return _grouped(x_TD, gate_up_EDCM.astype(kind), down_EMD.astype(kind), picks_TP, weights_TP)
+    if isinstance(gate_up_EDCM, Quantised):
+        check_narrow()
+    ready = (
+        weight if isinstance(weight, Quantised) else weight.astype(kind)
+        for weight in (gate_up_EDCM, down_EMD)
+    )
+    return _grouped(x_TD, *ready, picks_TP, weights_TP)
 
 
 def check_kinds(widths: Sequence[int], *dtypes: Any) -> None:
@@ -84,11 +101,23 @@ def slope(experts: Callable[..., jax.Array], number: int) -> Callable[..., jax.A
     return jax.grad(loss, number)
 
 
+def check_narrow() -> None:
+    """The same of weights in 8 bits, with each of their tiles."""
+    triton.require()
+    x, gate_up, down, picks, weights = _small()
+    with jax.ensure_compile_time_eval():
+        small = quantise(gate_up, (1,)), quantise(down, (1,))
+        for count in range(1, picks.shape[1] + 1):  # 3, 6 and 9 pairs per expert
+            pairs = picks[:, :count], weights[:, :count]
+            name = f"experts in 8 bits, {count}"
+            triton.canary(name, _grouped, dense.experts, x, *small, *pairs)
+
+
 @jax.custom_vjp
 def _grouped(
     x_TD: jax.Array,
-    gate_up_EDCM: jax.Array,
-    down_EMD: jax.Array,
+    gate_up_EDCM: jax.Array | Quantised,
+    down_EMD: jax.Array | Quantised,
     picks_TP: jax.Array,
     weights_TP: jax.Array,
 ) -> jax.Array:
@@ -107,37 +136,47 @@ def _grouped(
         E=E,
         CHUNK=min(triton.power_of_2(N), 1024),
     )
-    _, first, second = next(row for row in TILES if row[0] * E >= N)
+    scaled = isinstance(gate_up_EDCM, Quantised)
+    _, first, second = next(row for row in (NARROW if scaled else TILES) if row[0] * E >= N)
     hidden_NM = triton.call(
-        kernels.gate_up, x_TD, gate_up_EDCM, order_N, starts, out=array((N, M), kind),
+        kernels.gate_up, x_TD, *_leaves(gate_up_EDCM), order_N, starts, out=array((N, M), kind),
         grid=(E, M // first.columns), warps=first.warps, stages=first.stages,
-        D=D, M=M, P=P, BM=first.rows, BN=first.columns, BK=first.inner,
+        D=D, M=M, P=P, BM=first.rows, BN=first.columns, BK=first.inner, SCALED=int(scaled),
     )  # fmt: skip
     each_ND = triton.call(
-        kernels.down, hidden_NM, down_EMD, order_N, starts, out=array((N, D), jnp.float32),
+        kernels.down, hidden_NM, *_leaves(down_EMD), order_N, starts,
+        out=array((N, D), jnp.float32),
         grid=(E, D // second.columns), warps=second.warps, stages=second.stages,
-        D=D, M=M, BM=second.rows, BN=second.columns, BK=second.inner,
+        D=D, M=M, BM=second.rows, BN=second.columns, BK=second.inner, SCALED=int(scaled),
     )  # fmt: skip
     here_TP = (picks_TP >= 0) & (picks_TP < E)  # nobody has written the rows of other picks
     each_TPD = jnp.where(here_TP[..., None], each_ND.reshape(T, P, D), 0)
     return jnp.sum(each_TPD * weights_TP[..., None], axis=1).astype(kind)
 
 
+def _leaves(weight: jax.Array | Quantised) -> tuple[jax.Array, jax.Array]:
+    """What a kernel is handed of a weight: its numbers, and a scale, which is not read of all."""
+    return (weight.values, weight.scale) if isinstance(weight, Quantised) else (weight, weight)
+
+
 def _forward(
-    x_TD: jax.Array,
-    gate_up_EDCM: jax.Array,
-    down_EMD: jax.Array,
-    picks_TP: jax.Array,
-    weights_TP: jax.Array,
+    x_TD: jax.Array, gate_up_EDCM: Any, down_EMD: Any, picks_TP: jax.Array, weights_TP: jax.Array
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     """What differentiation runs: of many tokens at once, whose gate-up is kept."""
     arrays = (x_TD, gate_up_EDCM, down_EMD, picks_TP, weights_TP)
+    if isinstance(gate_up_EDCM, Quantised):
+        return _grouped(*arrays), (arrays, None)
     found, kept = grouped_grad.forward(grouped_grad.TRITON, *arrays)
     return found, (arrays, kept)
 
 
-def _backward(saved: tuple[Any, ...], change_TD: jax.Array) -> tuple[jax.Array | None, ...]:
+def _backward(saved: tuple[Any, ...], change_TD: jax.Array) -> tuple[Any, ...]:
     arrays, kept = saved
+    x, gate_up, down, picks, weights = arrays
+    if isinstance(gate_up, Quantised):  # frozen; the gradient is the dense reference's
+        _, pull = jax.vjp(lambda x, w: dense.experts(x, gate_up, down, picks, w), x, weights)
+        dx, dweights = pull(change_TD)
+        return dx, None, None, None, dweights
     return grouped_grad.backward(grouped_grad.TRITON, arrays, kept, change_TD)
 
 
