@@ -114,7 +114,9 @@ def main(config: RatioConfig) -> None:
     ratios = [one.seconds / two.seconds for one, two in zip(passes[1], passes[2], strict=True)]
     by_cpu = statistics.median(map(alone, passes[1])) / statistics.median(map(alone, passes[2]))
     facts = {
-        "command": cli.command(config, "experiments.cluster_ratio"),
+        "command": cli.command(config, "experiments.cluster_ratio").replace(
+            "-m experiments.cluster_ratio", "experiments/cluster_ratio.py"
+        ),
         "environment": environment(),
         "cpus": os.cpu_count(),
         "prompts": len(rows),

@@ -92,10 +92,11 @@ def share(mesh: str, gpus: float | None) -> dict[str, float]:
     """
     from jdllm.runtime import sharding  # not for those who ask whether Ray is there
 
-    if gpus is None:
-        some = connect().cluster_resources().get("GPU", 0) > 0
-        gpus = 0 if not some else 1 if mesh == "auto" else sharding.abstract_mesh(mesh).size
-    return {"num_cpus": 1, "num_gpus": float(gpus)}
+    if gpus is not None:
+        return {"num_cpus": 1, "num_gpus": gpus}
+    if not connect().cluster_resources().get("GPU", 0):
+        return {"num_cpus": 1, "num_gpus": 0}
+    return {"num_cpus": 1, "num_gpus": 1 if mesh == "auto" else sharding.abstract_mesh(mesh).size}
 
 
 def room(share: dict[str, float]) -> int:

@@ -4,6 +4,7 @@ import errno
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -156,6 +157,22 @@ def test_addresses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         connect.known_address()
     monkeypatch.setattr(connect, "answers", lambda address: True)
     assert connect.known_address() == "127.0.0.1:9"
+
+
+def test_what_a_worker_takes(monkeypatch: pytest.MonkeyPatch):
+    """A GPU per device of its mesh, where there are any, unless the user says."""
+    has: dict[str, float] = {"CPU": 16, "GPU": 8}
+    ray = SimpleNamespace(cluster_resources=lambda: has)
+    monkeypatch.setattr(connect, "connect", lambda: ray)
+    gpus = {"auto": 1, "1x4": 4}
+    for mesh, number in gpus.items():
+        taken = connect.share(mesh, None)
+        assert taken["num_gpus"] == number and connect.room(taken) == 8 // number
+    assert connect.room(connect.share("auto", 0.5)) == 16
+    has.clear()
+    has["CPU"] = 2
+    assert connect.share("1x4", None) == {"num_cpus": 1, "num_gpus": 0}
+    assert connect.room(connect.share("auto", None)) == 2
 
 
 def test_without_ray_the_fix_is_named(monkeypatch: pytest.MonkeyPatch):

@@ -1,5 +1,6 @@
-"""Files that start Ray elsewhere: the batch script is played, the manifests are read."""
+"""Files beside the package: the batch script is played, the manifests are read."""
 
+import json
 import os
 import shlex
 import shutil
@@ -135,3 +136,12 @@ def test_batch_scripts_are_clean_shell():
         subprocess.run(["bash", "-n", script], check=True)
         if shutil.which("shellcheck"):
             subprocess.run(["shellcheck", "--shell=bash", script], check=True)
+
+
+def test_the_page_has_the_measured_ratios():
+    facts = json.loads((ROOT / "experiments" / "results" / "cluster_ratio.json").read_text())
+    text = (ROOT / "docs" / "cluster.md").read_text()
+    for name in ("ratio", "ratio_by_cpu"):
+        assert f"{facts[name]:.2f} times as fast" in text
+    for own in facts["passes"].values():
+        assert all(one["driver"] / one["seconds"] < 0.02 for one in own)
