@@ -12,10 +12,18 @@ import jax
 
 from jdllm.kernels.attention import cudnn, reference, split, xla
 from jdllm.kernels.experts import dense, grouped, ragged
+from jdllm.kernels.head import fused as head_fused
+from jdllm.kernels.head import reference as head_reference
+from jdllm.kernels.head.reference import Found
+from jdllm.kernels.norm import fused as norm_fused
+from jdllm.kernels.norm import reference as norm_reference
+from jdllm.kernels.rotary import fused as rotary_fused
+from jdllm.kernels.rotary import reference as rotary_reference
+from jdllm.kernels.rotary.reference import Facts, Target
 
 # In order of preference. The reference serves every case: what stands behind it serves by name
 # only. Triton's do until the whole loop has been measured with them (docs/performance.md).
-TABLES: dict[str, dict[str, Callable[..., jax.Array]]] = {
+TABLES: dict[str, dict[str, Callable[..., Any]]] = {
     "attention": {
         "cudnn": cudnn.attention,
         "xla": xla.attention,
@@ -27,6 +35,9 @@ TABLES: dict[str, dict[str, Callable[..., jax.Array]]] = {
         "grouped": grouped.experts,
         "ragged": ragged.experts,
     },
+    "norm": {"reference": norm_reference.add_norm, "fused": norm_fused.add_norm},
+    "rotary": {"reference": rotary_reference.turn, "fused": rotary_fused.turn},
+    "head": {"reference": head_reference.search, "fused": head_fused.search},
 }
 
 
@@ -42,7 +53,13 @@ class Choice:
     """Those that were tried before it, with their reasons."""
 
 
-CHECKS = {"attention:split": split.check, "experts:grouped": grouped.check}
+CHECKS = {
+    "attention:split": split.check,
+    "experts:grouped": grouped.check,
+    "norm:fused": norm_fused.check,
+    "rotary:fused": rotary_fused.check,
+    "head:fused": head_fused.check,
+}
 """Those that hold themselves against their reference before they serve."""
 
 _made: dict[Choice, None] = {}  # in order; filled while programs are traced
@@ -71,16 +88,51 @@ def experts(
     return run("experts", kernel, x_TD, gate_up_EDCM, down_EMD, picks_TP, weights_TP)
 
 
-def run(operation: str, kernel: str, *arrays: jax.Array) -> jax.Array:
+def add_norm(
+    x_BTD: jax.Array, branch_BTD: jax.Array, scale_D: jax.Array, eps: float, kernel: str = "auto"
+) -> tuple[jax.Array, jax.Array]:
+    """The sum of two and its norm [B, T, D]: see kernels/norm/reference.py."""
+    return run("norm", kernel, x_BTD, branch_BTD, scale_D, eps=eps)
+
+
+def turn(
+    packed: tuple[jax.Array, ...],
+    norms: tuple[jax.Array, ...],
+    positions_BT: jax.Array,
+    target: Target,
+    facts: Facts,
+    kernel: str = "auto",
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [B, T, H, K] and a cache with new keys and values: kernels/rotary/reference.py."""
+    return run("rotary", kernel, packed, norms, positions_BT, target, facts=facts)
+
+
+def head(
+    hidden_BND: jax.Array,
+    head: jax.Array,
+    usable_V: jax.Array,
+    counted_V: jax.Array,
+    tied: bool = False,
+    chunk: int | None = None,
+    kernel: str = "auto",
+) -> Found:
+    """The best tokens [B, N] of rows: see kernels/head/reference.py."""
+    arrays = hidden_BND, head, usable_V, counted_V
+    return run("head", kernel, *arrays, tied=tied, chunk=chunk)
+
+
+def run(operation: str, kernel: str, *arrays: Any, **facts: Any) -> Any:
     """The result of the first implementation that serves, or of the one that `kernel` forces.
 
-    ValueError where `kernel` cannot be read, or forces one that does not serve.
+    `arrays` are trees of arrays; `facts` whatever else the operation takes. ValueError
+    where `kernel` cannot be read, or forces one that does not serve.
     """
     table, forced, refused = TABLES[operation], parse(kernel).get(operation), {}
-    shapes = " ".join(f"{x.dtype}[{','.join(map(str, x.shape))}]" for x in arrays)
+    leaves = jax.tree.leaves(arrays)
+    shapes = " ".join(f"{x.dtype}[{','.join(map(str, x.shape))}]" for x in leaves)
     for name in [forced] if forced else table:
         try:
-            found = table[name](*arrays)
+            found = table[name](*arrays, **facts)
         except NotImplementedError as error:
             refused[name] = str(error)
             continue
