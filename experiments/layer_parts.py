@@ -9,6 +9,7 @@ one loop on the device, and the time of one is that of many more, divided. With 
 dearest kernels of each choice are told. The head is also measured alone, by rows.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import statistics
@@ -18,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ class PartsConfig:
     """Whether the dearest kernels are told of the first number of rows."""
     head_rows: tuple[int, ...] = (32, 64, 256, 1024)
     """Rows of the head alone; none leaves it out."""
-    head_shape: tuple[int, int] = (4096, 126464)
+    head_width: int = 4096
+    head_vocab: int = 126464
 
 
 @partial(jax.jit, donate_argnums=(2,))
@@ -129,7 +131,7 @@ def dearest(run: Callable[[], Any], steps: int, many: int = 24) -> list[dict[str
 
 def head_row(rows: int, config: PartsConfig, kernel: str) -> dict[str, Any]:
     """Microseconds of the head alone, each search of hidden states that wait for the one before."""
-    D, V = config.head_shape
+    D, V = config.head_width, config.head_vocab
     hidden = jax.random.normal(jax.random.key(0), (1, rows, D), jnp.bfloat16)
     heads = [jax.random.normal(jax.random.key(i), (D, V), jnp.bfloat16) * D**-0.5 for i in range(2)]
 
@@ -159,12 +161,21 @@ def head_row(rows: int, config: PartsConfig, kernel: str) -> dict[str, Any]:
     return row
 
 
+def versions(*names: str) -> dict[str, str]:
+    """Of the packages that are installed."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
 def main(config: PartsConfig) -> None:
     """Measures everything, and writes the file anew after each row."""
     enable_compilation_cache()
     facts: dict[str, Any] = {
         "device": jax.devices()[0].device_kind,
-        "versions": {name: version(name) for name in ("jax", "jax-triton", "triton")},
+        "versions": versions("jax", "jaxlib", "jax-triton", "triton"),
         "command": " ".join(["python experiments/layer_parts.py", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "rows": [],

@@ -11,10 +11,14 @@ from typing import Any
 import jax
 
 from jdllm.kernels.attention import cudnn, reference, split, xla
+from jdllm.kernels.closing import reference as closing_reference
+from jdllm.kernels.closing import split as closing_split
 from jdllm.kernels.experts import dense, grouped, ragged
 from jdllm.kernels.head import fused as head_fused
 from jdllm.kernels.head import reference as head_reference
 from jdllm.kernels.head.reference import Found
+from jdllm.kernels.mlp import fused as mlp_fused
+from jdllm.kernels.mlp import reference as mlp_reference
 from jdllm.kernels.norm import fused as norm_fused
 from jdllm.kernels.norm import reference as norm_reference
 from jdllm.kernels.rotary import fused as rotary_fused
@@ -36,6 +40,8 @@ TABLES: dict[str, dict[str, Callable[..., Any]]] = {
         "ragged": ragged.experts,
     },
     "norm": {"reference": norm_reference.add_norm, "fused": norm_fused.add_norm},
+    "mlp": {"reference": mlp_reference.gated, "fused": mlp_fused.gated},
+    "closing": {"reference": closing_reference.close, "split": closing_split.close},
     "rotary": {"reference": rotary_reference.turn, "fused": rotary_fused.turn},
     "head": {"reference": head_reference.search, "fused": head_fused.search},
 }
@@ -58,6 +64,8 @@ CHECKS = {
     "experts:grouped": grouped.check,
     "norm:fused": norm_fused.check,
     "rotary:fused": rotary_fused.check,
+    "mlp:fused": mlp_fused.check,
+    "closing:split": closing_split.check,
     "head:fused": head_fused.check,
 }
 """Those that hold themselves against their reference before they serve."""
@@ -93,6 +101,23 @@ def add_norm(
 ) -> tuple[jax.Array, jax.Array]:
     """The sum of two and its norm [B, T, D]: see kernels/norm/reference.py."""
     return run("norm", kernel, x_BTD, branch_BTD, scale_D, eps=eps)
+
+
+def gated(x_BTD: jax.Array, gate_up_DCF: jax.Array, kernel: str = "auto") -> jax.Array:
+    """The inner numbers of a feed-forward [B, T, F]: see kernels/mlp/reference.py."""
+    return run("mlp", kernel, x_BTD, gate_up_DCF)
+
+
+def close(
+    x_BTF: jax.Array,
+    weight_FD: jax.Array,
+    total_BTD: jax.Array,
+    scale_D: jax.Array,
+    eps: float,
+    kernel: str = "auto",
+) -> tuple[jax.Array, jax.Array]:
+    """A product, added to the residual stream, and the norm of it: kernels/closing/reference.py."""
+    return run("closing", kernel, x_BTF, weight_FD, total_BTD, scale_D, eps=eps)
 
 
 def turn(

@@ -8,7 +8,7 @@ import dataclasses
 import fnmatch
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,8 @@ from jdllm.model.cache import Cache
 from jdllm.model.config import ModelConfig
 from jdllm.model.head import NOTHING, Best, Special, best
 from jdllm.model.mask import Mask
-from jdllm.model.moe import Experts, swiglu
-from jdllm.model.weights import bias, probing, product, weight
+from jdllm.model.moe import Experts, gated
+from jdllm.model.weights import array, bias, probing, product, weight
 from jdllm.runtime import sharding
 
 Remat = Literal["none", "products", "layers"]
@@ -59,16 +59,33 @@ def serving(x_BSGK: jax.Array, first: jax.Array | int, heads: int, group: int) -
     return x_BSGK[:, :, (first + jnp.arange(heads)) // group]
 
 
+class Branch(NamedTuple):
+    """What a branch adds to the residual stream, before the product that closes it."""
+
+    inner_BTF: jax.Array
+    weight_FD: jax.Array
+
+
+def close(spec: str, inner: jax.Array, weight: nnx.Param, later: bool) -> "Branch | jax.Array":
+    """What a branch adds: the product itself, or where it may wait for the sum, what makes it."""
+    plain = array(weight) if later else None
+    if plain is None:
+        return product(spec, inner, weight)
+    return Branch(inner.reshape(*inner.shape[:2], -1), plain.reshape(-1, plain.shape[-1]))
+
+
 def add_norm(
-    x_BTD: jax.Array, branch_BTD: jax.Array | None, scale: nnx.Param, eps: float, kernel: str
+    x_BTD: jax.Array, branch: Branch | jax.Array | None, scale: nnx.Param, eps: float, kernel: str
 ) -> tuple[jax.Array, jax.Array]:
     """The residual stream with a branch added to it, and the norm of that."""
-    if branch_BTD is None:
+    if branch is None:
         return x_BTD, rms_norm(x_BTD, scale[...], eps)
+    if isinstance(branch, Branch):
+        return choose.close(*branch, x_BTD, scale[...], eps, kernel)
     rows = ("batch", None, "embed")
     run = partial(choose.add_norm, eps=eps, kernel=kernel)
     run = sharding.per_shard(run, scale, (rows, rows, ("embed",)), [rows, rows])
-    return run(x_BTD, branch_BTD, scale[...])
+    return run(x_BTD, branch, scale[...])
 
 
 class Attention(nnx.Module):
@@ -120,7 +137,7 @@ class Attention(nnx.Module):
         visible: jax.Array,
         cache: Cache | None = None,
         kernel: str = "auto",
-    ) -> tuple[jax.Array, Cache | None]:
+    ) -> tuple[Branch | jax.Array, Cache | None]:
         """The attention branch, and the cache after this layer's update."""
         packed = self.project(x_BTD)
         norms = (self.q_norm[...], self.k_norm[...]) if self.facts.eps is not None else ()
@@ -132,7 +149,7 @@ class Attention(nnx.Module):
             q, cache = self.store(packed, norms, positions_BT, cache, kernel)
             k, v = cache.view(self.number)
         mixed = self.attend(q, k.astype(q.dtype), v.astype(q.dtype), visible, kernel)
-        return product("BTHK,HKD->BTD", mixed, self.out), cache
+        return close("BTHK,HKD->BTD", mixed, self.out, cache is not None), cache
 
     def store(
         self,
@@ -192,8 +209,10 @@ class MLP(nnx.Module):
         self.gate_up = weight(rngs, (D, 2, F), ("embed", "stack", "mlp"), config.dtype, D)
         self.down = weight(rngs, (F, D), ("mlp", "embed"), config.dtype, F)
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return swiglu(x_BTD, self.gate_up, self.down)
+    def __call__(self, x_BTD: jax.Array, kernel: str, later: bool) -> Branch | jax.Array:
+        """What it adds to the residual stream; `later`: it may be the branch before its product."""
+        hidden = gated(x_BTD, self.gate_up, kernel)
+        return close("BTF,FD->BTD", hidden, self.down, later)
 
 
 class Layer(nnx.Module):
@@ -213,35 +232,37 @@ class Layer(nnx.Module):
         self.sparse, self.has_shared = moe is not None, moe is not None and moe.shared_mlp > 0
         self.eps = config.norm_eps
 
-    def feed_forward(self, x_BTD: jax.Array, kernel: str = "auto") -> jax.Array:
+    def feed_forward(
+        self, x_BTD: jax.Array, kernel: str = "auto", later: bool = False
+    ) -> Branch | jax.Array:
         """The MLP branch of normed inputs; the shared expert is added as it is."""
         if not self.sparse:
-            return self.mlp(x_BTD)
+            return self.mlp(x_BTD, kernel, later)
         shared = (self.shared.gate_up, self.shared.down) if self.has_shared else ()
         return self.experts(x_BTD, shared, kernel)
 
     def __call__(
         self,
         x_BTD: jax.Array,
-        branch_BTD: jax.Array | None,
+        branch: Branch | jax.Array | None,
         positions_BT: jax.Array,
         visible: jax.Array,
         cache: Cache | None = None,
         kernel: str = "auto",
         probes: Sequence[str] | None = None,
-    ) -> tuple[jax.Array, jax.Array, Cache | None, dict[str, jax.Array]]:
+    ) -> tuple[jax.Array, Branch | jax.Array, Cache | None, dict[str, jax.Array]]:
         """The residual stream, this layer's last branch, the cache, and the products asked for.
 
-        A branch is added to the stream where the sum is normed: `branch_BTD` is the layer before's.
+        A branch is added to the stream where the sum is normed: `branch` is the layer before's.
         """
         with probing(probes) as found:
             with jax.named_scope("attention"):
-                x_BTD, h = add_norm(x_BTD, branch_BTD, self.attention_norm, self.eps, kernel)
+                x_BTD, h = add_norm(x_BTD, branch, self.attention_norm, self.eps, kernel)
                 mixed, cache = self.attention(h, positions_BT, visible, cache, kernel)
             with jax.named_scope("mlp"):
                 x_BTD, h = add_norm(x_BTD, mixed, self.mlp_norm, self.eps, kernel)
-                branch_BTD = self.feed_forward(h, kernel)
-        return x_BTD, branch_BTD, cache, found
+                branch = self.feed_forward(h, kernel, cache is not None)
+        return x_BTD, branch, cache, found
 
 
 class Transformer(nnx.Module):
@@ -300,19 +321,17 @@ class Transformer(nnx.Module):
         visible = mask.resolve(positions_BT, None if cache is None else cache.length)
         run = partial(Layer.__call__, kernel=kernel, probes=probes)
         run = jax.checkpoint(run, policy=KEPT[remat]) if remat != "none" else run
-        found, branch_BTD = {}, None
+        found, branch = {}, None
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer{i}"):
-                x_BTD, branch_BTD, cache, seen = run(
-                    layer, x_BTD, branch_BTD, positions_BT, visible, cache
-                )
-                if remat != "none":  # what lies between layers is kept: the sum alone
-                    x_BTD, branch_BTD = x_BTD + branch_BTD, None
+                x_BTD, branch, cache, seen = run(layer, x_BTD, branch, positions_BT, visible, cache)
+                if remat != "none" and isinstance(branch, jax.Array):
+                    x_BTD, branch = x_BTD + branch, None  # the sum alone is kept between layers
             found |= seen
         for pattern in probes or ():
             if not fnmatch.filter(found, pattern):
                 raise ValueError(f"probes: no product matches {pattern}; try layers.*.attention.*")
-        _, hidden_BTD = add_norm(x_BTD, branch_BTD, self.norm, self.eps, kernel)
+        _, hidden_BTD = add_norm(x_BTD, branch, self.norm, self.eps, kernel)
         return Output(hidden_BTD, cache and cache.at(None), found)
 
     def expected(self, chances_BNV: jax.Array) -> jax.Array:

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 import pytest
 
-
 os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
 
 
