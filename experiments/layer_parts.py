@@ -12,6 +12,7 @@ dearest kernels of each choice are told. The head is also measured alone, by row
 import contextlib
 import dataclasses
 import datetime
+import re
 import statistics
 import sys
 import tempfile
@@ -35,6 +36,7 @@ from jdllm.model.model import Model
 from jdllm.runtime import cli, files, sharding
 
 BOTH = "norm:fused,rotary:fused"
+ALL = f"{BOTH},mlp:fused,closing:split"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +45,9 @@ class PartsConfig:
 
     output: Path
     model: str = "random:llada-8b"
-    kernels: str = f"norm:reference/norm:fused/rotary:fused/{BOTH}/{BOTH},head:fused"
+    kernels: str = (
+        f"norm:reference/norm:fused/rotary:fused/{BOTH}/{BOTH},mlp:fused/{ALL}/{ALL},head:fused"
+    )
     """What `kernel=` says, several with / between them."""
     rows: tuple[int, ...] = (1, 8)
     columns: int = 1024
@@ -104,29 +108,42 @@ def step_row(model: Model, rows: int, config: PartsConfig) -> dict[str, Any]:
     row |= {"compile_s": compiled, "tokens": first.ravel()[:8].tolist()}
     row["odds"] = float(jnp.mean(odds))
     if config.profile and rows == config.rows[0]:
-        row["dearest"] = dearest(partial(run, config.steps), config.steps)
+        row |= dearest(partial(run, config.steps), config.steps)
     return row
 
 
-def dearest(run: Callable[[], Any], steps: int, many: int = 24) -> list[dict[str, Any]]:
-    """The dearest kernels of a run: microseconds and starts per step."""
+def dearest(run: Callable[[], Any], steps: int, many: int = 30) -> dict[str, Any]:
+    """The dearest kernels of a run, microseconds and starts per step; some in their order."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(run())
         traces = list(Path(folder).rglob("*.xplane.pb"))
         data = jax.profiler.ProfileData.from_file(str(traces[0]))
+    kernels = [
+        (event.start_ns, event.duration_ns, re.sub(r"[_.]\d+$", "", event.name))
+        for plane in data.planes
+        if "GPU" in plane.name
+        for line in plane.lines
+        if line.name.startswith("Stream")
+        for event in line.events
+    ]
     spent, starts = Counter[str](), Counter[str]()
-    for plane in data.planes:
-        for line in plane.lines if "GPU" in plane.name else ():
-            for event in line.events if line.name.startswith("Stream") else ():
-                spent[event.name] += event.duration_ns
-                starts[event.name] += 1
+    for _, ns, name in kernels:
+        spent[name] += ns
+        starts[name] += 1
+    whole = {"kernel": "all", "us": spent.total() / 1e3 / steps, "starts": len(kernels) / steps}
     rows = [
         {"kernel": name, "us": ns / 1e3 / steps, "starts": starts[name] / steps}
         for name, ns in spent.most_common(many)
     ]
-    whole = {"kernel": "all", "us": spent.total() / 1e3 / steps}
-    return [whole | {"starts": starts.total() / steps}, *rows]
+    middle = sorted(kernels)[len(kernels) // 2 :][:many]
+    order = [
+        {"kernel": name, "us": ns / 1e3, "after_us": (start - before) / 1e3}
+        for (start, ns, name), before in zip(
+            middle[1:], [start + ns for start, ns, _ in middle], strict=False
+        )
+    ]
+    return {"dearest": [whole, *rows], "in_order": order}
 
 
 def head_row(rows: int, config: PartsConfig, kernel: str) -> dict[str, Any]:
@@ -188,7 +205,13 @@ def main(config: PartsConfig) -> None:
             row = what | {"failed": str(error)[:300]}
         facts["rows"].append(row)
         files.write_json(config.output, facts)
-        print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+        short = {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
+        print({k: v for k, v in short.items() if k not in ("dearest", "in_order")}, flush=True)
+        for name in ("dearest", "in_order"):
+            for one in row.get(name, ()):
+                print(
+                    "   ", {k: round(v, 2) if isinstance(v, float) else v for k, v in one.items()}
+                )
 
     for rows in config.head_rows:
         for kernel in ("head:reference", "head:fused"):

@@ -6,6 +6,7 @@ next one in the table is tried.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -117,7 +118,8 @@ def close(
     kernel: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """A product, added to the residual stream, and the norm of it: kernels/closing/reference.py."""
-    return run("closing", kernel, x_BTF, weight_FD, total_BTD, scale_D, eps=eps)
+    arrays = x_BTF, weight_FD, total_BTD, scale_D
+    return run("closing", kernel, *arrays, eps=eps, add_norm=partial(add_norm, kernel=kernel))
 
 
 def turn(
