@@ -17,7 +17,7 @@ from jdllm.kernels.closing import split as closing_split
 from jdllm.kernels.experts import dense, grouped, ragged
 from jdllm.kernels.head import fused as head_fused
 from jdllm.kernels.head import reference as head_reference
-from jdllm.kernels.head.reference import Found
+from jdllm.kernels.head.reference import Found, Noise
 from jdllm.kernels.mlp import fused as mlp_fused
 from jdllm.kernels.mlp import reference as mlp_reference
 from jdllm.kernels.norm import fused as norm_fused
@@ -139,12 +139,13 @@ def head(
     head: jax.Array,
     usable_V: jax.Array,
     counted_V: jax.Array,
+    noise: Noise | None = None,
     tied: bool = False,
     chunk: int | None = None,
     kernel: str = "auto",
 ) -> Found:
     """The best tokens [B, N] of rows: see kernels/head/reference.py."""
-    arrays = hidden_BND, head, usable_V, counted_V
+    arrays = hidden_BND, head, usable_V, counted_V, noise
     return run("head", kernel, *arrays, tied=tied, chunk=chunk)
 
 

@@ -78,7 +78,7 @@ def best(
         V = head.shape[axes.index("vocab")]
         first = sharding.shard_index("vocab") * V
         flags = _flags(first + jnp.arange(V), special)
-        found = search(hidden_BND, head, *flags, tied, chunk, kernel)
+        found = search(hidden_BND, head, *flags, None, tied, chunk, kernel)
         return _pack(_exchange(found._replace(ids=first + found.ids)))
 
     inputs = (("batch", None, None), axes)

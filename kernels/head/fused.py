@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jdllm.kernels import triton_call as triton
 from jdllm.kernels.head import reference
-from jdllm.kernels.head.reference import Found
+from jdllm.kernels.head.reference import Found, Noise
 
 
 class Tiles(NamedTuple):
@@ -35,6 +35,7 @@ def search(
     head: jax.Array,
     usable_V: jax.Array,
     counted_V: jax.Array,
+    noise: Noise | None = None,
     tied: bool = False,
     chunk: int | None = None,
 ) -> Found:
@@ -49,7 +50,9 @@ def search(
         raise NotImplementedError(f"it serves widths in multiples of {WIDTH}, not {D}")
     check()
     (B, N, _), head = hidden_BND.shape, head.astype(hidden_BND.dtype)
-    found = _fused(hidden_BND.reshape(B * N, D), head, usable_V, counted_V, tied)
+    if noise is not None:
+        noise = Noise(noise.keys.reshape(B * N, 2), *(x.reshape(B * N) for x in noise[1:]))
+    found = _fused(hidden_BND.reshape(B * N, D), head, usable_V, counted_V, noise, tied)
     return Found(*(x.reshape(B, N) for x in found))
 
 
@@ -68,13 +71,18 @@ def check() -> None:
 
         return whole
 
-    ours = lambda hidden, *rest: _fused(hidden[0], *rest, False)  # noqa: E731
+    ours = lambda hidden, *rest: _fused(hidden[0], *rest, None, False)  # noqa: E731
     arrays = hidden, head, usable, counted
     triton.canary("head", packed(ours), packed(reference.search), *arrays)
 
 
 def _fused(
-    hidden_RD: jax.Array, head: jax.Array, usable_V: jax.Array, counted_V: jax.Array, tied: bool
+    hidden_RD: jax.Array,
+    head: jax.Array,
+    usable_V: jax.Array,
+    counted_V: jax.Array,
+    noise: Noise | None,
+    tied: bool,
 ) -> Found:
     from jdllm.kernels.head import fused_triton as kernels
 
@@ -85,11 +93,11 @@ def _fused(
     flags_V = usable_V.astype(jnp.int8) + 2 * counted_V.astype(jnp.int8)
     numbers = array((R, parts), jnp.float32)
     found = triton.call(
-        kernels.search, hidden_RD, head, flags_V,
+        kernels.search, hidden_RD, head, flags_V, *(noise or (flags_V,) * 4),
         out=(array((R, parts), jnp.int32), *(numbers,) * 4),
         grid=(blocks, parts), warps=tiles.warps, stages=tiles.stages,
         R=R, V=V, D=D, PARTS=parts, BY_D=1 if tied else V, BY_V=D if tied else 1,
-        BM=tiles.rows, BN=tiles.tokens, BK=tiles.inner,
+        NOISE=noise is not None, BM=tiles.rows, BN=tiles.tokens, BK=tiles.inner,
     )  # fmt: skip
     one = array((R,), jnp.float32)
     return Found(*triton.call(

@@ -5,10 +5,38 @@ import triton.language as tl
 
 
 @triton.jit
+def mixed(x, y, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, E: tl.constexpr):
+    """Four rounds of threefry, with these rotations."""
+    x += y
+    y = ((y << A) | (y >> (32 - A))) ^ x
+    x += y
+    y = ((y << B) | (y >> (32 - B))) ^ x
+    x += y
+    y = ((y << C) | (y >> (32 - C))) ^ x
+    x += y
+    y = ((y << E) | (y >> (32 - E))) ^ x
+    return x, y
+
+
+@triton.jit
+def uniform(one, two, number):
+    """Draws in [0, 1): what jax.random.uniform makes of the key (one, two), by their numbers."""
+    three = one ^ two ^ 0x1BD11BDA
+    x, y = tl.zeros_like(number) + one, number + two
+    x, y = mixed(x, y, 13, 15, 26, 6)
+    x, y = mixed(x + two, y + three + 1, 17, 29, 16, 24)
+    x, y = mixed(x + three, y + one + 2, 13, 15, 26, 6)
+    x, y = mixed(x + one, y + two + 3, 17, 29, 16, 24)
+    x, y = mixed(x + two, y + three + 4, 13, 15, 26, 6)
+    bits = (x + three) ^ (y + one + 5)
+    return ((bits >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 1.0
+
+
+@triton.jit
 def search(
-    hidden, head, flags, ids, score, own, rest, second,
+    hidden, head, flags, keys, offset, scale, heat, ids, score, own, rest, second,
     R: tl.constexpr, V: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr,
-    BY_D: tl.constexpr, BY_V: tl.constexpr,
+    BY_D: tl.constexpr, BY_V: tl.constexpr, NOISE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Program (m, p): rows m * BM and on, the tokens of part p.
@@ -30,7 +58,15 @@ def search(
         from_w += BK * BY_D
     flag = tl.load(flags + token, mask=known, other=0)
     usable, counted = (flag & 1) > 0, (flag & 2) > 0
-    scores = tl.where(usable[None, :], logits, -float("inf"))
+    ranked = logits
+    if NOISE:
+        one = tl.load(keys + 2 * row, mask=there, other=0)
+        two = tl.load(keys + 2 * row + 1, mask=there, other=0)
+        number = tl.load(offset + row, mask=there, other=0)[:, None] + token.to(tl.uint32)[None, :]
+        drawn = -tl.log(-tl.log(uniform(one[:, None], two[:, None], number)))
+        logits = logits / tl.load(heat + row, mask=there, other=1.0)[:, None]
+        ranked = logits + tl.load(scale + row, mask=there, other=0.0)[:, None] * drawn
+    scores = tl.where(usable[None, :], ranked, -float("inf"))
     best = tl.max(scores, 1)
     some = best > -float("inf")
     # The lowest of equal ones; where none is usable the first, and then no token is left out.

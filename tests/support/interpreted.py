@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -80,19 +81,22 @@ def triton_call(
     return found if isinstance(out_shape, tuple) else found[0]
 
 
-def widened(handle: Any) -> Any:
-    """A block of bfloat16 numbers, which the interpreter holds as bits, as float32."""
+def cast(handle: Any, kind: Any) -> Any:
+    """A block of numbers in another kind, rounded to the nearest: the interpreter, which holds
+    bfloat16 as bits, cuts off."""
     from triton.runtime.interpreter import TensorHandle, tl
 
-    if handle.dtype.scalar != tl.bfloat16:
-        return handle
-    return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+    bits = handle.dtype.scalar == tl.bfloat16
+    data = handle.data.view(ml_dtypes.bfloat16) if bits else handle.data
+    if kind.scalar == tl.bfloat16:
+        return TensorHandle(data.astype(ml_dtypes.bfloat16).view(np.uint16), tl.bfloat16)
+    return TensorHandle(data.astype(np.float32), tl.float32)
 
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Kernels serve on this CPU, and their canaries are asked anew."""
-    from triton.runtime.interpreter import InterpreterBuilder
+    from triton.runtime.interpreter import InterpreterBuilder, tl
 
     from jdllm.kernels import triton_call as ours
 
@@ -103,10 +107,19 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     device = SimpleNamespace(platform_version="cuda 13000")
     fake = SimpleNamespace(client=device, compute_capability="9.0")
     monkeypatch.setattr(ours, "require", lambda: fake)
-    dot = InterpreterBuilder.create_dot
+    dot, others = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
 
     def product(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        return dot(self, widened(a), widened(b), *rest)
+        return dot(self, cast(a, tl.float32), cast(b, tl.float32), *rest)
+
+    def rounded(self: Any, handle: Any, kind: Any) -> Any:
+        floats = {handle.dtype.scalar, kind.scalar}
+        return (
+            cast(handle, kind)
+            if floats == {tl.float32, tl.bfloat16}
+            else others(self, handle, kind)
+        )
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", product)
+    monkeypatch.setattr(InterpreterBuilder, "cast_impl", rounded)
     yield
