@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 from tqdm import tqdm
 
 from jdllm.convert.adapters import run_factors, scaling_of, write_adapter
@@ -19,6 +18,7 @@ from jdllm.convert.families import COMMANDS, Source, open_source
 from jdllm.convert.fetch import converted_folder, fetch
 from jdllm.convert.merge import merge
 from jdllm.convert.plan import PlanConfig, find_plan, shown_plan, with_model
+from jdllm.convert.quantise import quantised
 from jdllm.load import BUNDLED, enable_compilation_cache, read_facts
 from jdllm.runtime import cli, files
 from jdllm.store import checkpoint
@@ -27,6 +27,7 @@ from jdllm.tokenizer import copy_tokenizer
 
 PROG = "python -m jdllm.convert"
 Dtype = Literal["float32", "bfloat16"]
+Weights = Literal["int8", "fp8"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +37,12 @@ class ConvertConfig:
     source: str
     """A folder, or a Hugging Face id that is downloaded first."""
     output: Path | None = None
-    """Folder to write (default: models/<name> in JDLLM_HOME, which is ~/.cache/jdllm)."""
+    """Folder to write (default: models/<name> in JDLLM_HOME, which is ~/.cache/jdllm; with weights=
+    <name>-<weights>)."""
     dtype: Dtype | None = None
     """Store weights in this dtype (default: as in the source)."""
+    weights: Weights | None = None
+    """Hold the layers' linear maps in 8 bits: int8, or fp8 (e4m3), with a scale per channel."""
     allow_unknown: tuple[str, ...] = ()
     """Keys of config.json to ignore although their meaning is not known here."""
 
@@ -71,15 +75,19 @@ class MergeConfig:
     """Folder to write, as the other conversions do."""
     dtype: Dtype | None = None
     """Store weights in this dtype (default: as in the source)."""
+    weights: Weights | None = None
+    """Hold the merged linear maps in 8 bits: int8 or fp8. A base in 8 bits is widened first."""
     allow_unknown: tuple[str, ...] = ()
     """Keys of config.json to ignore although their meaning is not known here."""
 
 
-def convert(source: Source, tokenizer_files: Path, output: Path) -> None:
+def convert(
+    source: Source, tokenizer_files: Path, output: Path, weights: Weights | None = None
+) -> None:
     """Streams `source` into `output`; OSError where its disk has no room for it."""
-    needed = int(source.shards.count * np.dtype(source.config.dtype).itemsize * 1.02)
+    config = dataclasses.replace(source.config, weights=weights)
     with files.atomic_folder(output) as folder:
-        files.require_space(folder, needed)
+        files.require_space(folder, int(checkpoint.stored_bytes(config) * 1.02))
         if "tokenizer.json" not in copy_tokenizer(tokenizer_files, folder):
             print(
                 f"warning: {tokenizer_files} has no tokenizer.json, so the model will take token "
@@ -87,7 +95,8 @@ def convert(source: Source, tokenizer_files: Path, output: Path) -> None:
                 file=sys.stderr,
             )
         with contextlib.closing(progress(source)) as units:
-            checkpoint.write_model(folder, source.config, units)
+            stream = quantised(units, weights) if weights else units
+            checkpoint.write_model(folder, config, stream)
 
 
 def progress(source: Source) -> Generator[tuple[str, dict[str, LazyArray]]]:
@@ -102,11 +111,13 @@ def run_convert(command: str, words: Sequence[str]) -> None:
     """One of COMMANDS."""
     family, source = COMMANDS[command]
     config = cli.parse(ConvertConfig, words, f"{PROG} {command}", ConvertConfig(source=source))
-    output = config.output or converted_folder(config.source)
+    folder = converted_folder(config.source)
+    beside = f"{folder.name}-{config.weights}" if config.weights else folder.name
+    output = config.output or folder.with_name(beside)
     files.refuse_existing(output)
     folder = fetch(config.source)
     source = open_source(folder, family, config.dtype, config.allow_unknown)
-    convert(source, folder, output)
+    convert(source, folder, output, config.weights)
     print(f"wrote {output}", file=sys.stderr)
 
 
@@ -134,7 +145,7 @@ def run_merge(words: Sequence[str]) -> None:
     config = cli.parse(MergeConfig, words, f"{PROG} merge")
     files.refuse_existing(config.output)
     folder = BUNDLED if config.source == "bundled" else fetch(config.source)
-    merge(folder, config.adapter, config.output, config.dtype, config.allow_unknown)
+    merge(folder, config.adapter, config.output, config.dtype, config.weights, config.allow_unknown)
     print(f"wrote {config.output}", file=sys.stderr)
 
 

@@ -39,6 +39,11 @@ def export(source: Path, output: Path, dtype: str | None, shard_bytes: int) -> N
             f"{source} is of the family {config.family}, which cannot be exported; "
             f"supported are {', '.join(FAMILIES)}"
         )
+    if config.weights:
+        raise ConversionError(
+            f"{source} holds its weights in {config.weights}, which cannot go back to the tensors "
+            "that they were rounded from; export a folder that was converted without weights="
+        )
     config = dataclasses.replace(config, dtype=dtype or config.dtype)
     with files.atomic_folder(output) as folder:
         size = count_parameters(config) * np.dtype(config.dtype).itemsize

@@ -2,23 +2,23 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
 
 from jdllm.convert.adapters import read_factors
 from jdllm.convert.families import open_source
-from jdllm.model.config import ModelConfig, count_parameters, is_converted
+from jdllm.convert.quantise import Units, quantised, widened
+from jdllm.model.config import ModelConfig, is_converted
 from jdllm.model.linear import linear_of, module_names
 from jdllm.model.lora import Adapted, Factors
 from jdllm.runtime import files
 from jdllm.store import checkpoint
 from jdllm.store.checkpoint import Index, LazyArray
 from jdllm.tokenizer import copy_tokenizer
-
-type Units = Iterable[tuple[str, dict[str, LazyArray]]]
 
 
 def merged(units: Units, factors: Mapping[str, Factors]) -> Iterator[tuple[str, dict]]:
@@ -49,18 +49,20 @@ def merge(
     adapter: Path,
     output: Path,
     dtype: str | None = None,
+    weights: Literal["int8", "fp8"] | None = None,
     allow_unknown: Sequence[str] = (),
 ) -> None:
     """Writes `output`, a converted model: that of `source`, in either form, with the adapter in it.
 
-    ValueError or OSError, in one sentence, where they do not fit or the disk has no room.
+    A base in 8 bits is widened first; `weights` says whether the sum is held so again. ValueError
+    or OSError, in one sentence, where they do not fit or the disk has no room.
     """
     config, units = _open(source, dtype, allow_unknown)
     factors = read_factors(adapter, config)
+    units, config = merged(units, factors), dataclasses.replace(config, weights=weights)
     with files.atomic_folder(output) as folder:
-        size = count_parameters(config) * np.dtype(config.dtype).itemsize
-        files.require_space(folder, int(size * 1.02))
-        checkpoint.write_model(folder, config, merged(units, factors))
+        files.require_space(folder, int(checkpoint.stored_bytes(config) * 1.02))
+        checkpoint.write_model(folder, config, quantised(units, weights) if weights else units)
         copy_tokenizer(source, folder)
 
 
@@ -70,7 +72,8 @@ def _open(
     if is_converted(source):
         config = checkpoint.read_config(source)
         config = dataclasses.replace(config, dtype=dtype or config.dtype)
-        return config, checkpoint.stored_units(source, config)
+        units = checkpoint.stored_units(source, config)
+        return config, widened(units, config) if config.weights else units
     checkpoint.refuse_run(source)
     found = open_source(source, dtype=dtype, allow_unknown=allow_unknown)
     return found.config, found.units()

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -40,6 +40,8 @@ class PlanConfig:
     """GB of one device of another kind than this machine's (default: this machine, as it is)."""
     dtype: str = "auto"
     """As in the other commands; with memory=, auto is the stored one."""
+    weights: Literal["int8", "fp8"] | None = None
+    """Linear maps in 8 bits, as convert's weights= makes them (default: as the model has them)."""
     decode: DecodeConfig = DecodeConfig()
     train: bool = False
     """Plan a training step of `batch` rows instead of decoding."""
@@ -97,7 +99,7 @@ def shown_plan(facts: dict[str, Any]) -> str:
     mesh = " x ".join(f"{axis}={size}" for axis, size in facts["mesh"].items())
     return "\n".join(
         [
-            f"{facts['model']}: {facts['parameters'] / 1e9:.2f} B parameters in {facts['dtype']}",
+            f"{facts['model']}: {facts['parameters'] / 1e9:.2f} B parameters in {facts['held']}",
             f"mesh {mesh}, batch {facts['batch']}, {facts['columns']} columns, {facts['work']}",
             "",
             "GB on each device",
@@ -114,6 +116,7 @@ def find_plan(config: PlanConfig) -> dict[str, Any]:
     elsewhere = config.memory is not None
     if not elsewhere or config.dtype != "auto":
         model = dataclasses.replace(model, dtype=compute_dtype(config.dtype, model.dtype))
+    model = dataclasses.replace(model, weights=config.weights or model.weights)
     length = config.length or min(1024, model.max_length)
     memory = int(config.memory * 1e9) if config.memory else memory_here()
     plan = training_plan if config.train else decoding_plan
@@ -121,6 +124,8 @@ def find_plan(config: PlanConfig) -> dict[str, Any]:
         "model": config.model,
         "parameters": count_parameters(model),
         "dtype": model.dtype,
+        "weights": model.weights,
+        "held": model.held,
         "mesh": dict(sharding.abstract_mesh(config.mesh).shape),
         "batch": config.batch,
         "columns": length,

@@ -1,6 +1,7 @@
 """Measures how much host memory a conversion needs, and the restore after it.
 
 python experiments/convert_memory.py
+python experiments/convert_memory.py weights=int8 result=FILE
 
 Writes a random LLaDA checkpoint of more than 1 GB whose embedding and head fill a shard each, which
 is the hardest case, and converts it in a fresh process. Growth is peak resident memory, mapped
@@ -18,6 +19,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import ml_dtypes
@@ -45,6 +47,8 @@ class MemoryConfig:
     """Layers of the random model; the default makes a checkpoint of 1.2 GB."""
     shard_bytes: int = 268_435_456
     """Largest size of one safetensors file."""
+    weights: Literal["int8", "fp8"] | None = None
+    """As `convert` takes it."""
     folder: Path | None = None
     """Where the checkpoints are written and removed again (default: the temporary folder)."""
     result: Path = RESULT
@@ -124,7 +128,7 @@ def write_checkpoint(folder: Path, config: ModelConfig, shard_bytes: int) -> Non
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-def measure_convert(source: Path, output: Path) -> dict[str, float]:
+def measure_convert(source: Path, output: Path, weights: Any = None) -> dict[str, float]:
     """Converts; the growth counts from the first read on."""
     peak = Peak()
 
@@ -135,7 +139,7 @@ def measure_convert(source: Path, output: Path) -> dict[str, float]:
 
     opened = open_source(source, "llada")
     start = time.perf_counter()
-    convert(Watched(opened.family, opened.config, opened.shards), source, output)
+    convert(Watched(opened.family, opened.config, opened.shards), source, output, weights)
     return {"convert_growth": peak.growth(), "convert_seconds": time.perf_counter() - start}
 
 
@@ -168,7 +172,9 @@ def main(config: MemoryConfig) -> None:
         sizes = [path.stat().st_size for path in source.glob("*.safetensors")]
         found: dict[str, float] = {"checkpoint_bytes": sum(sizes), "shards": len(sizes)}
         found["largest_shard"] = max(sizes)
-        found |= in_fresh_process("convert", source, output)
+        found |= in_fresh_process(
+            "convert", source, output, *([config.weights] if config.weights else [])
+        )
         found |= in_fresh_process("restore", output)
     finally:
         shutil.rmtree(folder)
@@ -178,6 +184,7 @@ def main(config: MemoryConfig) -> None:
     report(found, passed)
     config.result.parent.mkdir(parents=True, exist_ok=True)
     settings = {"layers": config.layers, "shard_bytes": config.shard_bytes}
+    settings |= {"weights": config.weights} if config.weights else {}
     text = json.dumps(
         found
         | {"limit": LIMIT, "restore_limit": RESTORE_LIMIT, "passed": passed, "config": settings},
@@ -207,7 +214,7 @@ def report(found: dict[str, float], passed: bool) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["convert"]:
-        print(json.dumps(measure_convert(Path(sys.argv[2]), Path(sys.argv[3]))))
+        print(json.dumps(measure_convert(Path(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:])))
     elif sys.argv[1:2] == ["restore"]:
         print(json.dumps(measure_restore(Path(sys.argv[2]))))
     else:

@@ -1,6 +1,7 @@
 """Which tiles serve the grouped experts best: a layer of LLaDA2-mini's, by the number of tokens.
 
 python experiments/expert_tiles.py output=experiments/results/expert_tiles.json      (two minutes)
+python experiments/expert_tiles.py output=FILE weights=int8
 
 A program runs several layers, each with weights of its own, so that none is in the cache. Beside:
 the dense reference, and the time that the bytes of the touched experts take at the copy rate.
@@ -9,13 +10,14 @@ the dense reference, and the time that the bytes of the touched experts take at 
 import dataclasses
 import datetime
 import itertools
+import math
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +25,15 @@ import numpy as np
 
 from jdllm.kernels.experts import dense, grouped
 from jdllm.kernels.experts.grouped import Tiles
+from jdllm.kernels.quantised import quantise
 from jdllm.runtime import cli, files
 
 E, D, M, P = 256, 2048, 512, 8
 COPY_RATE = 3.0e12  # bytes per second that an H100 moves
 WIDE = ((64, 64, 4, 4), (128, 64, 4, 3), (64, 64, 8, 4), (64, 64, 4, 5), (64, 128, 4, 3))
 DEEP = ((128, 64, 4, 4), (128, 128, 4, 3), (64, 128, 4, 4), (256, 64, 8, 4), (128, 64, 4, 6))
+NARROW_WIDE = ((64, 128, 4, 4), (64, 128, 4, 3), (128, 64, 4, 4), (64, 256, 4, 3), (32, 128, 4, 5))
+NARROW_DEEP = ((128, 128, 4, 4), (64, 128, 4, 4), (128, 128, 4, 3), (128, 256, 8, 2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +42,11 @@ class TilesConfig:
 
     output: Path
     tokens: tuple[int, ...] = (8, 32, 128, 256, 1024)
+    weights: Literal["bf16", "int8", "fp8"] = "bf16"
     layers: int = 6
     repeats: int = 20
+    heights: tuple[int, ...] = (16, 32, 64)
+    """Rows of a tile."""
 
 
 def inputs(tokens: int, layers: int) -> tuple[Any, ...]:
@@ -67,6 +75,16 @@ def milliseconds(layer: Callable[..., jax.Array], config: TilesConfig, *arrays: 
     return 1e3 * statistics.median(spent) / config.layers
 
 
+def error_of(best: dict[str, Any], x: jax.Array, *layer: Any) -> float:
+    """Relative error of a layer with these tiles, against float32."""
+    rows = ((float("inf"), Tiles(*best["gate_up"]), Tiles(*best["down"])),)
+    grouped.TILES = grouped.NARROW = rows
+    got = jax.jit(grouped.experts)(x, *layer).astype(jnp.float32)
+    with jax.default_matmul_precision("highest"):
+        wanted = jax.jit(dense.experts)(x.astype(jnp.float32), *layer)
+    return float(jnp.linalg.norm(got - wanted) / jnp.linalg.norm(wanted))
+
+
 def main(config: TilesConfig) -> None:
     """Measures every pair of tiles, and writes all rows, the best first."""
     keys = jax.random.split(jax.random.key(0), 2 * config.layers)
@@ -74,20 +92,30 @@ def main(config: TilesConfig) -> None:
     for one, two in itertools.batched(keys, 2):
         gate_ups.append(jax.random.normal(one, (E, D, 2, M), jnp.bfloat16) * D**-0.5)
         downs.append(jax.random.normal(two, (E, M, D), jnp.bfloat16) * M**-0.5)
+    if config.weights != "bf16":
+        gate_ups = [quantise(one, (1,), config.weights) for one in gate_ups]
+        downs = [quantise(one, (1,), config.weights) for one in downs]
     found = []
     for tokens in config.tokens:
         x, picks, weights = inputs(tokens, config.layers)
         arrays = x, list(picks), list(weights), gate_ups, downs
         touched = len(np.unique(np.asarray(picks[0])))
         row: dict[str, Any] = {"tokens": tokens, "experts_touched": touched}
-        row["floor_ms"] = 1e3 * touched * 3 * D * M * 2 / COPY_RATE
+        row["floor_ms"] = 1e3 * touched * 3 * D * M * downs[0].dtype.itemsize / COPY_RATE
         row["reference_ms"] = milliseconds(dense.experts, config, *arrays)
         tiles = []
-        for rows, wide, deep in itertools.product((16, 32, 64), WIDE, DEEP):
+        wides, deeps = (WIDE, DEEP) if config.weights == "bf16" else (NARROW_WIDE, NARROW_DEEP)
+        for rows, wide, deep in itertools.product(config.heights, wides, deeps):
             grouped.TILES = ((float("inf"), Tiles(rows, *wide), Tiles(rows, *deep)),)
-            spent = milliseconds(grouped.experts, config, *arrays)
-            tiles.append({"gate_up": (rows, *wide), "down": (rows, *deep), "ms": spent})
+            grouped.NARROW = grouped.TILES
+            tried: dict[str, Any] = {"gate_up": (rows, *wide), "down": (rows, *deep)}
+            try:
+                tried["ms"] = milliseconds(grouped.experts, config, *arrays)
+            except Exception as error:
+                tried |= {"ms": math.inf, "failed": str(error)[:200]}
+            tiles.append(tried)
         row["grouped"] = sorted(tiles, key=lambda one: one["ms"])
+        row["error"] = error_of(row["grouped"][0], x, gate_ups[0], downs[0], picks[0], weights[0])
         print({k: v for k, v in row.items() if k != "grouped"}, row["grouped"][0], flush=True)
         found.append(row)
     facts = {

@@ -27,7 +27,7 @@ from jdllm.batches import bucket
 from jdllm.decode.memory import Planner
 from jdllm.kernels import choose, shapes
 from jdllm.kernels.attention import reference
-from jdllm.kernels.experts import dense
+from jdllm.kernels.experts import dense, grouped
 from jdllm.llm import LLM
 from jdllm.load import weight_bytes
 from jdllm.model.config import NAMED
@@ -109,7 +109,33 @@ def kernels() -> list[dict[str, Any]]:
         _, picks = jax.lax.top_k(jax.random.uniform(jax.random.key(number + 9), (T, E)), P)
         weights = jax.random.uniform(jax.random.key(number + 99), (T, P))
         found += compared("experts", shape, dense.experts, [x, gate_up, down], (picks, weights))
+        found += gradients(shape, [x, gate_up, down], picks, weights)
     return found
+
+
+def gradients(
+    shape: shapes.Experts, low: list[jax.Array], picks: jax.Array, weights: jax.Array
+) -> list[dict[str, Any]]:
+    """The grouped experts' gradients in bfloat16 against the dense reference's in float32.
+
+    Only of few tokens: the reference keeps every expert's numbers of every token.
+    """
+    if shape.tokens > 128:
+        return []
+    served = partial(choose.experts, kernel="experts:grouped")
+    row = {"operation": "experts, gradients", "name": "grouped", "shapes": shape._asdict()}
+    errors = {}
+    for number, name in grouped.SLOPES.items():
+        with jax.default_matmul_precision("highest"):
+            wide = (x.astype(jnp.float32) for x in low)
+            expected = jax.jit(grouped.slope(dense.experts, number))(*wide, picks, weights)
+        try:
+            one = jax.jit(grouped.slope(served, number))(*low, picks, weights)
+        except ValueError as error:
+            return [row | {"declined": str(error)}]
+        wrong = one.astype(jnp.float32) - expected
+        errors[name] = float(jnp.linalg.norm(wrong.ravel()) / jnp.linalg.norm(expected.ravel()))
+    return [row | {"relative_error": errors}]
 
 
 def compared(

@@ -3,12 +3,14 @@
 python experiments/gpu_loop.py                  (about six minutes; appends rows to gpu.jsonl)
 python experiments/gpu_loop.py model=random:llada2-mini cache=block parts=step \
   kernels=auto/experts:reference
+python experiments/gpu_loop.py parts=step weights=bf16,int8,fp8 kernels=auto/product:reference
 
 Four kinds of rows. step: a block step with the cache, from two requests that differ in the number
 of steps alone. full: the pass over all columns of 8 rows that opens a block. request: a whole
 completion, against the same model calls in a bare loop. schedule: tokens and forwards per second
 where every step takes 1, 2 or 4 tokens. Random weights never pass a threshold, hence the imposed
-numbers. Each is measured with every choice of kernels, one after the other.
+numbers. Each is measured with every choice of kernels, one after the other, and all of it with
+every form of weights.
 """
 
 import dataclasses
@@ -34,11 +36,14 @@ from jdllm.decode.look import Call, look_at
 from jdllm.decode.loop import enter_block
 from jdllm.decode.start import start
 from jdllm.decode.work import Work
+from jdllm.kernels.quantised import KINDS
 from jdllm.llm import LLM
-from jdllm.load import enable_compilation_cache
+from jdllm.load import enable_compilation_cache, read_facts
 from jdllm.model.config import count_parameters
 from jdllm.model.model import Model
+from jdllm.model.quantise import quantise_params
 from jdllm.runtime import cli, sharding
+from jdllm.store.checkpoint import random_model
 
 RESULTS = Path(__file__).resolve().parent / "results" / "gpu.jsonl"
 
@@ -51,6 +56,10 @@ class LoopConfig:
     model: str = "random:llada-8b"
     kernels: str = "auto"
     """What `kernel=` says, several with / between them."""
+    layers: int | None = None
+    """Of random weights: fewer than the shape has, where compiling must be short."""
+    weights: str = "bf16"
+    """How the layers' linear maps are held: bf16, int8, fp8, several with commas between them."""
     cache: str = "dual"
     """Of step, full and request: dual, or block for block-causal models."""
     parts: str = "step,full,request,schedule"
@@ -72,6 +81,8 @@ class LoopConfig:
     def __post_init__(self):
         if unknown := set(self.parts.split(",")) - set(PARTS):
             raise ValueError(f"parts={unknown.pop()} is none of {', '.join(PARTS)}")
+        if unknown := set(self.weights.split(",")) - {"bf16", *KINDS}:
+            raise ValueError(f"weights={unknown.pop()} is none of bf16, {', '.join(KINDS)}")
         for name in ("positions", "gen_length", "prompt"):
             if getattr(self, name) % 32:
                 raise ValueError(f"{name}={getattr(self, name)} must be a multiple of 32")
@@ -310,7 +321,27 @@ def measured(llm: LLM, config: LoopConfig) -> Iterator[dict[str, Any]]:
                     found = run()
                 except Exception as error:
                     found = {"kernel": kernel, "failed": str(error)[:300]}
-                yield {"name": name} | found
+                facts = {"weights": llm.config.weights or "bf16", "layers": llm.config.layers}
+                yield {"name": name} | facts | found
+
+
+def load(config: LoopConfig) -> LLM:
+    """The model, with as many layers as asked for."""
+    mesh = sharding.parse_mesh("1x1")
+    if config.layers is None:
+        return LLM.load(config.model, mesh)
+    facts = dataclasses.replace(read_facts(config.model), layers=config.layers)
+    return LLM(random_model(facts, mesh), None, engine="off")
+
+
+def held(llm: LLM, weights: str) -> LLM:
+    """The same model with its linear maps held as `weights` says."""
+    if weights == "bf16":
+        return llm
+    params = quantise_params(llm.model.params, weights)
+    facts: Any = dataclasses.replace(llm.model.config, weights=weights)
+    model = dataclasses.replace(llm.model, params=params, config=facts)
+    return LLM(model, None, llm.defaults, engine="off")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -330,7 +361,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main(config: LoopConfig) -> None:
     """Appends every row to the file as soon as it is measured."""
     enable_compilation_cache()
-    llm = LLM.load(config.model, sharding.parse_mesh("1x1"))
+    llm = load(config)
     jax.block_until_ready(llm.model)
     facts = {
         "device": jax.devices()[0].device_kind,
@@ -338,7 +369,8 @@ def main(config: LoopConfig) -> None:
         "command": " ".join(["python experiments/gpu_loop.py", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
     }
-    for row in measured(llm, config):
+    rows = (row for kind in config.weights.split(",") for row in measured(held(llm, kind), config))
+    for row in rows:
         with config.output.open("a") as file:
             file.write(json.dumps(row | facts) + "\n")
         shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}

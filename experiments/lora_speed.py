@@ -1,6 +1,10 @@
 """A LoRA step on one GPU: memory and tokens per second by remat policy, and torch with peft beside.
 
+Every step has a noise level of its own, and the mean step counts: our head looks at masked columns
+alone, so a step's time depends on how many there are (torch's, as written here, does not).
+
 python experiments/lora_speed.py output=experiments/results/lora_speed.json
+python experiments/lora_speed.py output=FILE cases=qkv remats=none steps=5      (two minutes)
 
 Random weights of LLaDA-8B, one row: rank 128 on q, k, v at 4096 columns, rank 32 on every linear
 map at 1024; and LLaDA2-mini at 2048. torch's model has the same shapes, bfloat16 weights, peft's
@@ -18,8 +22,9 @@ import json
 import multiprocessing
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jdllm.kernels.choose import in_training
 from jdllm.load import enable_compilation_cache
 from jdllm.model.config import NAMED, ModelConfig, count_parameters
 from jdllm.model.linear import modules
@@ -37,7 +43,7 @@ from jdllm.model.model import Model, named
 from jdllm.model.model import abstract as model_shapes
 from jdllm.runtime import cli, files, sharding
 from jdllm.store.checkpoint import random_model
-from jdllm.train.objective import Batch, choose
+from jdllm.train.objective import Batch, Objective, choose, corrupt
 from jdllm.train.optimiser import Recipe, make_optimizer
 from jdllm.train.step import beside, create_state, train_step
 from jdllm.training.dynamics import DynamicsConfig
@@ -69,9 +75,15 @@ class SpeedConfig:
     output: Path
     cases: str = "qkv,all,sparse"
     remats: str = "none,products,layers"
-    steps: int = 6
+    layers: int | None = None
+    """Only the first so many."""
+    kernel: str = "auto"
+    """Implementations that are forced; auto is what training takes."""
+    steps: int = 8
     torch: bool = True
     """Time torch and peft on the cases of LLaDA-8B, too."""
+    profile: int = 0
+    """List so many of the dearest kernels of a step, too."""
     dynamics: bool = False
     """Time each policy with the window `mean` of gradient dynamics, too: EDIT's map."""
 
@@ -86,28 +98,37 @@ def batch_of(config: ModelConfig, length: int) -> Batch:
     return Batch(tokens, learned, example, jnp.zeros((1, 1), jnp.int32))
 
 
-def operations(config: ModelConfig, length: int) -> float:
+def operations(config: ModelConfig, length: int, masked: float = 1.0) -> float:
     """Of a step: products forward, and backward to the activations alone; attention both ways.
 
-    Of experts only those that a token picks count. What is computed again does not count.
+    Of experts only those that a token picks count, of two streams both, of the head the columns
+    that carry loss. What is computed again does not count.
     """
+    head, columns = config.vocab * config.embed, length * (2 if config.block_causal else 1)
     if config.moe:
         picked = dict(experts=config.moe.top_k, groups=1, top_groups=1)
         config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, **picked))
-    active = count_parameters(config) - config.vocab * config.embed
-    attention = 4 * config.layers * config.heads * config.head_dim * length
-    return length * (2 * 2 * active + 3 * attention)
+    active = count_parameters(config) - 2 * head  # the embedding is looked up
+    attention = 4 * config.layers * config.heads * config.head_dim * columns
+    return columns * (2 * 2 * active + 3 * attention) + length * masked * 2 * 2 * head
 
 
 def ours(case: Case, config: SpeedConfig) -> list[dict[str, Any]]:
     """A row per remat policy; policies compile side by side."""
     facts, mesh = NAMED[case.model], sharding.parse_mesh("1x1")
+    facts = dataclasses.replace(facts, layers=config.layers or facts.layers)
     model = dataclasses.replace(random_model(facts, mesh, 0), dtype="bfloat16")
+    model = dataclasses.replace(model, kernel=config.kernel)
+    if facts.moe:
+        widths = facts.moe.expert_mlp, facts.embed
+        model = dataclasses.replace(model, kernel=in_training(config.kernel, "bfloat16", widths))
     own = modules(named(model_shapes(facts)))
     names, lora = find(own, case.lora.targets), case.lora
     optimizer = make_optimizer(Recipe())
     frozen = dataclasses.replace(model, adapter=Adapter({}, lora.dropout))
-    batch, key, objective = batch_of(facts, case.length), jax.random.key(0), choose("auto", facts)
+    batch, objective = batch_of(facts, case.length), choose("auto", facts)
+    keys, share = spread_keys(objective, facts, batch, config.steps)
+    keys = [keys[0], keys[-1], *keys]  # two steps that are not counted
 
     def state(windows: str) -> Any:
         return create_state(
@@ -118,7 +139,7 @@ def ours(case: Case, config: SpeedConfig) -> list[dict[str, Any]]:
     def compiled(kind: tuple[Any, str]) -> Any:
         remat, windows = kind
         step = train_step.lower(
-            abstract[windows], batch, key, frozen=frozen, join=beside, objective=objective,
+            abstract[windows], batch, keys[0], frozen=frozen, join=beside, objective=objective,
             optimizer=optimizer, remat=remat,
         )  # fmt: skip
         return step.compile()
@@ -130,14 +151,20 @@ def ours(case: Case, config: SpeedConfig) -> list[dict[str, Any]]:
         programs = dict(zip(kinds, pool.map(attempt(compiled), kinds), strict=True))
     for (remat, windows), program in programs.items():
         row: dict[str, Any] = {"who": "jdllm", "remat": remat, "dynamics": windows}
+        row |= {"kernel": model.kernel, "masked": share}
         try:
             if isinstance(program, Exception):
                 raise program
             memory = program.memory_analysis()
             held = memory.argument_size_in_bytes + memory.output_size_in_bytes
             row["peak_gb"] = (held + memory.temp_size_in_bytes - memory.alias_size_in_bytes) / 1e9
-            run = partial(advance, program, batch, key, frozen)
+            run = partial(advance, program, batch, iter(keys), frozen)
             row["seconds"], row["losses"] = timed(run, state(windows), config.steps)
+            if config.profile:
+                run = partial(
+                    advance, program, batch, itertools.repeat(keys[len(keys) // 2]), frozen
+                )
+                row["kernels"] = dearest(run, state(windows), config.profile)
         except Exception as error:
             row["failed"] = str(error).splitlines()[0][:200]
         found.append(row)
@@ -161,24 +188,58 @@ def abstract_of(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-def advance(program: Any, batch: Batch, key: jax.Array, frozen: Model, state: Any) -> Any:
+def advance(
+    program: Any, batch: Batch, keys: Iterator[jax.Array], frozen: Model, state: Any
+) -> Any:
     """The state after a step, and its loss."""
-    state, values = program(state, batch, key, frozen=frozen)
+    state, values = program(state, batch, next(keys), frozen=frozen)
     return state, float(values["loss"])
 
 
+def spread_keys(
+    objective: Objective, facts: ModelConfig, batch: Batch, count: int
+) -> tuple[list[jax.Array], float]:
+    """Keys of steps whose shares of masked columns are spread as those of many, and the mean."""
+    one = jax.tree.map(lambda x: x[0], batch)
+
+    @jax.jit
+    def share(key: jax.Array) -> jax.Array:
+        return corrupt(objective, key, one, facts.mask_id).masked.mean()
+
+    found = sorted((float(share(jax.random.key(n))), n) for n in range(8 * count))
+    chosen = found[4::8]
+    keys = [jax.random.key(number) for _, number in chosen]
+    return keys, statistics.mean(masked for masked, _ in chosen)
+
+
+def dearest(run: Callable[[Any], tuple[Any, float]], state: Any, count: int) -> list[list[Any]]:
+    """The device's dearest kernels of a step: milliseconds, calls, name."""
+    state, _ = run(state)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run(state)
+        path = next(Path(folder).rglob("*.xplane.pb"))
+        planes = list(jax.profiler.ProfileData.from_file(str(path)).planes)
+        spent: dict[str, list[float]] = {}
+        for line in (line for plane in planes if "GPU" in plane.name for line in plane.lines):
+            for event in line.events if line.name.startswith("Stream") else ():
+                spent.setdefault(event.name, []).append(event.duration_ns / 1e6)
+    rows = [[round(sum(ms), 3), len(ms), name[:120]] for name, ms in spent.items()]
+    return sorted(rows, reverse=True)[:count]
+
+
 def timed(run: Callable[[Any], tuple[Any, float]], state: Any, steps: int) -> tuple[float, list]:
-    """The median step's seconds, after two that are not counted, and all losses."""
+    """The mean step's seconds, after two that are not counted, and all losses."""
     seconds, losses = [], []
     for _ in range(steps + 2):
         start = time.perf_counter()
         state, loss = run(state)
         seconds.append(time.perf_counter() - start)
         losses.append(loss)
-    return statistics.median(seconds[2:]), losses
+    return statistics.mean(seconds[2:]), losses
 
 
-def peers(case: Case, remat: bool, steps: int) -> dict[str, Any]:
+def peers(case: Case, remat: bool, config: SpeedConfig) -> dict[str, Any]:
     """The same step by torch and peft: bfloat16 weights, float32 factors, layers compiled."""
     import torch
     import torch.nn.functional as F
@@ -188,6 +249,7 @@ def peers(case: Case, remat: bool, steps: int) -> dict[str, Any]:
     from torch.utils.checkpoint import checkpoint
 
     facts = NAMED[case.model]
+    facts = dataclasses.replace(facts, layers=config.layers or facts.layers)
     D, H, K, M = facts.embed, facts.heads, facts.head_dim, facts.mlp
 
     def linear(inputs: int, outputs: int) -> nn.Linear:
@@ -278,22 +340,22 @@ def peers(case: Case, remat: bool, steps: int) -> dict[str, Any]:
         return None, float(loss)
 
     torch.cuda.reset_peak_memory_stats()
-    seconds, losses = timed(step, None, steps)
+    seconds, losses = timed(step, None, config.steps)
     peak = torch.cuda.max_memory_allocated() / 1e9
     return {"seconds": seconds, "losses": losses, "peak_gb": peak}
 
 
 def by_torch(name: str, config: SpeedConfig) -> list[dict[str, Any]]:
-    """Rows of torch without and with remat, each in a process that gives its memory back."""
+    """Rows of torch by remat policy, each in a process that gives its memory back."""
     found, case = [], CASES[name]
     if not config.torch or case.model != "llada-8b":
         return found
-    for remat in (False, True):
-        row = {"who": "torch, peft", "remat": "layers" if remat else "none"}
+    for remat in (name for name in config.remats.split(",") if name != "products"):
+        row = {"who": "torch, peft", "remat": remat}
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
             try:
-                row |= pool.submit(peers, case, remat, config.steps).result()
+                row |= pool.submit(peers, case, remat == "layers", config).result()
             except Exception as error:
                 row["failed"] = str(error).splitlines()[0][:200]
         found.append(row)
@@ -314,9 +376,11 @@ def main(config: SpeedConfig) -> None:
             row |= {"case": name, "length": case.length, "model": case.model}
             if seconds := row.get("seconds"):
                 row["tokens_per_second"] = case.length / seconds
-                row["share_of_rate"] = (
-                    operations(NAMED[case.model], case.length) / seconds / DENSE_RATE
-                )
+                facts = NAMED[case.model]
+                if config.layers:
+                    facts = dataclasses.replace(facts, layers=config.layers)
+                work = operations(facts, case.length, row.get("masked", 1.0))
+                row["share_of_rate"] = work / seconds / DENSE_RATE
             rows.append(row)
             print({k: v for k, v in row.items() if k != "losses"}, flush=True)
         facts = {

@@ -4,12 +4,15 @@ An implementation raises NotImplementedError, with its reason, where it does not
 next one in the table is tried.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jdllm.kernels.attention import cudnn, reference, split, xla
 from jdllm.kernels.closing import reference as closing_reference
@@ -22,6 +25,9 @@ from jdllm.kernels.mlp import fused as mlp_fused
 from jdllm.kernels.mlp import reference as mlp_reference
 from jdllm.kernels.norm import fused as norm_fused
 from jdllm.kernels.norm import reference as norm_reference
+from jdllm.kernels.product import narrow
+from jdllm.kernels.product import reference as plain
+from jdllm.kernels.quantised import Quantised
 from jdllm.kernels.rotary import fused as rotary_fused
 from jdllm.kernels.rotary import reference as rotary_reference
 from jdllm.kernels.rotary.reference import Facts, Target
@@ -45,6 +51,10 @@ TABLES: dict[str, dict[str, Callable[..., Any]]] = {
     "closing": {"reference": closing_reference.close, "split": closing_split.close},
     "rotary": {"reference": rotary_reference.turn, "fused": rotary_fused.turn},
     "head": {"reference": head_reference.search, "fused": head_fused.search},
+    "product": {
+        "reference": plain.product,
+        "narrow": narrow.product,
+    },
 }
 
 
@@ -68,6 +78,9 @@ CHECKS = {
     "mlp:fused": mlp_fused.check,
     "closing:split": closing_split.check,
     "head:fused": head_fused.check,
+    "experts:grouped in training": grouped.check_training,
+    "experts:grouped in 8 bits": grouped.check_narrow,
+    "product:narrow": narrow.check,
 }
 """Those that hold themselves against their reference before they serve."""
 
@@ -87,8 +100,8 @@ def attention(
 
 def experts(
     x_TD: jax.Array,
-    gate_up_EDCM: jax.Array,
-    down_EMD: jax.Array,
+    gate_up_EDCM: jax.Array | Quantised,
+    down_EMD: jax.Array | Quantised,
     picks_TP: jax.Array,
     weights_TP: jax.Array,
     kernel: str = "auto",
@@ -149,6 +162,24 @@ def head(
     return run("head", kernel, *arrays, tied=tied, chunk=chunk)
 
 
+_forced: ContextVar[str] = ContextVar("forced", default="auto")
+
+
+@contextlib.contextmanager
+def forcing(kernel: str) -> Iterator[None]:
+    """Products inside are made by what `kernel` forces, as they are traced."""
+    token = _forced.set(kernel)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def product(x_MK: jax.Array, values_NK: jax.Array, scale_N: jax.Array) -> jax.Array:
+    """The product with a weight in 8 bits [M, N]: see kernels/product/reference.py."""
+    return run("product", _forced.get(), x_MK, values_NK, scale_N)
+
+
 def run(operation: str, kernel: str, *arrays: Any, **facts: Any) -> Any:
     """The result of the first implementation that serves, or of the one that `kernel` forces.
 
@@ -190,6 +221,22 @@ def parse(kernel: str) -> dict[str, str]:
         names = (f"{operation}:{name}" for operation, table in TABLES.items() for name in table)
         raise ValueError(f"kernel={kernel} must be auto, reference, or of {', '.join(names)}")
     return found
+
+
+def in_training(kernel: str, dtype: str, widths: Sequence[int]) -> str:
+    """The `kernel` of a model with experts of these widths while it is trained.
+
+    auto is the grouped experts where they serve and their gradient is right: a training step has
+    so many tokens that every expert for every token is out of the question.
+    """
+    if kernel != "auto":
+        return kernel
+    try:
+        grouped.check_kinds(widths, jnp.dtype(dtype))
+        grouped.check_training()
+    except NotImplementedError:
+        return kernel
+    return "experts:grouped"
 
 
 def canaries() -> dict[str, str]:

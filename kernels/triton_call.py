@@ -6,14 +6,25 @@ numbers when a process first wants it: compilers have made wrong programs of rig
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 Run = Callable[..., jax.Array]
 CAPABILITY = 8.0  # Ampere: the first with bfloat16 products and asynchronous copies
+FP8 = 8.9  # the first that widens fp8 itself
 WRONG = 0.03  # relative error of bfloat16 products is 0.002 to 0.01
+
+
+class Tiles(NamedTuple):
+    """Sizes of a kernel's work: rows, columns, inner numbers at a time; warps, loads in flight."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
 
 
 def require() -> None:
@@ -29,6 +40,13 @@ def require() -> None:
         import jax_triton  # noqa: F401 # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise NotImplementedError(f"jax-triton cannot be imported: {error}") from error
+
+
+def require_fp8() -> None:
+    """NotImplementedError where Triton kernels cannot widen fp8."""
+    found = float(jax.local_devices()[0].compute_capability)
+    if found < FP8:
+        raise NotImplementedError(f"fp8 needs compute capability {FP8}, not {found}")
 
 
 def call(

@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from jdllm.decode import DecodeConfig, Exit, Request, Setup, decode, make_setup
 from jdllm.model.config import ModelConfig
-from jdllm.model.model import abstract, named
+from jdllm.model.model import abstract, arrays
 from jdllm.runtime import sharding
 
 # From the third layer on, each one more adds the same to what a program needs.
@@ -44,10 +44,10 @@ class Plan:
 def weight_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh) -> int:
     """What one device holds of the weights, by `sharding.RULES`; ValueError as there."""
     total = 0
-    for name, leaf in named(abstract(config)).items():
-        spec = sharding.spec(name, leaf.shape, leaf.get_metadata("axes"), mesh)
+    for name, (array, axes) in arrays(abstract(config)).items():
+        spec = sharding.spec(name, array.shape, axes, mesh)
         parts = math.prod(mesh.shape[axis] for axis in spec if axis is not None)
-        total += leaf.size * leaf.dtype.itemsize // parts
+        total += array.size * array.dtype.itemsize // parts
     return total
 
 

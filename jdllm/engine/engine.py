@@ -279,8 +279,7 @@ class Engine:
     def _orders(self, turn: Turn) -> Orders:
         """A turn as arrays."""
         config, jobs = self.config, turn.group.jobs
-        longest = max((job.end for job in jobs if job), default=1)
-        width = min(-(-bucket(longest, 2) // config.page) * config.page, config.columns)
+        width = self._width(turn.group.setup, max((job.end for job in jobs if job), default=1))
         table: Any = np.zeros((len(jobs), width // config.page), np.int32)
         granted: Any = np.zeros(len(jobs), np.int32)
         ready: Any = np.zeros(len(jobs), bool)
@@ -292,6 +291,15 @@ class Engine:
         stopped: Any = np.zeros(len(jobs), bool)
         stopped[list(turn.stopped)] = True
         return Orders(table, granted, ready, stopped, width)
+
+    def _width(self, setup: Setup, longest: int) -> int:
+        """The columns of a dispatch. One that is compiled already serves canvases of half of them,
+        too: a program costs more than columns that nobody reads."""
+        page = self.config.page
+        least = min(-(-bucket(longest, 2) // page) * page, self.config.columns)
+        known = (width for of, width, _ in self._known if of == setup and width >= least)
+        best = min(known, default=least)
+        return best if best <= 2 * least else least
 
     def _chunks(self, chunks: list[tuple[int, int, int]]) -> Chunks | None:
         """Chunks as arrays, idle lanes behind them."""

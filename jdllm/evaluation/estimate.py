@@ -138,6 +138,6 @@ def estimate(runs: Sequence[EvalConfig]) -> str:
                 lines.append([name, label(run.settings) or "the defaults", *numbers])
         total += sum(work.calls for work in found)
         fullest = max(found, key=lambda work: work.columns)
-        size = f"{count_parameters(llm.config):,} parameters in {llm.config.dtype}"
+        size = f"{count_parameters(llm.config):,} parameters in {llm.config.held}"
         notes.append(f"{model}: {size}; {memory(first, llm.config, fullest)}")
     return "\n".join([table(lines), "", f"{total} model calls of batches at most", *notes])

@@ -131,7 +131,7 @@ def evaluate(
 
 def introduce(name: str, llm: Any) -> None:
     """Says what was loaded, and where."""
-    what = f"{count_parameters(llm.config):,} parameters in {llm.config.dtype}"
+    what = f"{count_parameters(llm.config):,} parameters in {llm.config.held}"
     where = f"{processes.describe()}, {sharding.describe(llm.mesh)}"
     cores = f"{os.cpu_count()} CPU cores, jax {jax.__version__}"
     processes.say(f"model {name}: {what}\n{where} ({cores})")

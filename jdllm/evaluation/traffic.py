@@ -35,16 +35,19 @@ class Traffic:
     rate: float = 0.0
     """Requests per second, at the times of a Poisson process; 0 is all at once."""
     prompt: int = 48
-    """Tokens of a prompt: from a quarter of this to about four times as many."""
+    """Tokens of a prompt: from a quarter of this to four times as many."""
     completion: int = 64
     """Tokens of a completion, likewise."""
+    spread: float = 0.7
+    """Of the logarithms of both lengths; 0 makes all requests alike."""
 
     def __post_init__(self):
         for name in ("requests", "prompt", "completion"):
             if (number := getattr(self, name)) < 1:
                 raise ValueError(f"{name}={number} of the traffic must be 1 or more")
-        if self.rate < 0:
-            raise ValueError(f"rate={self.rate} of the traffic must be 0 or more")
+        for name in ("rate", "spread"):
+            if (number := getattr(self, name)) < 0:
+                raise ValueError(f"{name}={number} of the traffic must be 0 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +67,8 @@ def draw(traffic: Traffic, llm: LLM, seed: int) -> list[Call]:
     due = np.cumsum(np.broadcast_to(gaps, traffic.requests))
 
     def lengths(mean: int) -> np.ndarray:
-        return np.clip(rng.lognormal(np.log(mean), 0.7, traffic.requests), mean / 4, mean * 4)
+        drawn = rng.lognormal(np.log(mean), traffic.spread, traffic.requests)
+        return np.clip(np.rint(drawn), mean / 4, mean * 4)
 
     most = llm.config.max_length
     calls = []
@@ -73,7 +77,7 @@ def draw(traffic: Traffic, llm: LLM, seed: int) -> list[Call]:
     ):
         prompt, tokens = max(1, min(int(prompt), most // 2)), max(1, int(tokens))
         ids = rng.integers(0, llm.config.vocab - 1, prompt).tolist()
-        calls.append(Call(float(at), ids, min(tokens, most - most // 2 - 64)))
+        calls.append(Call(float(at), ids, min(tokens, most // 4)))
     return calls
 
 

@@ -80,6 +80,9 @@ class ModelConfig:
     """Ids that end a completion's text: eos, and the family's end-of-turn id."""
     dtype: str = "bfloat16"
     """Storage dtype of the weights."""
+    weights: Literal["int8", "fp8"] | None = None
+    """Linear maps of the layers are held in 8 bits with a scale per output channel (None: as all
+    else, in dtype)."""
     family: str = "llada"
     """The conversion table that knows this model's Hugging Face form. Only exporting reads it."""
     qkv_bias: bool = False
@@ -120,6 +123,11 @@ class ModelConfig:
     def moe_layer(self, layer: int) -> MoEConfig | None:
         """The facts of the experts of a layer; None where it has an ordinary MLP."""
         return None if self.moe and layer in self.moe.dense_layers else self.moe
+
+    @property
+    def held(self) -> str:
+        """How the weights are held, in words."""
+        return f"{self.dtype}, linear maps in {self.weights}" if self.weights else self.dtype
 
     def to_json(self) -> str:
         """JSON text for config.json beside converted weights."""

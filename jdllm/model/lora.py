@@ -89,6 +89,16 @@ class Adapted:
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
     keys: jax.Array | None = None
 
+    @property
+    def stacked(self) -> Factors | None:
+        """The factors of all modules side by side; None where some are missing or unlike others."""
+        parts = [self.parts[name] for name in self.names if name in self.parts]
+        kinds = {(part.a.shape, part.b.shape, part.scale) for part in parts}
+        if len(parts) < len(self.names) or len(kinds) > 1:
+            return None
+        a, b = (jnp.stack([getattr(part, side) for part in parts]) for side in "ab")
+        return Factors(a, b, parts[0].scale)
+
     def dense(self, base: jax.Array) -> jax.Array:
         """The whole weight in the dtype of `base`, which is its own base as an array.
 
@@ -132,9 +142,24 @@ def drop(x: jax.Array, keys_B: jax.Array, rate: float, name: str) -> jax.Array:
 
     def row(key: jax.Array, x: jax.Array) -> jax.Array:
         key = jax.random.fold_in(key, zlib.crc32(name.encode()))
-        return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+        return jnp.where(scattered(key, x.shape) < rate * 2**32, 0, x / (1 - rate))
 
     return jax.vmap(row)(keys_B, x)
+
+
+def scattered(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Random uint32, a function of the key and the place: two rounds of Murmur's last mixing.
+
+    They are good enough to drop things out. What is drawn costs a few operations that XLA makes
+    part of whatever uses it, forwards and backwards, where jax.random's numbers cost passes.
+    """
+    x = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
+    for seed in jax.random.key_data(key):
+        x = (x + seed) ^ (seed >> 7)
+        x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+        x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+        x ^= x >> 16
+    return x
 
 
 def product(
@@ -157,18 +182,30 @@ def product(
     inner = "".join(letter for letter in before if letter not in summed) + "R"
     after = "".join(letter for letter in out if letter != stack)
 
+    def dropped(name: str) -> jax.Array:
+        return x if weight.keys is None else drop(x, weight.keys, weight.dropout, name)
+
     def added(name: str, part: Factors) -> jax.Array:
-        y = x if weight.keys is None else drop(x, weight.keys, weight.dropout, name)
-        narrow = multiply(f"{before},{summed}R->{inner}", y, part.a)
+        narrow = multiply(f"{before},{summed}R->{inner}", dropped(name), part.a)
         wide = multiply(f"{inner},R{kept}->{after}", narrow, part.b)
         note(f"{name}.lora_A", narrow)
         note(f"{name}.lora_B", wide)
         return wide * part.scale
 
     found = multiply(spec, x, weight.base, **options)
-    updates = {name: added(name, part) for name, part in weight.parts.items()}
     if not stack:
-        return found + updates[weight.names[0]].astype(found.dtype)
+        return found + added(*next(iter(weight.parts.items()))).astype(found.dtype)
+    if whole := weight.stacked:
+        # All modules at once: what would have to be put side by side comes out so.
+        own = x if weight.keys is None else jnp.stack([dropped(name) for name in weight.names])
+        many = "" if weight.keys is None else stack
+        narrow = multiply(f"{many}{before},{stack}{summed}R->{stack}{inner}", own, whole.a)
+        wide = multiply(f"{stack}{inner},{stack}R{kept}->{out}", narrow * whole.scale, whole.b)
+        for number, name in enumerate(weight.names):
+            note(f"{name}.lora_A", narrow[number])
+            note(f"{name}.lora_B", jnp.take(wide, number, out.index(stack)) / whole.scale)
+        return found + wide.astype(found.dtype)
+    updates = {name: added(name, part) for name, part in weight.parts.items()}
     none = jnp.zeros_like(next(iter(updates.values())))
     ordered = [updates.get(name, none) for name in weight.names]
     return found + jnp.stack(ordered, out.index(stack)).astype(found.dtype)

@@ -60,6 +60,8 @@ class Mask:
     """int32 [B, S]: positions of a cache's columns, where column s is not position s."""
     documents: jax.Array | None = None
     """int32 [B, T] of a whole canvas that holds several: a column sees its own document alone."""
+    also: jax.Array | None = None
+    """bool [B, T, S]: keys that a query sees besides those that the rule shows it."""
     kind: Kind = dataclasses.field(default="full", metadata={"static": True})
     size: int = dataclasses.field(default=1, metadata={"static": True})
     """Columns of a block (blocks, two_stream), or the reach of a window."""
@@ -102,4 +104,5 @@ class Mask:
         keys_BS = keys_BS if self.keys is None else self.keys
         visible_BS = as_mask(self.visible, keys_BS.shape[1])
         seen = RULES[self.kind](positions_BT[:, :, None], keys_BS[:, None, :], self.size)
+        seen = seen if self.also is None else seen | self.also
         return visible_BS[:, None, :] & seen

@@ -6,20 +6,26 @@ Loading, restoring and random weights return one; decoding, scoring and training
 import dataclasses
 import functools
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jdllm.kernels.choose import forcing
+from jdllm.kernels.quantised import Quantised
 from jdllm.model.cache import Cache
 from jdllm.model.config import ModelConfig
 from jdllm.model.head import NOTHING, Best, Special
 from jdllm.model.lora import Adapter, joined
 from jdllm.model.mask import Mask
+from jdllm.model.quantise import quantise_params
 from jdllm.model.transformer import Output, Remat, Transformer
+from jdllm.model.weights import placed
 
 STATIC: Any = {"static": True}
+PARTS = ("values", "scale")  # the arrays of a weight in 8 bits
 
 
 @jax.tree_util.register_dataclass
@@ -67,11 +73,12 @@ class Model:
         remat: Remat = "none",
     ) -> Output:
         """Hidden states, cache and probes of embedded tokens: see `Transformer.__call__`."""
-        return self.net(x_BTD, positions_BT, mask, cache, probes, remat, self.kernel)
+        with forcing(self.kernel):
+            return self.net(x_BTD, positions_BT, mask, cache, probes, remat, self.kernel)
 
-    def logits(self, hidden_BND: jax.Array) -> jax.Array:
-        """Float32 logits [B, N, V] of hidden states, never shifted."""
-        return self.net.logits(hidden_BND)
+    def logits(self, hidden_BND: jax.Array, dtype: str | None = "float32") -> jax.Array:
+        """Logits [B, N, V] of hidden states, never shifted; None keeps their dtype."""
+        return self.net.logits(hidden_BND, dtype)
 
     def best(
         self, hidden_BND: jax.Array, special: Special = NOTHING, chunk: int | None = None
@@ -90,6 +97,8 @@ def abstract(config: ModelConfig) -> Model:
     graph, params = nnx.split(nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))))
     for path, leaf in nnx.to_flat_state(params):
         leaf.set_metadata(name=".".join(map(str, path)))
+    if config.weights:
+        params = jax.eval_shape(partial(quantise_params, kind=config.weights), params)
     return Model(params, graph, config, None, config.dtype)
 
 
@@ -98,23 +107,42 @@ def named(model: Model) -> dict[str, nnx.Param]:
     return {leaf.get_metadata("name"): leaf for _, leaf in nnx.to_flat_state(model.params)}
 
 
-def assemble(config: ModelConfig, arrays: dict[str, jax.Array], mesh: Any = None) -> Model:
-    """The model of `config` whose arrays, given by dotted name, lie on `mesh`.
+def arrays(model: Model) -> dict[str, tuple[Any, tuple[str | None, ...]]]:
+    """Every array of the parameters with its logical axes, by dotted name.
+
+    Those of a weight in 8 bits are called after it and their field: layers.0.mlp.down.values.
+    """
+    found = {}
+    for name, leaf in named(model).items():
+        value, axes = leaf.get_value(), leaf.get_metadata("axes")
+        names = [f"{name}.{part}" for part in PARTS] if isinstance(value, Quantised) else [name]
+        parts = zip(jax.tree.leaves(value), placed(value, axes), strict=True)
+        found |= zip(names, parts, strict=True)
+    return found
+
+
+def assemble(config: ModelConfig, found: dict[str, jax.Array], mesh: Any = None) -> Model:
+    """The model of `config` whose arrays, named as by `arrays`, lie on `mesh`.
 
     Raises ValueError for a name or a shape that is not the model's.
     """
     model = abstract(config)
-    expected = named(model)
-    if set(expected) != set(arrays):
-        raise ValueError(f"parameters do not match: {sorted(set(expected) ^ set(arrays))}")
-    for name, leaf in expected.items():
-        if leaf.shape != arrays[name].shape:
-            raise ValueError(f"{name} must have shape {leaf.shape}, got {arrays[name].shape}")
-    params = jax.tree.map(
-        lambda leaf: leaf.replace(arrays[leaf.get_metadata("name")]),
-        model.params,
-        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
-    )
+    expected = arrays(model)
+    if set(expected) != set(found):
+        raise ValueError(f"parameters do not match: {sorted(set(expected) ^ set(found))}")
+    for name, (array, _) in expected.items():
+        if array.shape != found[name].shape:
+            raise ValueError(f"{name} must have shape {array.shape}, got {found[name].shape}")
+
+    def one(leaf: nnx.Variable) -> nnx.Variable:
+        name, value = leaf.get_metadata("name"), leaf.get_value()
+        if not isinstance(value, Quantised):
+            return leaf.replace(found[name])
+        values, scale = (found[f"{name}.{part}"] for part in PARTS)
+        return leaf.replace(Quantised(values, scale, value.inputs))
+
+    is_leaf = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
+    params = jax.tree.map(one, model.params, is_leaf=is_leaf)
     return dataclasses.replace(model, params=params, mesh=mesh)
 
 

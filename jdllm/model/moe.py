@@ -14,7 +14,7 @@ from flax import nnx
 from jdllm.kernels import choose
 from jdllm.kernels.choose import experts
 from jdllm.model.config import MoEConfig
-from jdllm.model.weights import array, bias, dense, product, weight
+from jdllm.model.weights import array, bias, dense, placed, product, weight, whole
 from jdllm.runtime import sharding
 
 
@@ -70,8 +70,8 @@ def gated(x_BTD: jax.Array, gate_up_DCF: Any, kernel: str = "auto") -> jax.Array
     """silu(gate x) * up x, in the dtype of x; the weight is what `product` takes."""
     if (plain := array(gate_up_DCF)) is not None:
         return choose.gated(x_BTD, plain, kernel)
-    gate_up = product("BTD,DCF->CBTF", x_BTD, gate_up_DCF)
-    return jax.nn.silu(gate_up[0]) * gate_up[1]
+    gate_up = product("BTD,DCF->BTCF", x_BTD, gate_up_DCF)
+    return jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
 
 
 def swiglu(x_BTD: jax.Array, gate_up_DCF: Any, down_FD: Any, kernel: str = "auto") -> jax.Array:
@@ -109,10 +109,10 @@ class Experts(nnx.Module):
         biased = self.moe.expert_bias != "none"
         params = [self.router, self.gate_up, self.down, *shared, *([self.bias] if biased else [])]
 
-        def run(x_BTD: jax.Array, router_DE: jax.Array, *weights: jax.Array) -> jax.Array:
-            bias_E = weights[-1].astype(jnp.float32) if biased else None
+        def run(x_BTD: jax.Array, *leaves: jax.Array) -> jax.Array:
+            router_DE, gate_up, down, *more = jax.tree.unflatten(tree, leaves)
+            bias_E = more[-1].astype(jnp.float32) if biased else None
             _, picks, factors = route(router_logits(x_BTD, router_DE), bias_E, self.moe)
-            gate_up, down, *more = weights
             own = picks - sharding.shard_index("experts") * gate_up.shape[0]
             P, (B, T, D) = self.moe.top_k, x_BTD.shape
             flat = x_BTD.reshape(-1, D), own.reshape(-1, P), factors.reshape(-1, P)
@@ -122,6 +122,11 @@ class Experts(nnx.Module):
             return sharding.sum_shards(mixed_BTD, "experts")
 
         rows = ("batch", None, "embed")
-        inputs = (rows, *(param.get_metadata("axes") for param in params))
-        arrays = [dense(param, x_BTD.dtype) for param in params]
-        return sharding.per_shard(run, arrays[0], inputs, rows)(x_BTD, *arrays)
+        weights = [whole(param, x_BTD.dtype) for param in params]
+        leaves, tree = jax.tree.flatten(weights)
+        axes = [
+            a
+            for w, p in zip(weights, params, strict=True)
+            for a in placed(w, p.get_metadata("axes"))
+        ]
+        return sharding.per_shard(run, leaves[0], (rows, *axes), rows)(x_BTD, *leaves)

@@ -1,10 +1,8 @@
-"""Weights as int8 with one float32 scale per output channel: half of bfloat16's bytes.
+"""Products with weights in 8 bits, and which parameters of a model are held so.
 
-The product is computed with the whole numbers, which bfloat16 holds exactly, and scaled after it.
 Only linear maps of the layers are quantised: neither embedding, head and norms nor the router.
 """
 
-import dataclasses
 from functools import partial
 from typing import Any
 
@@ -12,95 +10,108 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jdllm.model.linear import linear_of
+from jdllm.kernels import choose
+from jdllm.kernels.quantised import Quantised, quantise
+from jdllm.model.linear import Linear, linear_of
 
-LARGEST = 127
 KEPT = ("router",)  # its choices are discrete: rounding would send tokens to other experts
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Quantised:
-    """A weight that is values * scale."""
-
-    values: jax.Array
-    """int8, with the axes of the weight."""
-    scale: jax.Array
-    """float32; the same axes, of size 1 where a product sums over them."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """That of the weight."""
-        return self.values.shape
-
-    def dense(self, dtype: Any = jnp.float32) -> jax.Array:
-        """The weight as an array."""
-        return (self.values * self.scale).astype(dtype)
-
-
-@partial(jax.jit, static_argnames=("inputs",))
-def quantise(weight: jax.Array, inputs: tuple[int, ...]) -> Quantised:
-    """The nearest values; `inputs` are the axes over which products sum."""
-    weight = weight.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(weight), axis=inputs, keepdims=True)
-    scale = jnp.where(largest == 0, 1.0, largest / LARGEST)
-    return Quantised(jnp.round(weight / scale).astype(jnp.int8), scale)
 
 
 def product(spec: str, x: jax.Array, weight: Quantised, **options: Any) -> jax.Array:
     """The product with a quantised weight, in the dtype of `x`.
 
-    A backward pass keeps the whole numbers of it, neither `x` nor the weight in another dtype.
+    A backward pass keeps the values, neither `x` nor the weight in another dtype.
     """
-    return _product(spec, tuple(options.items()), x, weight.values, weight.scale)
+    given = tuple((name, value) for name, value in options.items() if value is not None)
+    return _product(spec, given, weight.inputs, x, weight.values, weight.scale)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _product(
-    spec: str, options: tuple[Any, ...], x: jax.Array, values: jax.Array, scale: jax.Array
+    spec: str,
+    options: tuple[Any, ...],
+    inputs: tuple[int, ...],
+    x: jax.Array,
+    values: jax.Array,
+    scale: jax.Array,
 ) -> jax.Array:
-    letters, out = spec.split("->")[0].split(",")[1], spec.split("->")[1]
+    before, kept, summed, out = _letters(spec, inputs)
+    if before.endswith(summed) and not options and _on_one_device(values):
+        rows = before.removesuffix(summed)
+        sizes = (*x.shape[: len(rows)], *scale.shape)
+        found = choose.product(
+            x.reshape(-1, values[(0,) * len(kept)].size),
+            values.reshape(scale.size, -1),
+            scale.reshape(-1),
+        )
+        return jnp.einsum(f"{rows}{kept}->{out}", found.reshape(sizes))
     # Tied to x, so that no loop of XLA's widens all weights beforehand.
     x, values = jax.lax.optimization_barrier((x, values))
-    found = jnp.einsum(spec, x, values.astype(x.dtype), **dict(options))
-    return _scaled(found, scale, letters, out)
+    found = jnp.einsum(
+        f"{before},{kept}{summed}->{out}", x, values.astype(x.dtype), **dict(options)
+    )
+    return _scaled(found, scale, out, kept)
 
 
-def _scaled(found: jax.Array, scale: jax.Array, letters: str, out: str) -> jax.Array:
-    """`found` [out] times the scale of its output channels."""
-    summed = tuple(i for i, letter in enumerate(letters) if letter not in out)
-    kept = "".join(letter for letter in letters if letter in out)
-    factor = jnp.squeeze(scale, summed).astype(found.dtype)
-    return jnp.einsum(f"{out},{kept}->{out}", found, factor)
+def _letters(spec: str, inputs: tuple[int, ...]) -> tuple[str, str, str, str]:
+    """Letters of x, of the weight's outputs, of its inputs, and of what comes out."""
+    operands, out = spec.split("->")
+    before, letters = operands.split(",")
+    summed = "".join(letters[axis] for axis in inputs)
+    return before, "".join(x for x in letters if x not in summed), summed, out
+
+
+def _on_one_device(array: jax.Array) -> bool:
+    """Whether a kernel may be called: XLA would not split it over a mesh."""
+    mesh = jax.typeof(array).sharding.mesh
+    return mesh.size <= 1 or bool(mesh.manual_axes)
+
+
+def _scaled(found: jax.Array, scale: jax.Array, out: str, kept: str) -> jax.Array:
+    """`found` [out] times the scale of its output channels, in float32 and rounded once."""
+    wide = jnp.einsum(f"{out},{kept}->{out}", found.astype(jnp.float32), scale)
+    return wide.astype(found.dtype)
 
 
 def _forward(
-    spec: str, options: tuple[Any, ...], x: jax.Array, values: jax.Array, scale: jax.Array
+    spec: str,
+    options: tuple[Any, ...],
+    inputs: tuple[int, ...],
+    x: jax.Array,
+    values: jax.Array,
+    scale: jax.Array,
 ) -> tuple[jax.Array, Any]:
-    return _product(spec, options, x, values, scale), (values, scale)
+    return _product(spec, options, inputs, x, values, scale), (values, scale)
 
 
-def _backward(spec: str, options: tuple[Any, ...], kept: Any, change: jax.Array) -> Any:
-    (values, scale), (operands, out) = kept, spec.split("->")
-    before, letters = operands.split(",")
-    change = _scaled(change, scale, letters, out)
+def _backward(
+    spec: str, options: tuple[Any, ...], inputs: tuple[int, ...], held: Any, change: jax.Array
+) -> Any:
+    (values, scale), (before, kept, summed, out) = held, _letters(spec, inputs)
+    change = _scaled(change, scale, out, kept)
     change, values = jax.lax.optimization_barrier((change, values))
     precision = dict(options).get("precision")
     wide = values.astype(change.dtype)
-    return jnp.einsum(f"{out},{letters}->{before}", change, wide, precision=precision), None, None
+    rule = f"{out},{kept}{summed}->{before}"
+    return jnp.einsum(rule, change, wide, precision=precision), None, None
 
 
 _product.defvjp(_forward, _backward)
 
 
-def quantise_params(params: nnx.State) -> nnx.State:
-    """The parameters with their linear maps as int8; the others stay as they are."""
+def quantised_linear(parameter: str) -> Linear | None:
+    """The row of LINEAR of a parameter that is held in 8 bits; None for one that never is."""
+    linear = linear_of(parameter)
+    return None if linear is None or linear.parts == KEPT else linear
+
+
+def quantise_params(params: nnx.State, kind: str = "int8") -> nnx.State:
+    """The parameters with their linear maps in 8 bits; the others stay, as do those that are."""
 
     def one(leaf: nnx.Variable) -> nnx.Variable:
-        name = leaf.get_metadata("name")
-        linear = linear_of(name)
-        if linear is None or linear.parts == KEPT:
+        linear = quantised_linear(leaf.get_metadata("name"))
+        if linear is None or isinstance(leaf.get_value(), Quantised):
             return leaf
-        return leaf.replace(quantise(leaf.get_value(), linear.axes(linear.inputs)))
+        return leaf.replace(quantise(leaf.get_value(), linear.axes(linear.inputs), kind))
 
     return jax.tree.map(one, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))

@@ -338,11 +338,12 @@ class Transformer(nnx.Module):
         """Mean embeddings [B, N, D] of tokens that have these probabilities."""
         return product("BNV,VD->BND", chances_BNV, self.embedding)
 
-    def logits(self, hidden_BND: jax.Array) -> jax.Array:
-        """Float32 logits [B, N, V] of final-normed hidden states, never shifted."""
+    def logits(self, hidden_BND: jax.Array, dtype: str | None = "float32") -> jax.Array:
+        """Logits [B, N, V] of final-normed hidden states, never shifted; None keeps their dtype."""
         head, letters = (self.embedding, "VD") if self.tied else (self.head, "DV")
+        result = None if dtype is None else jnp.dtype(dtype)
         with jax.named_scope("head"):
-            return product(f"BND,{letters}->BNV", hidden_BND, head, result=jnp.dtype("float32"))
+            return product(f"BND,{letters}->BNV", hidden_BND, head, result=result)
 
     def best(
         self,

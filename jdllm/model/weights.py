@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jdllm.kernels.quantised import Quantised
 from jdllm.model import lora, quantise
 from jdllm.model.lora import Adapted
-from jdllm.model.quantise import Quantised
 
 
 def initial(key: jax.Array, shape: Sequence[int], dtype: str, fan_in: int | None) -> jax.Array:
@@ -50,6 +50,17 @@ def dense(weight: Any, dtype: Any = jnp.float32) -> jax.Array:
     if isinstance(value, Adapted):
         return value.dense(dense(value.base, dtype))
     return value.dense(dtype) if isinstance(value, Quantised) else value
+
+
+def whole(weight: Any, dtype: Any = jnp.float32) -> Any:
+    """What a parameter holds, an adapted weight as an array and a quantised one as it is."""
+    value = held(weight)
+    return dense(value, dtype) if isinstance(value, Adapted) else value
+
+
+def placed(value: Any, axes: Sequence[str | None]) -> tuple[tuple[str | None, ...], ...]:
+    """The logical axes of each array in an array or a quantised weight with the axes `axes`."""
+    return value.placed(axes) if isinstance(value, Quantised) else (tuple(axes),)
 
 
 def plain(spec: str, x: jax.Array, weight: jax.Array, **options: Any) -> jax.Array:

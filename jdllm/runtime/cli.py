@@ -21,7 +21,7 @@ from typing import Any, get_args, get_origin
 import tyro
 
 from jdllm.runtime import signals
-from jdllm.runtime.fields import NUMBERS, nested, preset_tables
+from jdllm.runtime.fields import NUMBERS, nested, preset_tables, refused_presets
 from jdllm.runtime.hints import asked, nearest
 from jdllm.runtime.mistakes import (
     TRUTH,
@@ -96,7 +96,7 @@ def _path(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
 def expand_presets(config: type, options: Sequence[str], prog: str) -> list[str]:
     """Turns `--x.preset=NAME` into that preset's settings, but for those that are given as well.
 
-    Exits with status 2 and the nearest names where there is no such preset.
+    Exits with status 2 and the nearest names, or the reason, where there is no such preset.
     """
     tables = preset_tables(config)
     fields = [p + field.name for p, kind in nested(config) for field in dataclasses.fields(kind)]
@@ -110,6 +110,8 @@ def expand_presets(config: type, options: Sequence[str], prog: str) -> list[str]
         else:
             kept.append(word)
     for setting, name in sorted(chosen.items(), key=lambda item: -item[0].count(".")):
+        if reason := refused_presets(config)[setting].get(name):
+            refuse(f"{prog} has no {setting}={name}: {reason}")
         if name not in tables[setting]:
             hint = asked(nearest(name, tables[setting])) or listed(tables[setting])
             refuse(f"{prog} knows no {setting}={name}; {hint}")

@@ -51,6 +51,11 @@ def preset_tables(config: type) -> dict[str, Presets]:
     return {setting: table for setting, table in tables if table}
 
 
+def refused_presets(config: type) -> dict[str, Mapping[str, str]]:
+    """Presets that cannot be, with the reason why, by the setting that would name one."""
+    return {f"{prefix}preset": getattr(kind, "refused", {}) for prefix, kind in nested(config)}
+
+
 def flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns settings with mappings and dataclasses among them as one table, by dotted names.
 

@@ -17,11 +17,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from jdllm.kernels.quantised import quantise
 from jdllm.model.config import ModelConfig, is_converted
-from jdllm.model.model import Model, abstract, assemble, named
+from jdllm.model.model import Model, abstract, arrays, assemble, named
 from jdllm.model.weights import initial
 from jdllm.runtime import processes, sharding
 
@@ -93,12 +93,19 @@ def unit_of(name: str) -> str:
     return ".".join(parts[:2]) if parts[0] == "layers" else parts[0]
 
 
-def units(config: ModelConfig) -> dict[str, dict[str, nnx.Param]]:
-    """Returns abstract parameters by dotted name, grouped by unit, in the order of the model."""
-    grouped: dict[str, dict[str, nnx.Param]] = {}
-    for name, leaf in named(abstract(config)).items():
-        grouped.setdefault(unit_of(name), {})[name] = leaf
+def units(config: ModelConfig) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+    """Returns shapes of arrays by dotted name, grouped by unit, in the order of the model."""
+    grouped: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
+    for name, (array, _) in arrays(abstract(config)).items():
+        shape = jax.ShapeDtypeStruct(array.shape, array.dtype)
+        grouped.setdefault(unit_of(name), {})[name] = shape
     return grouped
+
+
+def stored_bytes(config: ModelConfig) -> int:
+    """Returns the size of all weights as they are stored."""
+    leaves = (leaf for unit in units(config).values() for leaf in unit.values())
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
 def write_model(
@@ -134,9 +141,9 @@ def write_model(
 
 def save_model(folder: Path, model: Model) -> None:
     """Writes a model that is in memory (on any mesh) into an existing folder."""
-    leaves = named(model)
+    leaves = arrays(model)
     grouped = units(model.config)
-    stream = ((unit, {n: leaves[n][...] for n in names}) for unit, names in grouped.items())
+    stream = ((unit, {n: leaves[n][0] for n in names}) for unit, names in grouped.items())
     write_model(folder, model.config, stream)
 
 
@@ -166,10 +173,9 @@ def read_config(folder: Path) -> ModelConfig:
 
 def placements(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
     """Returns the sharding of every parameter, by dotted name, on `mesh`."""
-    leaves = named(abstract(config))
     return {
-        name: NamedSharding(mesh, sharding.spec(name, leaf.shape, leaf.get_metadata("axes"), mesh))
-        for name, leaf in leaves.items()
+        name: NamedSharding(mesh, sharding.spec(name, array.shape, axes, mesh))
+        for name, (array, axes) in arrays(abstract(config)).items()
     }
 
 
@@ -217,17 +223,13 @@ def stored_units(folder: Path, config: ModelConfig) -> Iterator[tuple[str, dict[
     with ocp.StandardCheckpointer() as checkpointer:
         for unit, leaves in units(config).items():
             path = folder.absolute() / "weights" / unit
-            _check_shapes(checkpointer, path, {n: _shape(leaf) for n, leaf in leaves.items()})
-            arrays = {}
+            _check_shapes(checkpointer, path, leaves)
+            found = {}
             for name, leaf in leaves.items():
                 dtype = np.dtype(leaf.dtype)
                 read = functools.partial(_read, _open(path, name), dtype)
-                arrays[name] = LazyArray(leaf.shape, dtype, read)
-            yield unit, arrays
-
-
-def _shape(leaf: nnx.Param) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+                found[name] = LazyArray(leaf.shape, dtype, read)
+            yield unit, found
 
 
 def read_array(path: Path, name: str, dtype: str) -> np.ndarray:
@@ -250,7 +252,7 @@ def restore_model(folder: Path, mesh: Mesh, dtype: str | None = None) -> Model:
     config = read_config(folder)
     config = dataclasses.replace(config, dtype=dtype or config.dtype)
     targets = placements(config, mesh)
-    arrays: dict[str, jax.Array] = {}
+    found: dict[str, jax.Array] = {}
     with ocp.StandardCheckpointer() as checkpointer, ThreadPoolExecutor(READERS) as pool:
         for unit, leaves in units(config).items():
             wanted = {
@@ -260,8 +262,8 @@ def restore_model(folder: Path, mesh: Mesh, dtype: str | None = None) -> Model:
             path = folder.absolute() / "weights" / unit
             _check_shapes(checkpointer, path, wanted)
             restored = pool.map(functools.partial(_restore, path), wanted, wanted.values())
-            arrays |= zip(wanted, restored, strict=True)
-    return assemble(config, arrays, mesh)
+            found |= zip(wanted, restored, strict=True)
+    return assemble(config, found, mesh)
 
 
 def place_stream(
@@ -272,14 +274,14 @@ def place_stream(
     The stream's arrays have the config's dtype.
     """
     targets = placements(config, mesh)
-    arrays: dict[str, jax.Array] = {}
+    found: dict[str, jax.Array] = {}
     for _, unit in stream:
         for name, lazy in unit.items():
             if name not in targets:
                 raise ValueError(f"{name} is no parameter of the model")
             read: Any = lazy.read  # called with one slice per axis, for each device
-            arrays[name] = jax.make_array_from_callback(lazy.shape, targets[name], read)
-    return assemble(config, arrays, mesh)
+            found[name] = jax.make_array_from_callback(lazy.shape, targets[name], read)
+    return assemble(config, found, mesh)
 
 
 def random_maker(config: ModelConfig, mesh: Mesh) -> Callable[[jax.Array], Model]:
@@ -291,15 +293,26 @@ def random_maker(config: ModelConfig, mesh: Mesh) -> Callable[[jax.Array], Model
     leaves = named(abstract(config))
 
     @functools.cache
-    def maker(shape: tuple[int, ...], dtype: Any, fan_in: int | None, place: NamedSharding) -> Any:
-        return jax.jit(lambda key: initial(key, shape, dtype, fan_in), out_shardings=place)
+    def maker(
+        shape: tuple[int, ...], dtype: Any, fan_in: int | None, inputs: Any, places: Any
+    ) -> Any:
+        def draw(key: jax.Array) -> list[jax.Array]:
+            if inputs is None:
+                return [initial(key, shape, dtype, fan_in)]
+            drawn = initial(key, shape, config.dtype, fan_in)
+            return jax.tree.leaves(quantise(drawn, inputs, str(config.weights)))
+
+        return jax.jit(draw, out_shardings=list(places))
 
     def make(key: jax.Array) -> Model:
-        arrays = {}
+        found: dict[str, jax.Array] = {}
         for number, (name, leaf) in enumerate(leaves.items()):
-            draw = maker(leaf.shape, leaf.dtype, leaf.get_metadata("fan_in"), targets[name])
-            arrays[name] = draw(jax.random.fold_in(key, number))
-        return assemble(config, arrays, mesh)
+            names = [own for own in targets if own == name or own.rpartition(".")[0] == name]
+            inputs = getattr(leaf.get_value(), "inputs", None)
+            places = tuple(targets[own] for own in names)
+            draw = maker(leaf.shape, leaf.dtype, leaf.get_metadata("fan_in"), inputs, places)
+            found |= zip(names, draw(jax.random.fold_in(key, number)), strict=True)
+        return assemble(config, found, mesh)
 
     return make
 

@@ -22,7 +22,10 @@ def fingerprint(model: Model) -> str:
     Two salted sums of 32 bits per weight make accidental collisions unlikely; they are no defence
     against an adversary.
     """
-    facts = [json.dumps(dataclasses.asdict(model.config), sort_keys=True)]
+    told = dataclasses.asdict(model.config)
+    if told["weights"] is None:  # a fact that older models do not have
+        del told["weights"]
+    facts = [json.dumps(told, sort_keys=True)]
     for name, leaf in sorted(named(model).items()):
         facts += [f"{name} {_told(array)}" for array in jax.tree.leaves(leaf)]
     for name, factors in sorted(model.adapter.factors.items() if model.adapter else ()):

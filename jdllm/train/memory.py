@@ -22,8 +22,10 @@ from jdllm.model.lora import Adapter, Factors, LoraConfig, find, shapes
 from jdllm.model.model import abstract, named
 from jdllm.model.quantise import quantise_params
 from jdllm.model.transformer import Remat
+from jdllm.model.weights import placed
 from jdllm.runtime import sharding
-from jdllm.train.objective import LOGIT_BYTES, Batch, Objective
+from jdllm.train.entropy import LOGIT_BYTES
+from jdllm.train.objective import Batch, Objective
 from jdllm.train.optimiser import Recipe, make_optimizer
 from jdllm.train.step import TrainState, all_parameters, beside, train_step
 
@@ -133,9 +135,8 @@ def placed_bytes(params: Any, mesh: AbstractMesh) -> int:
     """Bytes that one device holds of abstract parameters, quantised or not."""
     total = 0
     for leaf in jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)):
-        axes = leaf.get_metadata("axes")
-        for array in jax.tree.leaves(leaf.get_value()):
-            own = [axis if size > 1 else None for axis, size in zip(axes, array.shape, strict=True)]
+        value, axes = leaf.get_value(), leaf.get_metadata("axes")
+        for array, own in zip(jax.tree.leaves(value), placed(value, axes), strict=True):
             total += _bytes(array.shape, own, mesh, array.dtype.itemsize)
     return total
 

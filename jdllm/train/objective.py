@@ -11,17 +11,16 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from jdllm.model.columns import in_chunks
 from jdllm.model.config import ModelConfig
 from jdllm.model.mask import Mask
 from jdllm.model.model import Model
 from jdllm.model.transformer import Remat
+from jdllm.train.entropy import cross_entropy, from_teacher, over_frozen_head
 
 T_MIN = 1e-3  # the smallest masking probability, so that 1/t stays finite
-LOGIT_BYTES = 256 << 20  # cross entropy is chunked so that no logits array grows beyond this
-LEVEL, DROPOUT = 2**31 - 1, 2**31 - 2  # what is drawn per document; columns draw by position
+# What is drawn per document or block; columns draw by position.
+LEVEL, DROPOUT, SIGHT, BLOCKS = 2**31 - 1, 2**31 - 2, 2**31 - 3, 2**31 - 4
 HIDDEN = -1
 
 
@@ -83,12 +82,32 @@ class Objective:
     """The p of CART's geometric distribution."""
     cutoff: bool = False
     """Dream's: all responses of a batch end where that of one random row ends (data, not loss)."""
+    levels: Literal["document", "block"] = "document"
+    """What has a t of its own."""
+    block: int = 1
+    """Columns of a block, where they have levels of their own; `choose` sets the model's."""
+    teacher: bool = False
+    """The base model, which is shown the response but for its gaps (columns that are masks in the
+    text), teaches the adapted one, which is shown nothing of it, what stands in the gaps."""
+    anneal: int = 0
+    """Updates in which a model that was causal comes to see later columns, more with each."""
 
     def __post_init__(self):
         if not 0 < self.low < self.high <= 1:
             raise ValueError(
                 f"noise levels from {self.low} to {self.high} must rise within (0, 1]; "
                 "set loss.low and loss.high"
+            )
+        if self.anneal < 0:
+            raise ValueError(f"adapt.anneal={self.anneal} must be 0 (off) or a number of updates")
+        if self.anneal and self.sees == "two_stream":
+            raise ValueError(
+                "adapt.anneal= is for adapt.sees=full: two streams have a mask of their own"
+            )
+        if self.teacher and (self.complementary or self.confidence or self.sees == "two_stream"):
+            raise ValueError(
+                "objective=distil masks all of a response: leave out loss.complementary and "
+                "loss.confidence"
             )
         if not 0 < self.cart < 1:
             raise ValueError(f"loss.cart={self.cart} must be between 0 and 1")
@@ -111,6 +130,12 @@ OBJECTIVES: dict[str, Objective] = {
     "llada2-plain": Objective(sees="full"),
     # block diffusion as BD3LM weights it
     "blocks": Objective(sees="two_stream"),
+    # Fast-dLLM v2's: every block has its own level, every column is learned from once
+    "fast-dllm-v2": Objective(
+        weight="flat", divisor="masked", sees="two_stream", complementary=True, levels="block"
+    ),
+    # d1's self-distillation: reasoning that leads to an answer which only the teacher sees
+    "distil": Objective(low=0.999, weight="flat", divisor="masked", teacher=True),
 }
 
 
@@ -118,7 +143,8 @@ def choose(name: str, config: ModelConfig) -> Objective:
     """The objective of that name; auto is that of the model's kind. ValueError for a misfit."""
     if config.causal:
         raise ValueError(
-            "a causal model has no mask to predict at: name a diffusion model, or convert one"
+            "a causal model has no mask to predict at: name a diffusion model, or make one of it "
+            "with adapt.sees="
         )
     if name == "auto":
         name = "llada2" if config.block_causal else "dream" if config.shift_logits else "llada"
@@ -129,6 +155,8 @@ def choose(name: str, config: ModelConfig) -> Objective:
             f"objective={name} needs a model that attends block by block; this one can have "
             f"{fitting}"
         )
+    if found.levels == "block":
+        found = dataclasses.replace(found, block=config.block_causal)
     return found
 
 
@@ -148,8 +176,12 @@ def document_sums(x_BT: jax.Array, start_BT: jax.Array) -> jax.Array:
     return jnp.zeros_like(x_BT).at[rows_B1, start_BT].add(x_BT)[rows_B1, start_BT]
 
 
-def draws(key: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+def draws(
+    key: jax.Array, batch: Batch, block: int | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Uniform numbers [B, T] of a column's document and of the column itself, and keys per row.
+
+    With `block` the first are of a column's block in its document.
 
     They are functions of the key, the example's number, its visits and the position within it: of
     nothing that another accumulation, mesh, batch size or packing would change.
@@ -161,7 +193,9 @@ def draws(key: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array
     column = jax.vmap(lambda key, number: jax.random.uniform(jax.random.fold_in(key, number)))
     key_BT = jax.vmap(jax.vmap(of, (None, 0)))(batch.visit, batch.example)
     position_BT = jnp.arange(batch.tokens.shape[1]) - starts(batch.example)
-    level_BT = jax.vmap(column)(key_BT, jnp.full_like(position_BT, LEVEL))
+    number_BT = jnp.full_like(position_BT, LEVEL)
+    number_BT = number_BT if block is None else BLOCKS - position_BT // block
+    level_BT = jax.vmap(column)(key_BT, number_BT)
     dropout_B = jax.vmap(jax.random.fold_in, (0, None))(key_BT[:, 0], DROPOUT)
     return level_BT, jax.vmap(column)(key_BT, position_BT), dropout_B
 
@@ -244,12 +278,15 @@ def corrupt(
     mask_id: int,
     level: jax.Array | float | None = None,
 ) -> Noisy:
-    """Masks response columns, each with its document's probability t.
+    """Masks response columns, each with the probability t of its document or block.
 
     t = low + (high - low) u with u uniform, or `level` where the caller fixes it. With
     `complementary` rows become pairs of rows.
     """
-    u_BT, hit_BT, dropout_B = draws(key, batch)
+    if objective.teacher:
+        return all_masked(batch, draws(key, batch)[2], mask_id)
+    block = objective.block if objective.levels == "block" else None
+    u_BT, hit_BT, dropout_B = draws(key, batch, block)
     t_BT = objective.low + (objective.high - objective.low) * u_BT
     t_BT = t_BT if level is None else jnp.broadcast_to(jnp.float32(level), u_BT.shape)
     masked_BT = (hit_BT < t_BT) & batch.learned
@@ -261,6 +298,15 @@ def corrupt(
     masked_BT = jnp.where(other_B1, batch.learned & ~masked_BT, masked_BT)
     t_BT = jnp.where(other_B1, jnp.maximum(1 - t_BT, T_MIN), t_BT)
     return noisy(objective, batch, masked_BT, t_BT, dropout_B, mask_id)
+
+
+def all_masked(batch: Batch, dropout_B: jax.Array, mask_id: int) -> Noisy:
+    """The batch without its responses; what counts is their gaps."""
+    gap_BT = batch.learned & (batch.tokens == mask_id)
+    tokens_BT, ones_BT = jnp.where(batch.learned, mask_id, batch.tokens), gap_BT.astype(jnp.float32)
+    return Noisy(
+        tokens_BT, batch.tokens, gap_BT, ones_BT, ones_BT, batch.example, dropout_B, batch.packed
+    )
 
 
 def noisy(
@@ -284,8 +330,27 @@ def noisy(
     )  # fmt: skip
 
 
-def predict(objective: Objective, model: Model, batch: Noisy, remat: Remat = "none") -> jax.Array:
-    """Hidden states [B, T, D] from which a column's own token is predicted."""
+def peeked(batch: Noisy, share: jax.Array) -> jax.Array:
+    """bool [B, T, T]: which keys a column sees besides earlier ones, each with this probability."""
+    T = batch.tokens.shape[1]
+
+    def row(key: jax.Array) -> jax.Array:
+        return jax.random.uniform(jax.random.fold_in(key, SIGHT), (T, T)) < share
+
+    return jax.vmap(row)(batch.dropout)
+
+
+def predict(
+    objective: Objective,
+    model: Model,
+    batch: Noisy,
+    remat: Remat = "none",
+    step: jax.Array | None = None,
+) -> jax.Array:
+    """Hidden states [B, T, D] from which a column's own token is predicted.
+
+    `step` is the number of updates done, where sight is annealed; without it all is seen.
+    """
     T = batch.tokens.shape[1]
     positions_BT = jnp.arange(T) - starts(batch.example)
     tokens_BT, place_BT, example_BT = batch.tokens, positions_BT, batch.example
@@ -297,6 +362,9 @@ def predict(objective: Objective, model: Model, batch: Noisy, remat: Remat = "no
         mask = Mask(example_BT != HIDDEN, kind="two_stream", size=size)
     else:
         mask = Mask(visible) if objective.sees == "full" else Mask.of(model.config, visible)
+    if objective.anneal and step is not None:
+        also = peeked(batch, step / objective.anneal)
+        mask = dataclasses.replace(mask, kind="causal", also=also)
     if batch.packed:
         mask = dataclasses.replace(mask, documents=example_BT)
     hidden_BTD = model(model.embed(tokens_BT), place_BT, mask, remat=remat).hidden[:, :T]
@@ -306,36 +374,22 @@ def predict(objective: Objective, model: Model, batch: Noisy, remat: Remat = "no
     return jnp.where((positions_BT > 0)[..., None], before_BTD, hidden_BTD)
 
 
-def cross_entropy(
-    model: Model, hidden_BTD: jax.Array, tokens_BT: jax.Array, entropy: bool = False
-) -> jax.Array:
-    """Negative log likelihood and doubt [B, T, 2] in float32, without ever holding all logits.
-
-    Doubt is the entropy where the best token is the right one, else 0; and 0 unless `entropy`.
-    Columns are taken in chunks whose logits are computed again in the backward pass.
-    """
-    B, T = tokens_BT.shape
-    count = min(-(-B * T * model.config.vocab * 4 // LOGIT_BYTES), T)
-
-    @jax.checkpoint
-    def chunk(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
-        logits = model.logits(pair[0])
-        nll = optax.softmax_cross_entropy_with_integer_labels(logits, pair[1])
-        if not entropy:
-            return jnp.stack([nll, jnp.zeros_like(nll)], axis=-1)
-        logs = jax.nn.log_softmax(logits)
-        doubt = -jnp.sum(jnp.exp(logs) * logs, axis=-1)
-        right = jnp.argmax(logits, axis=-1) == pair[1]
-        return jnp.stack([nll, jnp.where(right, doubt, 0.0)], axis=-1)
-
-    return in_chunks(chunk, (hidden_BTD, tokens_BT), -(-T // count))
-
-
 def losses(
-    objective: Objective, model: Model, batch: Noisy, remat: Remat = "none"
+    objective: Objective,
+    model: Model,
+    batch: Noisy,
+    remat: Remat = "none",
+    step: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The weighted sum over a micro-batch, not divided yet, and its plain sum of masked nll."""
-    hidden_BTD = predict(objective, model, batch, remat)
+    hidden_BTD = predict(objective, model, batch, remat, step)
+    if objective.teacher:
+        shown = dataclasses.replace(batch, tokens=batch.targets)
+        teacher = dataclasses.replace(model, adapter=None)
+        taught_BTD = predict(objective, teacher, shown, remat)
+        return from_teacher(model, hidden_BTD, taught_BTD, batch.masked)
+    if model.adapter is not None:
+        return over_frozen_head(objective.confidence, model, hidden_BTD, batch)
     found_BT2 = cross_entropy(model, hidden_BTD, batch.targets, objective.confidence > 0)
     nll_BT, doubt_BT = found_BT2[..., 0], found_BT2[..., 1]
     plain = jnp.sum(jnp.where(batch.masked, nll_BT, 0.0))

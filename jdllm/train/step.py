@@ -106,7 +106,8 @@ def train_step(
     divisor_A = jnp.maximum(divisor, 1e-6)  # an empty micro-batch has loss 0
 
     def loss_of(trained: Any, noisy: Noisy, divisor: jax.Array) -> tuple[jax.Array, jax.Array]:
-        total, plain = losses(objective, join(trained, frozen, noisy.dropout), noisy, remat)
+        model = join(trained, frozen, noisy.dropout)
+        total, plain = losses(objective, model, noisy, remat, state.step)
         return total / divisor, plain
 
     def add(total: Any, part: tuple[Noisy, jax.Array]) -> tuple[Any, None]:

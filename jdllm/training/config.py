@@ -1,6 +1,7 @@
 """What a fine-tuning run is asked for."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -13,9 +14,10 @@ from jdllm.runtime.fields import Presets
 from jdllm.runtime.hints import asked, nearest
 from jdllm.train.objective import OBJECTIVES, Objective, choose
 from jdllm.train.optimiser import Recipe
-from jdllm.training.data import Source, parse_data, parse_tasks
+from jdllm.training.adapt import AdaptArgs
+from jdllm.training.data import Source, parse_data, parse_gap, parse_tasks
 from jdllm.training.dynamics import DynamicsConfig
-from jdllm.training.presets import PRESETS
+from jdllm.training.presets import PRESETS, REFUSED
 from jdllm.training.rows import parse_padding
 
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
@@ -33,8 +35,9 @@ class LossArgs:
     """The p of CART's geometric distribution (default: the objective's)."""
     cutoff: bool | None = None
     """Let all responses of a batch end with that of a random row (default: the objective's)."""
-    complementary: bool = False
-    """Feed every row twice, the second time with the other response columns masked."""
+    complementary: bool | None = None
+    """Feed every row twice, the second time with the other response columns masked (default: the
+    objective's)."""
     confidence: float = 0.0
     """Weight of the entropy of tokens that are right already (LLaDA2.0's CAP); 0 is off."""
 
@@ -52,6 +55,7 @@ class SFTConfig(ModelArgs):
     """Masked-diffusion fine-tuning."""
 
     presets: ClassVar[Presets] = PRESETS
+    refused: ClassVar[Mapping[str, str]] = REFUSED
     preset: str | None = None
     """Settings of a published recipe."""
     output: Path
@@ -74,8 +78,10 @@ class SFTConfig(ModelArgs):
     """Put several examples into a row; none sees another, and each has its own noise."""
     group_by_length: bool = False
     """Batches of alike lengths, whose canvases end with the longest of them."""
+    hidden_reasoning: str | None = None
+    """For objective=distil: so many masks, 128:256, in place of what leads to an answer's #### ."""
     objective: str = "auto"
-    """llada, llada-examples, dream, llada2, llada2-plain or blocks; auto goes by the model."""
+    """What is learned, by name (docs/objectives.md); auto goes by the model."""
     normalise: Literal["batch", "micro"] = "batch"
     """What a loss is divided over; micro, as EDIT and d1, depends on accumulation."""
     batch: int = 8
@@ -85,6 +91,7 @@ class SFTConfig(ModelArgs):
     epochs: int | None = None
     """Go through the data so often, in place of recipe.steps."""
     loss: LossArgs = LossArgs()
+    adapt: AdaptArgs = AdaptArgs()
     recipe: Recipe = Recipe()
     lora: LoraConfig = LoraConfig()
     dynamics: DynamicsConfig = DynamicsConfig()
@@ -122,6 +129,11 @@ class SFTConfig(ModelArgs):
                 f"adapter={self.adapter} is trained on with lora.rank= alone; to train all "
                 "parameters, first add it to its base: python -m jdllm.convert merge"
             )
+        if self.adapt.sees != "as_is" and self.lora.rank:
+            raise ValueError(
+                f"adapt.sees={self.adapt.sees} changes the model itself, which an adapter cannot "
+                "carry: train all parameters (lora.rank=0)"
+            )
         if self.dynamics.names and not self.lora.rank:
             raise ValueError(
                 f"dynamics.windows={self.dynamics.windows} are averages over LoRA's B; set "
@@ -136,6 +148,12 @@ class SFTConfig(ModelArgs):
             hint = asked(nearest(self.objective, OBJECTIVES))
             known = hint or f"there are auto, {', '.join(OBJECTIVES)}"
             raise ValueError(f"objective={self.objective} is unknown; {known}")
+        if (self.objective == "distil") != (self.gap is not None):
+            raise ValueError("objective=distil and hidden_reasoning=128:256 need each other")
+        if self.objective == "distil" and not self.lora.rank:
+            raise ValueError(
+                "objective=distil learns from the model without its factors; set lora.rank="
+            )
         parse_padding(self.padding)
         alone = {"group_by_length": self.group_by_length, "loss.cutoff": self.loss.cutoff}
         for name, on in alone.items():
@@ -162,6 +180,11 @@ class SFTConfig(ModelArgs):
             )
 
     @property
+    def gap(self) -> tuple[int, int] | None:
+        """The least and the largest number of columns of a hidden reasoning."""
+        return None if self.hidden_reasoning is None else parse_gap(self.hidden_reasoning)
+
+    @property
     def sources(self) -> list[Source]:
         """Where the training text comes from."""
         return parse_tasks(self.task or "") if self.data is None else parse_data(self.data)
@@ -174,7 +197,9 @@ class SFTConfig(ModelArgs):
     def objective_of(self, model: ModelConfig) -> Objective:
         """The objective for a model, with what the settings change; ValueError for a misfit."""
         found = self.loss.adapted(choose(self.objective, model))
-        return dataclasses.replace(found, cutoff=found.cutoff and not self.packing)
+        return dataclasses.replace(
+            found, cutoff=found.cutoff and not self.packing, anneal=self.adapt.anneal
+        )
 
     @property
     def going_on(self) -> str:

@@ -200,6 +200,31 @@ def conversation(prompt: str, response: str) -> list[Message]:
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
 
 
+def without_reasoning(example: Example) -> list[Message]:
+    """A question, and the result alone of an answer that ends in "#### result", as gsm8k's do.
+
+    ValueError for an example of another form.
+    """
+    turns = example if isinstance(example, list) else []
+    _, mark, result = turns[-1]["content"].rpartition("####") if turns else ("", "", "")
+    if len(turns) != 2 or not mark or not result.strip():
+        raise ValueError(
+            "hidden_reasoning= needs questions whose answers end in '#### ' and a result, as "
+            "openai/gsm8k/main has them"
+        )
+    return conversation(
+        S1K + turns[0]["content"], f"</reasoning>\n<answer>{result.strip()}</answer>"
+    )
+
+
+def parse_gap(text: str) -> tuple[int, int]:
+    """Reads "128:256", the least and the largest number of columns; ValueError for others."""
+    low, _, high = text.partition(":")
+    if low.isdecimal() and high.isdecimal() and 0 < int(low) <= int(high):
+        return int(low), int(high)
+    raise ValueError(f"hidden_reasoning={text} must be two rising numbers of columns: 128:256")
+
+
 def _alpaca(row: Mapping[str, Any]) -> Example:
     prompt = "\n\n".join(filter(None, [row["instruction"], row.get("input") or ""]))
     return conversation(prompt, row["output"])

@@ -16,7 +16,7 @@ from jdllm.model.config import ModelConfig
 from jdllm.runtime import processes
 from jdllm.runtime.files import atomic_file
 from jdllm.tokenizer import MARK, encode_texts, render, unmarked
-from jdllm.training.data import Example
+from jdllm.training.data import Example, without_reasoning
 
 CHUNK = 20_000
 
@@ -141,6 +141,17 @@ def encoded(
         yield joined([(next(ids), is_answer) for _, is_answer in some], config)
 
 
+def gapped(columns: Columns, mask_id: int, gap: tuple[int, int], number: int) -> Columns:
+    """With learned masks before the last answer, in place of a reasoning that nobody has written.
+
+    How many is drawn by the example's number.
+    """
+    ids, learned, answer = columns
+    size = int(np.random.default_rng(number).integers(gap[0], gap[1] + 1))
+    filled = [*ids[:answer], *[mask_id] * size, *ids[answer:]]
+    return filled, [*learned[:answer], *[True] * size, *learned[answer:]], answer
+
+
 def windows(
     columns: Columns, length: int, response_length: int | None, first: Sequence[int] = ()
 ) -> Iterator[Columns]:
@@ -167,9 +178,11 @@ def encode_examples(
     config: ModelConfig,
     length: int,
     response_length: int | None = None,
+    gap: tuple[int, int] | None = None,
 ) -> Texts:
     """Encodes examples, as much of each as a canvas of `length` columns holds.
 
+    With `gap` only the result of an answer is encoded, behind so many masks.
     With `response_length` a canvas ends that many columns after where the last answer begins.
     Longer examples lose their end, and those whose prompt leaves no room are left out; a note
     counts both. ValueError where no example is left, or where the tokenizer is not the model's.
@@ -191,7 +204,10 @@ def encode_examples(
             any_there = True
             own: list[int] = []  # of this chunk: one array of it is smaller than one per example
             flags: list[bool] = []
-            for columns in encoded(tokenizer, chunk, config, counts):
+            rows = [without_reasoning(example) for example in chunk] if gap else chunk
+            for columns in encoded(tokenizer, rows, config, counts):
+                if gap:
+                    columns = gapped(columns, config.mask_id, gap, len(answers))
                 parts = list(windows(columns, length, response_length, first))
                 counts.dropped += not parts
                 kept = sum(len(part) - len(first) * columns[1][0] for part, _, _ in parts)

@@ -124,6 +124,9 @@ def load_texts(
         "model": [model.vocab, model.eos_id, *model.stop_ids, model.shift_logits],
         "form": "every answer of a conversation",  # what the cache holds; older ones held less
     }
+    gap = config.gap
+    if gap:
+        shared |= {"gap": [*gap, model.mask_id]}
     found = {}
     for source in sources:
         own = (
@@ -139,7 +142,8 @@ def load_texts(
             key |= {"generated": [config.examples * (source.share or 0) / total, config.seed]}
 
         def build(own: Any = own) -> Texts:
-            return encode_examples(tokenizer, own, model, config.length, config.response_length)
+            size = config.response_length
+            return encode_examples(tokenizer, own, model, config.length, size, gap)
 
         name = source.name if source.name not in found else f"{source.name}@{source.split}"
         try:
@@ -212,7 +216,8 @@ def prepare(config: SFTConfig) -> Job | None:
     source = locate(config.tokenizer or config.model, config.allow_unknown)
     if source is None:
         raise ValueError(f"model={config.model} has no tokenizer of its own; add tokenizer=bundled")
-    config.objective_of(read_facts(config.model, dtype, config.allow_unknown))
+    facts = read_facts(config.model, dtype, config.allow_unknown)
+    config.objective_of(config.adapt.applied(facts))
     subject = load_subject(config, mesh)
     return fill(config, subject, source)
 

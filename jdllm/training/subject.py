@@ -12,6 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from jdllm.convert.adapters import place, read_factors, scaling_of, write_adapter
+from jdllm.kernels.choose import in_training
 from jdllm.load import compute_dtype, load_model
 from jdllm.model.linear import modules
 from jdllm.model.lora import Adapter, Factors, find, initial, refuse_dropout
@@ -42,10 +43,18 @@ class Subject:
 
 def load_subject(config: SFTConfig, mesh: Mesh) -> Subject:
     """What `config` trains, on `mesh`. ValueError or OSError as from `load_model` and `lora`."""
-    static = {"dtype": compute_dtype(config.dtype, "bfloat16"), "kernel": config.kernel}
+    dtype = compute_dtype(config.dtype, "bfloat16")
     if not config.lora.rank:
         model = load_model(config.model, mesh, "float32", config.seed, config.allow_unknown)
-        bare = dataclasses.replace(model, params=None, **static)
+        if held := model.config.weights:
+            raise ValueError(
+                f"model={config.model} holds its weights in {held}, which cannot be trained; add "
+                "lora.rank=16 to train factors beside them, or start from a folder converted "
+                "without weights="
+            )
+        own = config.adapt.applied(model.config)
+        bare = dataclasses.replace(model, params=None, dtype=dtype, config=own)
+        bare = dataclasses.replace(bare, kernel=kernel_of(config, bare))
         return Subject(model.params, bare, all_parameters, {})
     model = load_model(config.model, mesh, "auto", config.seed, config.allow_unknown)
     factors = first_factors(config, model, mesh)
@@ -57,8 +66,17 @@ def load_subject(config: SFTConfig, mesh: Mesh) -> Subject:
     }
     if config.lora.base == "int8":
         model = dataclasses.replace(model, params=quantise_params(model.params))
-    frozen = dataclasses.replace(model, adapter=Adapter({}, config.lora.dropout), **static)
+    frozen = dataclasses.replace(model, adapter=Adapter({}, config.lora.dropout), dtype=dtype)
+    frozen = dataclasses.replace(frozen, kernel=kernel_of(config, frozen))
     return Subject(factors, frozen, beside, facts)
+
+
+def kernel_of(config: SFTConfig, model: Model) -> str:
+    """The kernels that a model is trained with."""
+    moe = model.config.moe
+    if moe is None:
+        return config.kernel
+    return in_training(config.kernel, model.dtype, (moe.expert_mlp, model.config.embed))
 
 
 def first_factors(config: SFTConfig, model: Model, mesh: Mesh) -> dict[str, Factors]:

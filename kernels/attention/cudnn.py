@@ -1,9 +1,14 @@
-"""cuDNN's flash attention; serves 16-bit numbers on GPUs, where rows see their first keys.
+"""cuDNN's flash attention; serves 16-bit numbers on GPUs.
+
+Where rows see their first keys, it stops at the last of them; where every query of a whole canvas
+sees keys of its own, as in training, it reads the mask as numbers to add, [B, 1, T, T].
 
 It reads keys as the cache holds them. XLA's batched products, left alone with a batch of rows, turn
 the whole cache round, and then write its columns one number at a time. But it gives each head's
 QUERIES to one processor: too few of those leave the card idle.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,25 +18,26 @@ PROCESSORS = 128  # about as many as a data centre's GPU has
 
 
 def attention(
-    q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, lengths_B: jax.Array
+    q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, visible: jax.Array
 ) -> jax.Array:
-    """Attention as the reference defines it, of the first `lengths_B` keys of each row."""
-    B, T, H, _ = q_BTHK.shape
+    """Attention as the reference defines it; `visible` is int32 [B] or bool [B, T, S]."""
+    (B, T, H, _), S = q_BTHK.shape, k_BSGK.shape[1]
     if jax.default_backend() != "gpu":
         raise NotImplementedError("it needs a GPU")
     if q_BTHK.dtype.itemsize != 2:
         raise NotImplementedError(f"it serves 16-bit numbers, not {q_BTHK.dtype}")
-    if lengths_B.ndim != 1:
-        raise NotImplementedError("it serves rows that see their first keys, not other masks")
+    if visible.ndim == 2:
+        raise NotImplementedError("it serves rows that see their first keys, or masks per query")
+    if visible.ndim == 3 and (T != S or T % 2):
+        raise NotImplementedError(
+            f"under masks per query it serves whole canvases of even width, not {T} of {S} columns"
+        )
     if B * H * -(-T // QUERIES) < PROCESSORS:
         raise NotImplementedError("too little work to go round")
+    seen: dict[str, Any] = {"key_value_seq_lengths": jnp.minimum(visible, S)}
+    if visible.ndim == 3:
+        seen = {"mask": visible[:, None]}
     try:
-        return jax.nn.dot_product_attention(
-            q_BTHK,
-            k_BSGK,
-            v_BSGK,
-            key_value_seq_lengths=jnp.minimum(lengths_B, k_BSGK.shape[1]),
-            implementation="cudnn",
-        )
+        return jax.nn.dot_product_attention(q_BTHK, k_BSGK, v_BSGK, implementation="cudnn", **seen)
     except RuntimeError as error:
         raise NotImplementedError("cuDNN is not installed") from error

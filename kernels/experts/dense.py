@@ -6,11 +6,13 @@ Letters besides those of model.py: T tokens of all rows, P picks of a token, M e
 import jax
 import jax.numpy as jnp
 
+from jdllm.kernels.quantised import Quantised, wide
+
 
 def experts(
     x_TD: jax.Array,
-    gate_up_EDCM: jax.Array,
-    down_EMD: jax.Array,
+    gate_up_EDCM: jax.Array | Quantised,
+    down_EMD: jax.Array | Quantised,
     picks_TP: jax.Array,
     weights_TP: jax.Array,
 ) -> jax.Array:
@@ -21,6 +23,6 @@ def experts(
     """
     kind, E = x_TD.dtype, gate_up_EDCM.shape[0]
     weights_TE = jnp.einsum("TPE,TP->TE", jax.nn.one_hot(picks_TP, E), weights_TP)
-    gate_up = jnp.einsum("TD,EDCM->CTEM", x_TD, gate_up_EDCM.astype(kind))
+    gate_up = jnp.einsum("TD,EDCM->CTEM", x_TD, wide(gate_up_EDCM, kind))
     hidden_TEM = jax.nn.silu(gate_up[0]) * gate_up[1] * weights_TE[:, :, None].astype(kind)
-    return jnp.einsum("TEM,EMD->TD", hidden_TEM, down_EMD.astype(kind))
+    return jnp.einsum("TEM,EMD->TD", hidden_TEM, wide(down_EMD, kind))

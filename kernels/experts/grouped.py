@@ -1,29 +1,23 @@
-"""The experts of a layer, each for its own tokens only, by Triton kernels; serves 16-bit numbers.
+"""The experts of a layer, each for its own tokens only, by Triton kernels; serves 16-bit numbers,
+and weights in 8 bits, which are widened in registers.
 
-Only the weights of experts that somebody picked are read: what a step of few tokens costs. The
-gradient is the dense reference's.
+Only the weights of experts that somebody picked are read: what a step of few tokens costs.
+Training takes the kernels of grouped_grad.py, forwards and backwards.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jdllm.kernels import triton_call as triton
-from jdllm.kernels.experts import dense
+from jdllm.kernels.experts import dense, grouped_grad
+from jdllm.kernels.quantised import Quantised, quantise
+from jdllm.kernels.triton_call import Tiles
 
 WIDTH = 128  # what the widths of tokens and experts must be multiples of
-
-
-class Tiles(NamedTuple):
-    """Sizes of a kernel's work: rows, columns, inner numbers at a time; warps, loads in flight."""
-
-    rows: int
-    columns: int
-    inner: int
-    warps: int
-    stages: int
 
 
 # Up to so many pairs per expert: tiles of gate_up and of down. Measured on an H100 with LLaDA2's
@@ -33,12 +27,18 @@ TILES: tuple[tuple[float, Tiles, Tiles], ...] = (
     (8, Tiles(32, 128, 64, 4, 3), Tiles(32, 128, 64, 4, 4)),
     (float("inf"), Tiles(64, 128, 64, 4, 3), Tiles(64, 128, 64, 4, 4)),
 )
+# The same of weights in 8 bits.
+NARROW: tuple[tuple[float, Tiles, Tiles], ...] = (
+    (4, Tiles(16, 64, 128, 4, 4), Tiles(16, 128, 128, 4, 4)),
+    (8, Tiles(32, 64, 128, 4, 4), Tiles(32, 128, 128, 4, 4)),
+    (float("inf"), Tiles(64, 64, 128, 4, 4), Tiles(64, 128, 128, 4, 4)),
+)
 
 
 def experts(
     x_TD: jax.Array,
-    gate_up_EDCM: jax.Array,
-    down_EMD: jax.Array,
+    gate_up_EDCM: jax.Array | Quantised,
+    down_EMD: jax.Array | Quantised,
     picks_TP: jax.Array,
     weights_TP: jax.Array,
 ) -> jax.Array:
@@ -49,14 +49,29 @@ def experts(
     mates where their number does not change the tiles.
     """
     triton.require()
-    for name, array in (("tokens", x_TD), ("weights", gate_up_EDCM), ("weights", down_EMD)):
-        if array.dtype != jnp.bfloat16 and array.dtype != jnp.float16:
-            raise NotImplementedError(f"it serves 16-bit {name}, not {array.dtype}")
-    (_, M, D), kind = down_EMD.shape, x_TD.dtype
-    if M % WIDTH or D % WIDTH:
-        raise NotImplementedError(f"it serves widths in multiples of {WIDTH}, not {D} and {M}")
+    kind, widths = x_TD.dtype, down_EMD.shape[1:]
+    narrow = [w.dtype for w in (gate_up_EDCM, down_EMD) if isinstance(w, Quantised)]
+    if any(dtype != jnp.int8 for dtype in narrow):
+        triton.require_fp8()
+    check_kinds(widths, kind, *([kind] if narrow else [gate_up_EDCM.dtype, down_EMD.dtype]))
     check()
-    return _grouped(x_TD, gate_up_EDCM.astype(kind), down_EMD.astype(kind), picks_TP, weights_TP)
+    if isinstance(gate_up_EDCM, Quantised):
+        check_narrow()
+    ready = (
+        weight if isinstance(weight, Quantised) else weight.astype(kind)
+        for weight in (gate_up_EDCM, down_EMD)
+    )
+    return _grouped(x_TD, *ready, picks_TP, weights_TP)
+
+
+def check_kinds(widths: Sequence[int], *dtypes: Any) -> None:
+    """NotImplementedError, with the reason, for numbers or widths that the kernels do not serve."""
+    for name, dtype in zip(("tokens", "weights", "weights"), dtypes, strict=False):
+        if dtype not in (jnp.bfloat16, jnp.float16):
+            raise NotImplementedError(f"it serves 16-bit {name}, not {dtype}")
+    if any(width % WIDTH for width in widths):
+        one, two = widths
+        raise NotImplementedError(f"it serves widths in multiples of {WIDTH}, not {two} and {one}")
 
 
 def check() -> None:
@@ -65,11 +80,41 @@ def check() -> None:
     triton.canary("experts", _grouped, dense.experts, *_small())
 
 
+def check_training() -> None:
+    """NotImplementedError where the kernels of the gradient cannot run or compute wrongly."""
+    triton.require()
+    for number, name in SLOPES.items():
+        pair = slope(_grouped, number), slope(dense.experts, number)
+        triton.canary(f"experts, gradient of {name}", *pair, *_small())
+
+
+SLOPES = {0: "tokens", 1: "gate-up", 2: "down", 4: "factors"}
+"""What has a gradient, by its number among the arguments."""
+
+
+def slope(experts: Callable[..., jax.Array], number: int) -> Callable[..., jax.Array]:
+    """The gradient, by one argument, of the sum of squared outputs."""
+
+    def loss(*arrays: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.square(experts(*arrays).astype(jnp.float32)))
+
+    return jax.grad(loss, number)
+
+
+def check_narrow() -> None:
+    """The same of weights in 8 bits."""
+    triton.require()
+    x, gate_up, down, *pairs = _small()
+    with jax.ensure_compile_time_eval():
+        small = quantise(gate_up, (1,)), quantise(down, (1,))
+    triton.canary("experts in 8 bits", _grouped, dense.experts, x, *small, *pairs)
+
+
 @jax.custom_vjp
 def _grouped(
     x_TD: jax.Array,
-    gate_up_EDCM: jax.Array,
-    down_EMD: jax.Array,
+    gate_up_EDCM: jax.Array | Quantised,
+    down_EMD: jax.Array | Quantised,
     picks_TP: jax.Array,
     weights_TP: jax.Array,
 ) -> jax.Array:
@@ -88,33 +133,48 @@ def _grouped(
         E=E,
         CHUNK=min(triton.power_of_2(N), 1024),
     )
-    _, first, second = next(row for row in TILES if row[0] * E >= N)
+    scaled = isinstance(gate_up_EDCM, Quantised)
+    _, first, second = next(row for row in (NARROW if scaled else TILES) if row[0] * E >= N)
     hidden_NM = triton.call(
-        kernels.gate_up, x_TD, gate_up_EDCM, order_N, starts, out=array((N, M), kind),
+        kernels.gate_up, x_TD, *_leaves(gate_up_EDCM), order_N, starts, out=array((N, M), kind),
         grid=(E, M // first.columns), warps=first.warps, stages=first.stages,
-        D=D, M=M, P=P, BM=first.rows, BN=first.columns, BK=first.inner,
+        D=D, M=M, P=P, BM=first.rows, BN=first.columns, BK=first.inner, SCALED=int(scaled),
     )  # fmt: skip
     each_ND = triton.call(
-        kernels.down, hidden_NM, down_EMD, order_N, starts, out=array((N, D), jnp.float32),
+        kernels.down, hidden_NM, *_leaves(down_EMD), order_N, starts,
+        out=array((N, D), jnp.float32),
         grid=(E, D // second.columns), warps=second.warps, stages=second.stages,
-        D=D, M=M, BM=second.rows, BN=second.columns, BK=second.inner,
+        D=D, M=M, BM=second.rows, BN=second.columns, BK=second.inner, SCALED=int(scaled),
     )  # fmt: skip
     here_TP = (picks_TP >= 0) & (picks_TP < E)  # nobody has written the rows of other picks
     each_TPD = jnp.where(here_TP[..., None], each_ND.reshape(T, P, D), 0)
     return jnp.sum(each_TPD * weights_TP[..., None], axis=1).astype(kind)
 
 
-def _forward(*arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return _grouped(*arrays), arrays
+def _leaves(weight: jax.Array | Quantised) -> tuple[jax.Array, jax.Array]:
+    """What a kernel is handed of a weight: its numbers, and a scale, which is not read of all."""
+    return (weight.values, weight.scale) if isinstance(weight, Quantised) else (weight, weight)
 
 
-def _backward(arrays: tuple[jax.Array, ...], change_TD: jax.Array) -> tuple[jax.Array | None, ...]:
+def _forward(
+    x_TD: jax.Array, gate_up_EDCM: Any, down_EMD: Any, picks_TP: jax.Array, weights_TP: jax.Array
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    """What differentiation runs: of many tokens at once, whose gate-up is kept."""
+    arrays = (x_TD, gate_up_EDCM, down_EMD, picks_TP, weights_TP)
+    if isinstance(gate_up_EDCM, Quantised):
+        return _grouped(*arrays), (arrays, None)
+    found, kept = grouped_grad.forward(grouped_grad.TRITON, *arrays)
+    return found, (arrays, kept)
+
+
+def _backward(saved: tuple[Any, ...], change_TD: jax.Array) -> tuple[Any, ...]:
+    arrays, kept = saved
     x, gate_up, down, picks, weights = arrays
-    _, pull = jax.vjp(
-        lambda x, g, d, w: dense.experts(x, g, d, picks, w), x, gate_up, down, weights
-    )
-    dx, dgate_up, ddown, dweights = pull(change_TD)
-    return dx, dgate_up, ddown, None, dweights
+    if isinstance(gate_up, Quantised):  # frozen; the gradient is the dense reference's
+        _, pull = jax.vjp(lambda x, w: dense.experts(x, gate_up, down, picks, w), x, weights)
+        dx, dweights = pull(change_TD)
+        return dx, None, None, None, dweights
+    return grouped_grad.backward(grouped_grad.TRITON, arrays, kept, change_TD)
 
 
 _grouped.defvjp(_forward, _backward)

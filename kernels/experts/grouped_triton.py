@@ -33,17 +33,21 @@ def sort(picks, order, starts, N: tl.constexpr, E: tl.constexpr, CHUNK: tl.const
 
 @triton.jit
 def gate_up(
-    x, weights, order, starts, hidden,
+    x, weights, scale, order, starts, hidden,
     D: tl.constexpr, M: tl.constexpr, P: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """Program (e, n): silu(gate x) * up x of the pairs of expert e, columns n * BN and on.
 
-    One product makes both halves: its columns are BN of gate, then BN of up.
+    One product makes both halves: its columns are BN of gate, then BN of up. Weights are
+    [E, D, 2, M]; with a scale [E, 2, M] they are [E, 2, M, D] and in 8 bits.
     """
+    SIDE: tl.constexpr = D if SCALED else 1
+    DEEP: tl.constexpr = 1 if SCALED else 2 * M
     e, n = tl.program_id(0).to(tl.int64), tl.program_id(1) * BN
     column = tl.arange(0, 2 * BN)
-    own = weights + e * (D * 2 * M) + (column // BN) * M + n + column % BN
+    channel = (column // BN) * M + n + column % BN
+    own = weights + e * (D * 2 * M) + channel * SIDE
     inner = tl.arange(0, BK)
     last = tl.load(starts + e + 1)
     for first in range(tl.load(starts + e), last, BM):
@@ -51,13 +55,15 @@ def gate_up(
         there = row < last
         token = tl.load(order + row, mask=there, other=0) // P
         from_x = x + token[:, None] * D + inner[None, :]
-        from_w = own[None, :] + inner[:, None] * (2 * M)
+        from_w = own[None, :] + inner[:, None] * DEEP
         both = tl.zeros((BM, 2 * BN), tl.float32)
         for _ in range(0, D, BK):
             a = tl.load(from_x, mask=there[:, None], other=0.0)
-            both = tl.dot(a, tl.load(from_w), both)
+            both = tl.dot(a, tl.load(from_w).to(a.dtype), both)
             from_x += BK
-            from_w += BK * 2 * M
+            from_w += BK * DEEP
+        if SCALED:
+            both *= tl.load(scale + e * 2 * M + channel)[None, :]
         gate, up = tl.split(tl.permute(tl.reshape(both, (BM, 2, BN)), (0, 2, 1)))
         found = gate * tl.sigmoid(gate) * up
         out = hidden + row[:, None] * M + n + tl.arange(0, BN)[None, :]
@@ -66,11 +72,16 @@ def gate_up(
 
 @triton.jit
 def down(
-    hidden, weights, order, starts, out,
+    hidden, weights, scale, order, starts, out,
     D: tl.constexpr, M: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Program (e, n): down of the hidden rows of expert e, columns n * BN and on, to its pairs."""
+    """Program (e, n): down of the hidden rows of expert e, columns n * BN and on, to its pairs.
+
+    Weights are [E, M, D]; with a scale [E, D] they are [E, D, M] and in 8 bits.
+    """
+    SIDE: tl.constexpr = M if SCALED else 1
+    DEEP: tl.constexpr = 1 if SCALED else D
     e, n = tl.program_id(0).to(tl.int64), tl.program_id(1) * BN
     column, inner = n + tl.arange(0, BN), tl.arange(0, BK)
     last = tl.load(starts + e + 1)
@@ -79,13 +90,15 @@ def down(
         there = row < last
         pair = tl.load(order + row, mask=there, other=0)
         from_h = hidden + row[:, None] * M + inner[None, :]
-        from_w = weights + e * (M * D) + inner[:, None] * D + column[None, :]
+        from_w = weights + e * (M * D) + inner[:, None] * DEEP + column[None, :] * SIDE
         found = tl.zeros((BM, BN), tl.float32)
         for _ in range(0, M, BK):
             a = tl.load(from_h, mask=there[:, None], other=0.0)
-            found = tl.dot(a, tl.load(from_w), found)
+            found = tl.dot(a, tl.load(from_w).to(a.dtype), found)
             from_h += BK
-            from_w += BK * D
+            from_w += BK * DEEP
+        if SCALED:
+            found *= tl.load(scale + e * D + column)[None, :]
         tl.store(
             out + pair[:, None] * D + column[None, :],
             found.to(out.dtype.element_ty),

@@ -3,11 +3,13 @@
 import jax
 import jax.numpy as jnp
 
+from jdllm.kernels.quantised import Quantised, wide
+
 
 def experts(
     x_TD: jax.Array,
-    gate_up_EDCM: jax.Array,
-    down_EMD: jax.Array,
+    gate_up_EDCM: jax.Array | Quantised,
+    down_EMD: jax.Array | Quantised,
     picks_TP: jax.Array,
     weights_TP: jax.Array,
 ) -> jax.Array:
@@ -22,10 +24,10 @@ def experts(
     order = jnp.argsort(picks, stable=True)
     sizes_E = jnp.bincount(picks, length=E)
     gate_up = jax.lax.ragged_dot(
-        x_TD[order // P], gate_up_EDCM.reshape(E, D, 2 * M).astype(kind), sizes_E
+        x_TD[order // P], wide(gate_up_EDCM, kind).reshape(E, D, 2 * M), sizes_E
     )
     hidden = jax.nn.silu(gate_up[:, :M]) * gate_up[:, M:]
-    sorted_by_expert = jax.lax.ragged_dot(hidden, down_EMD.astype(kind), sizes_E)
+    sorted_by_expert = jax.lax.ragged_dot(hidden, wide(down_EMD, kind), sizes_E)
     mixed_TPD = sorted_by_expert[jnp.argsort(order)].reshape(T, P, D)
     mixed_TPD = jnp.where(here_TP[..., None], mixed_TPD, 0)
     return jnp.einsum("TPD,TP->TD", mixed_TPD, weights_TP.astype(kind))

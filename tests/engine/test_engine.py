@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jdllm import DecodeConfig
-from jdllm.engine import Engine, Engines, Job, rounds
+from jdllm.engine import Engine, EngineConfig, Engines, Job, rounds
 from jdllm.llm import LLM
 from jdllm.model.model import assemble, named
 from tests.engine.jobs import SMALL, canvas, make, run, setup_of
@@ -201,6 +201,19 @@ def test_replicas_and_split_models_give_the_same(mesh: str):
     engines.drain()
     assert len(engines.engines) == 2 and all(engine.calls for engine in engines.engines)
     same_as_alone(single, FULL, jobs)
+
+
+def test_shorter_canvases_share_the_program_of_longer_ones():
+    """Unless more than half of its columns would stay idle."""
+    llm = tiny("blocks")
+    engine = Engine(llm.model, EngineConfig(columns=256, page=32, chunk=32))
+    setup = setup_of(llm, **FULL)
+    assert engine._width(setup, 100) == 128
+    engine._known.add((setup, 256, None))
+    assert engine._width(setup, 129) == engine._width(setup, 100) == 256
+    assert engine._width(setup, 60) == 64
+    engine._known.add((setup, 128, None))
+    assert engine._width(setup, 100) == engine._width(setup, 60) == 128
 
 
 def test_rows_of_other_temperatures_and_thresholds_share_a_program():

@@ -257,3 +257,17 @@ def test_the_table_is_the_measured_one():
     readme = (ROOT / "README.md").read_text()
     results = json.loads(evaluate["RESULTS"].read_text())
     assert evaluate["with_table"](readme, results) == readme
+
+
+def test_what_8_bits_cost_is_what_was_measured():
+    script = runpy.run_path(str(ROOT / "experiments" / "weights_accuracy.py"))
+    found = json.loads((ROOT / "experiments/results/weights_accuracy.json").read_text())
+    page = (ROOT / "docs" / "convert.md").read_text()
+    assert script["task_table"](found["tasks"]) in page
+    assert script["golden_table"](found["goldens"]) in page
+
+
+def test_what_fits_is_what_was_planned():
+    script = runpy.run_path(str(ROOT / "experiments" / "fits.py"))
+    found = json.loads((ROOT / "experiments/results/fits.json").read_text())
+    assert script["table"](found["rows"]) in (ROOT / "docs" / "performance.md").read_text()

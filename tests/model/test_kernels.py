@@ -106,12 +106,25 @@ def test_rows_may_see_their_first_keys(name, shape, without_cudnn):
     np.testing.assert_allclose(found, expected, atol=2e-2 if name == "cudnn" else 1e-5)
 
 
+def test_cudnn_serves_masks_per_query_of_whole_canvases(without_cudnn):
+    """As of training in two streams, against each query by hand."""
+    q, k, v, _ = random_inputs((2, 8, 8, 4, 2, 16), 7)
+    low = q.astype(jnp.bfloat16), k.astype(jnp.bfloat16), v.astype(jnp.bfloat16)
+    seen = np.random.default_rng(7).random((2, 8, 8)) < 0.6
+    seen[:, :, 0] = True
+    found = np.asarray(attention(*low, jnp.array(seen), "attention:cudnn"), np.float32)
+    assert without_cudnn == ["cudnn"]
+    queries, keys, values = (np.asarray(x, np.float32) for x in low)
+    np.testing.assert_allclose(found, by_hand(queries, keys, values, seen), atol=2e-2)
+
+
 def test_cudnn_serves_enough_16_bit_rows_that_see_their_first_keys(without_cudnn, monkeypatch):
     q, k, v, visible = random_inputs((2, 3, 9, 4, 2, 16), 6)
     low = (q.astype(jnp.bfloat16), k.astype(jnp.bfloat16), v.astype(jnp.bfloat16))
     lengths = jnp.array([4, 9], jnp.int32)
     attention(q, k, v, lengths)
     attention(*low, visible)
+    attention(*low, jnp.repeat(visible[:, None], 3, axis=1))  # over a cache
     monkeypatch.setattr(cudnn, "PROCESSORS", 9)
     attention(*low, lengths)  # 2 rows of 4 heads
     assert "cudnn" not in without_cudnn
@@ -175,7 +188,7 @@ def test_the_next_one_is_tried_where_one_does_not_serve(monkeypatch):
     ("kernel", "forced"),
     [
         ("auto", {}),
-        ("reference", {"attention": "reference", "experts": "reference"}),
+        ("reference", dict.fromkeys(["attention", "experts", "product"], "reference")),
         ("ragged", {"experts": "ragged"}),
         ("attention:xla", {"attention": "xla"}),
         ("attention:xla,experts:ragged", {"attention": "xla", "experts": "ragged"}),

@@ -215,6 +215,63 @@ def test_dropout_keeps_the_mean():
     assert not np.array_equal(first[0], first[1])
 
 
+def test_what_is_scattered_looks_random():
+    """Every bit is even, neighbours, keys and modules do not agree: within 5 standard errors."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    drawn = np.stack([np.asarray(lora.scattered(key, (64, 512))) for key in keys])
+    size = drawn[0].size
+    for bit in range(32):
+        even = (drawn >> bit) & 1
+        assert abs(even.mean() - 0.5) < 5 * 0.5 / (3 * size) ** 0.5
+    low = (drawn < 0.25 * 2**32).astype(float).reshape(3, -1)
+    assert (abs(low.mean(1) - 0.25) < 5 * (0.25 * 0.75 / size) ** 0.5).all()
+    for step in (1, 2, 512):
+        pairs = (low[:, step:] * low[:, :-step]).mean()
+        assert abs(pairs - 0.0625) < 5 * (0.0625 / size) ** 0.5
+    assert (abs(np.corrcoef(low)[~np.eye(3, dtype=bool)]) < 5 / size**0.5).all()
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("missing", [(), (1,)])
+def test_modules_of_a_weight_are_computed_each_for_itself(dropped, missing):
+    """All at once where each has factors, one by one otherwise: the same numbers and slopes."""
+    rng = np.random.default_rng(0)
+    names = tuple(f"layers.0.attention.{part}" for part in "qkv")
+    shapes = (6, 2), (2, 3, 4)
+    parts = {
+        name: Factors(*(jnp.array(rng.normal(size=s), jnp.float32) for s in shapes), 1.5)
+        for k, name in enumerate(names)
+        if k not in missing
+    }
+    base, x = (jnp.array(rng.normal(size=s), jnp.float32) for s in ((6, 3, 3, 4), (2, 5, 6)))
+    keys = jax.random.split(jax.random.key(1), 2) if dropped else None
+    own = linear.linear_of("layers.0.attention.qkv")
+    assert own is not None
+
+    def at_once(parts: Any, x: jax.Array) -> jax.Array:
+        weight = lora.Adapted(base, parts, names, own, 0.3, keys)
+        assert (weight.stacked is None) == bool(missing)
+        return product("BTD,DCHK->CBTHK", x, weight)
+
+    def each(parts: Any, x: jax.Array) -> jax.Array:
+        found = []
+        for k, name in enumerate(names):
+            y = jnp.einsum("BTD,DHK->BTHK", x, base[:, k])
+            if name in parts:
+                z = x if keys is None else lora.drop(x, keys, 0.3, name)
+                y += 1.5 * jnp.einsum("BTD,DR,RHK->BTHK", z, parts[name].a, parts[name].b)
+            found.append(y)
+        return jnp.stack(found)
+
+    change = jnp.array(rng.normal(size=(3, 2, 5, 3, 4)), jnp.float32)
+    results = []
+    for run in (at_once, each):
+        value, pull = jax.vjp(run, parts, x)
+        results.append((value, *jax.tree.leaves(pull(change))))
+    for one, two in zip(*results, strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4)
+
+
 def test_probes_show_what_passes_through_the_factors(models):
     adapted = with_factors(models["grouped"], "k,down", scale=2.0)
     columns = jnp.broadcast_to(jnp.arange(TOKENS.shape[1]), TOKENS.shape)
@@ -273,10 +330,11 @@ def test_a_mesh_that_does_not_divide_is_refused(models):
 def test_int8_values_are_the_nearest(models):
     weight = named(models["multi-head"])["layers.0.attention.qkv"][...]
     found = quantise.quantise(weight, (0,))
-    assert found.values.dtype == jnp.int8 and found.scale.shape == (1, 3, 4, 8)
+    assert found.values.dtype == jnp.int8 and found.scale.shape == (3, 4, 8)
+    assert found.shape == weight.shape == (32, 3, 4, 8)
     step = np.asarray(found.scale)
     assert (np.abs(found.dense() - weight) <= step / 2 + 1e-7).all()
-    assert (np.abs(found.values).max(0) == 127).all()
+    assert (np.abs(found.values).max(-1) == 127).all()
     zero = quantise.quantise(jnp.zeros((3, 2)), (0,))
     np.testing.assert_array_equal(zero.dense(), np.zeros((3, 2)))
     x = jax.random.normal(KEY, (2, 5, 32))
@@ -314,5 +372,5 @@ def test_gradients_pass_through_int8(models):
     np.testing.assert_allclose(ours, wanted, atol=1e-5)
     _, back = jax.vjp(lambda x: product("BTHK,HKD->BTD", x, found), x)
     kept = {(leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(back)}
-    assert ((4, 8, 32), "int8") in kept and x.shape not in {shape for shape, _ in kept}
-    assert ((4, 8, 32), "float32") not in kept
+    assert ((32, 4, 8), "int8") in kept and x.shape not in {shape for shape, _ in kept}
+    assert ((32, 4, 8), "float32") not in kept and ((4, 8, 32), "float32") not in kept

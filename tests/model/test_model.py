@@ -174,7 +174,7 @@ def test_probes_are_products_by_name(model: Model, remat: Any):
     assert shapes == {
         "layers.0.attention.out": (2, T, SMALL.embed),
         "layers.1.attention.out": (2, T, SMALL.embed),
-        "layers.0.mlp.gate_up": (2, 2, T, SMALL.mlp),
+        "layers.0.mlp.gate_up": (2, T, 2, SMALL.mlp),
     }
     layer = model.net.layers[0]
     mixed, _ = layer.attention(

@@ -81,6 +81,7 @@ class Moved:
     renamed: ClassVar = {"bar": "inner.threshold"}
     inner: Inner = Inner()
     sizes: tuple[int, ...] = ()
+    shares: tuple[float, ...] = (0.5, 1.0)
 
 
 def test_what_was_renamed_names_the_new(capsys):
@@ -101,6 +102,8 @@ def test_a_group_names_its_settings(capsys):
 def test_several_numbers_are_one_word(capsys):
     assert cli.parse(Moved, ["sizes=4,8,16"], "prog").sizes == (4, 8, 16)
     assert cli.parse(Moved, ["sizes="], "prog").sizes == ()
+    assert cli.parse(Moved, [], "prog").shares == (0.5, 1.0)
+    assert cli.parse(Moved, ["shares=2,0.25"], "prog").shares == (2.0, 0.25)
     with pytest.raises(SystemExit):
         cli.parse(Moved, ["sizes=4,x"], "prog")
     assert "sizes" in capsys.readouterr().err

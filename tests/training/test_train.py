@@ -220,47 +220,6 @@ def test_noise_is_a_function_of_key_example_and_visit():
         assert (other.masked != first.masked).any(1).all()
 
 
-# Cross entropy in chunks
-
-
-@pytest.mark.parametrize("columns_a_chunk", [24, 12, 5, 1, 0.3])
-def test_chunked_cross_entropy_equals_the_plain_one(model, monkeypatch, columns_a_chunk):
-    """Also where the chunk does not divide the columns, and where one column is too much."""
-    params = model.params
-    rows, columns = 3, 24
-    hidden = jax.random.normal(KEY, (rows, columns, CONFIG.embed))
-    tokens = micro(make_batch(rows=rows), 0).tokens
-    weights = jax.random.uniform(KEY, tokens.shape)
-    monkeypatch.setattr(objectives, "LOGIT_BYTES", int(rows * columns_a_chunk * CONFIG.vocab * 4))
-
-    def chunked(params, hidden):
-        model_ = dataclasses.replace(model, params=params)
-        nll = objectives.cross_entropy(model_, hidden, tokens)[..., 0]
-        return jnp.sum(nll * weights), nll
-
-    def plain(params, hidden):
-        logits = dataclasses.replace(model, params=params).logits(hidden)
-        nll = optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
-        return jnp.sum(nll * weights), nll
-
-    got, want = (
-        jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(params, hidden)
-        for f in (chunked, plain)
-    )
-    np.testing.assert_allclose(got[0][1], want[0][1], rtol=1e-5, atol=1e-6)
-    close(got[1], want[1])
-
-
-def test_no_logits_array_exceeds_the_limit(model, monkeypatch):
-    params = model.params
-    limit = 4 * 6 * CONFIG.vocab * 4
-    monkeypatch.setattr(objectives, "LOGIT_BYTES", limit)
-    batch = micro(make_batch(), 0)
-    gradient = jax.grad(lambda p: whole_loss(p, model, batch, KEY)[0])
-    text = str(jax.make_jaxpr(gradient)(params))
-    assert f"f32[4,6,{CONFIG.vocab}]" in text and f"f32[4,24,{CONFIG.vocab}]" not in text
-
-
 # The step
 
 

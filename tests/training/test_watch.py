@@ -20,7 +20,7 @@ from jdllm.train.objective import OBJECTIVES
 from jdllm.train.optimiser import Recipe
 from jdllm.training import metrics, run
 from jdllm.training.config import SFTConfig
-from jdllm.training.presets import NOTES, PRESETS
+from jdllm.training.presets import NOTES, PRESETS, REFUSED
 
 CONFIG = dataclasses.replace(
     NAMED["bundled"],
@@ -279,6 +279,35 @@ def test_presets_parse(name):
     config = cli.parse(SFTConfig, words, prog="sft")
     assert config.preset == name and set(PRESETS[name]) <= known_settings()
     assert set(NOTES) == set(PRESETS)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_presets_say_why(name, capsys):
+    assert name not in PRESETS
+    with pytest.raises(SystemExit) as caught:
+        cli.parse(SFTConfig, ["output=x", f"preset={name}"], prog="sft")
+    assert caught.value.code == 2
+    assert f"sft has no preset={name}: {REFUSED[name]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "sees"),
+    [
+        ("a2d", "qwen2.5-0.5b", (None, False)),
+        ("a2d-blocks", "qwen2.5-0.5b", (32, False)),
+        ("fastdllm2", "qwen2.5-0.5b", (32, True)),
+        ("d1-sdsft", "llada-8b", (None, False)),
+    ],
+)
+def test_presets_fit_their_models(name, base, sees):
+    words = ["output=x", f"preset={name}"]
+    config = cli.parse(SFTConfig, words + ["data=own.jsonl"] * ("data" not in PRESETS[name]), "sft")
+    model = config.adapt.applied(NAMED[base])
+    assert (model.block_causal, model.shift_logits) == sees
+    objective, fast = config.objective_of(model), name == "fastdllm2"
+    block = 32 if fast else 1
+    assert objective == dataclasses.replace(OBJECTIVES[config.objective], block=block)
+    assert objective.complementary == fast
 
 
 def test_the_edit_preset_is_its_recipe():
