@@ -1,7 +1,7 @@
 """Cache: keys and values of every layer, preallocated and written in place.
 
-A model knows `length`, `at`, `update`, `target`, `holding`, `view` and `axes` alone, so keys may
-lie row by row, or in pages.
+A model knows `length`, `at`, `target`, `holding`, `view` and `axes` alone, so keys may lie row by
+row, or in pages.
 """
 
 import dataclasses
