@@ -188,7 +188,7 @@ def test_the_next_one_is_tried_where_one_does_not_serve(monkeypatch):
     ("kernel", "forced"),
     [
         ("auto", {}),
-        ("reference", dict.fromkeys(["attention", "experts", "product"], "reference")),
+        ("reference", dict.fromkeys(choose.TABLES, "reference")),
         ("ragged", {"experts": "ragged"}),
         ("attention:xla", {"attention": "xla"}),
         ("attention:xla,experts:ragged", {"attention": "xla", "experts": "ragged"}),
