@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-Run = Callable[..., jax.Array]
+Run = Callable[..., Any]
 CAPABILITY = 8.0  # Ampere: the first with bfloat16 products and asynchronous copies
 FP8 = 8.9  # the first that widens fp8 itself
 WRONG = 0.03  # relative error of bfloat16 products is 0.002 to 0.01

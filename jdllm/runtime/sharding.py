@@ -160,7 +160,7 @@ def per_shard(
         for x, axes in zip(arrays, inputs, strict=True):
             specs.append(spec("an activation", x.shape, axes, mesh))
             placed |= zip(axes, specs[-1], strict=True)
-        outputs = output if isinstance(output, list) else [output]
+        outputs: list[Any] = output if isinstance(output, list) else [output]
         out = tuple(P(*(placed[axis] for axis in axes)) for axes in outputs)
         mapped = jax.shard_map(
             function,

@@ -104,7 +104,7 @@ def _forward(*given):  # noqa: ANN002, ANN202
 
 
 def _backward(eps: float, arrays: tuple[jax.Array, ...], change: tuple[jax.Array, ...]):
-    return jax.vjp(lambda *arrays: reference.close(*arrays, eps), *arrays)[1](change)
+    return jax.vjp(lambda *arrays: reference.close(*arrays, eps=eps), *arrays)[1](change)
 
 
 _split.defvjp(_forward, _backward)

@@ -60,7 +60,7 @@ def _forward(x: jax.Array, branch: jax.Array, scale: jax.Array, eps: float):
 
 
 def _backward(eps: float, arrays: tuple[jax.Array, ...], change: tuple[jax.Array, ...]):
-    return jax.vjp(lambda *arrays: reference.add_norm(*arrays, eps), *arrays)[1](change)
+    return jax.vjp(lambda *arrays: reference.add_norm(*arrays, eps=eps), *arrays)[1](change)
 
 
 _fused.defvjp(_forward, _backward)

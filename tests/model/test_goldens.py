@@ -32,6 +32,7 @@ def all_states(model: Model, tokens_BT, visible_BT):
     seen = mask.resolve(columns_BT)
     for layer in model.net.layers:
         x_BTD, branch_BTD, *_ = layer(x_BTD, None, columns_BT, seen)
+        assert isinstance(branch_BTD, jax.Array)
         x_BTD = x_BTD + branch_BTD
         states.append(x_BTD)
     hidden = model(states[0], columns_BT, mask).hidden
@@ -112,9 +113,11 @@ def branches(model: Model, tokens_BT, mask: Mask):
     for layer in model.net.layers:
         h = rms_norm(x_BTD, layer.attention_norm[...], layer.eps)
         mixed, _ = layer.attention(h, columns_BT, seen)
+        assert isinstance(mixed, jax.Array)
         h = rms_norm(x_BTD + mixed, layer.mlp_norm[...], layer.eps)
         out = layer.feed_forward(h)
         x_BTD, branch_BTD, *_ = layer(x_BTD, None, columns_BT, seen)
+        assert isinstance(branch_BTD, jax.Array)
         x_BTD = x_BTD + branch_BTD
         states = {"layer_out": x_BTD, "attn_out": mixed, "mlp_out": out}
         if layer.sparse:

@@ -150,10 +150,10 @@ def test_sampled_tokens_follow_the_softmax():
 
 
 GRADIENTS: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
-    "norm": (lambda *given: norm.add_norm(*given, 1e-5), ((1, 3, 128), (1, 3, 128), (128,))),
+    "norm": (lambda *given: norm.add_norm(*given, eps=1e-5), ((1, 3, 128), (1, 3, 128), (128,))),
     "mlp": (mlp.gated, ((1, 3, 128), (128, 2, 128))),
     "closing": (
-        lambda *given: closing.close(*given, 1e-5),
+        lambda *given: closing.close(*given, eps=1e-5),
         ((1, 3, 256), (256, 128), (1, 3, 128), (128,)),
     ),
 }
@@ -165,7 +165,7 @@ def test_gradients_are_the_references(operation: str, interpreted: None):
     given = [normal(i, *shape, scale=0.3) for i, shape in enumerate(shapes)]
     facts = {} if operation == "mlp" else {"eps": 1e-5}
 
-    def total(run: Callable[..., Any]) -> Callable[..., jax.Array]:
+    def total(run: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *given: sum(
             jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(run(*given))
         )
@@ -215,6 +215,7 @@ def test_a_model_over_its_cache(operation: str, small: Model, interpreted: None)
         cache = jax.tree.map(jnp.ones_like, model.empty_cache(2, 16)).at(slots)
         mask = Mask.of(model.config, jnp.array([12, 16]))
         out = model(model.embed(tokens), columns, mask, cache)
+        assert out.cache is not None
         return out.hidden, out.cache.keys, out.cache.values, model.best(out.hidden).rest
 
     forced = f"{operation}:{OURS[operation]}"
