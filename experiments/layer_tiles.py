@@ -110,7 +110,7 @@ def best(kernel: str) -> Callable[..., Any]:
     return one
 
 
-def cases(config: TilesConfig) -> Iterator[tuple[str, Any, Any, Any, list, Any]]:
+def cases(config: TilesConfig) -> Iterator[tuple[Any, ...]]:
     """Name, how it is made, the module and the form of its tiles, the tiles, weights and carry."""
     rows = jax.random.normal(jax.random.key(1), (1, config.rows, F), jnp.bfloat16)
     ones, all_V = jnp.ones(D, jnp.bfloat16), jnp.ones(V, bool)

@@ -118,7 +118,7 @@ class Experts(nnx.Module):
             flat = x_BTD.reshape(-1, D), own.reshape(-1, P), factors.reshape(-1, P)
             mixed_BTD = experts(flat[0], gate_up, down, *flat[1:], kernel).reshape(B, T, D)
             if shared:
-                mixed_BTD += swiglu(x_BTD, *more[:2], kernel)
+                mixed_BTD += swiglu(x_BTD, *more[:2], kernel=kernel)
             return sharding.sum_shards(mixed_BTD, "experts")
 
         rows = ("batch", None, "embed")
