@@ -27,6 +27,7 @@ from jdllm.batches import bucket
 from jdllm.decode.memory import Planner
 from jdllm.kernels import choose, shapes
 from jdllm.kernels.attention import reference
+from jdllm.kernels.attention.split import in_pages
 from jdllm.kernels.experts import dense, grouped
 from jdllm.llm import LLM
 from jdllm.load import weight_bytes
@@ -88,18 +89,29 @@ def bundled() -> dict[str, Any]:
 
 
 def kernels() -> list[dict[str, Any]]:
-    """Each implementation in bfloat16 against the reference in float32: error and microseconds.
+    """Each implementation in bfloat16: its error, microseconds, and whether rows are alone.
 
-    Fresh numbers; rows of all lengths; several rows with few queries, one row with many.
+    Fresh numbers; rows of all lengths, and queries with ranges of their own; keys in pages; several
+    rows with few queries, one row with many.
     """
     found = []
     for number, shape in enumerate(shapes.PUBLISHED_ATTENTION):
         B, T, S, H, G, K = shape
         rng = np.random.default_rng(number)
         sizes = (B, T, H, K), (B, S, G, K), (B, S, G, K)
-        low = [jnp.asarray(rng.normal(size=size), jnp.bfloat16) for size in sizes]
+        q, k, v = (jnp.asarray(rng.normal(size=size), jnp.bfloat16) for size in sizes)
         lengths = jnp.asarray(rng.integers(1, S + 1, B), jnp.int32)
-        found += compared("attention", shape, reference.attention, low, (lengths,))
+        first = rng.integers(0, S, (B, T))
+        last = np.minimum(first + rng.integers(1, S + 1, (B, T)), S)
+        ranges = jnp.asarray(np.stack([first, last], -1), jnp.int32)
+        for visible in (lengths, ranges):
+            with jax.enable_x64(True):
+                expected = jnp.asarray(exact(q, k, v, visible), jnp.float32)
+            arrays = (q, k, v, visible)
+            found += compared("attention", shape, expected, arrays, (0, 1, 2, 3))
+            if S % shapes.PAGE == 0:
+                arrays = q, *in_pages(k, v, shapes.PAGE), visible
+                found += compared("paged_attention", shape, expected, arrays, (0, 3, 4))
     for number, shape in enumerate(shapes.PUBLISHED_EXPERTS):
         T, P, E, D, M = shape
         x, gate_up, down = (
@@ -108,7 +120,10 @@ def kernels() -> list[dict[str, Any]]:
         )
         _, picks = jax.lax.top_k(jax.random.uniform(jax.random.key(number + 9), (T, E)), P)
         weights = jax.random.uniform(jax.random.key(number + 99), (T, P))
-        found += compared("experts", shape, dense.experts, [x, gate_up, down], (picks, weights))
+        with jax.default_matmul_precision("highest"):
+            high = (array.astype(jnp.float32) for array in (x, gate_up, down))
+            expected = jax.jit(dense.experts)(*high, picks, weights)
+        found += compared("experts", shape, expected, (x, gate_up, down, picks, weights))
         found += gradients(shape, [x, gate_up, down], picks, weights)
     return found
 
@@ -138,24 +153,47 @@ def gradients(
     return [row | {"relative_error": errors}]
 
 
+@jax.jit
+def exact(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+    """Attention in float64, as it is defined."""
+    (B, T, H, K), G = q.shape, k.shape[2]
+    q_BTGRK, k, v = (x.astype(jnp.float64) for x in (q.reshape(B, T, G, H // G, K), k, v))
+    scores = jnp.einsum("BTGRK,BSGK->BGRTS", q_BTGRK, k) * K**-0.5
+    seen = reference.by_query(visible, k.shape[1])[:, None, None]
+    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+    return jnp.einsum("BGRTS,BSGK->BTGRK", weights, v).reshape(B, T, H, K)
+
+
 def compared(
-    operation: str, shape: Any, reference: Callable, low: list[jax.Array], facts: tuple
+    operation: str,
+    shape: Any,
+    expected: jax.Array,
+    arrays: tuple[jax.Array, ...],
+    by_row: tuple[int, ...] = (),
 ) -> list[dict[str, Any]]:
-    """A row for each implementation in the table of an operation; its reason if it declines."""
-    with jax.default_matmul_precision("highest"):
-        expected = jax.jit(reference)(*(x.astype(jnp.float32) for x in low), *facts)
+    """A row for each implementation in the table of an operation; its reason if it declines.
+
+    Those of `arrays` that lead with rows are named by number: a row is then computed alone, too.
+    """
     found = []
     for name in choose.TABLES[operation]:
         row = {"operation": operation, "name": name, "shapes": shape._asdict()}
+        row["visible"] = str(arrays[-1].shape) if by_row else ""
         run = jax.jit(partial(choose.run, operation, f"{operation}:{name}"))
         try:
-            wrong = run(*low, *facts).astype(jnp.float32) - expected
+            together = run(*arrays)
         except ValueError as error:
             found.append(row | {"declined": str(error)})
             continue
+        wrong = together.astype(jnp.float32) - expected
         error = float(jnp.linalg.norm(wrong.ravel()) / jnp.linalg.norm(expected.ravel()))
-        seconds = chained(run, *low, *facts)
-        found.append(row | {"relative_error": error, "microseconds": round(1e6 * seconds, 1)})
+        seconds = chained(run, *arrays)
+        row |= {"relative_error": error, "microseconds": round(1e6 * seconds, 1)}
+        for b in {0, len(expected) - 1} if by_row else ():
+            own = [x[b : b + 1] if i in by_row else x for i, x in enumerate(arrays)]
+            same = bool(jnp.array_equal(run(*own), together[b : b + 1]))
+            row["alone_as_together"] = same and row.get("alone_as_together", True)
+        found.append(row)
     return found
 
 

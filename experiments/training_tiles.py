@@ -140,7 +140,7 @@ def main(config: TilesConfig) -> None:
         row["ms"] = spent / count if isinstance(spent, float) else spent
         if isinstance(spent, float) and row["what"] in OPERATIONS:
             work = 2 * config.tokens * P * D * M * OPERATIONS[row["what"]]
-            row["tflops"] = work / row["ms"] / 1e9
+            row["tflops"] = work * count / spent / 1e9
         found.append(row)
         print(row, flush=True)
 

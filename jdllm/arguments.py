@@ -59,3 +59,42 @@ class DecodingArgs(ModelArgs):
         llm = super().load_llm(verifier or self.verifier)
         llm.engine = self.engine
         return llm
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpreadArgs(DecodingArgs):
+    """Decoding that may be spread over the workers of a Ray cluster."""
+
+    executor: Literal["local", "ray"] = "local"
+    """ray: workers of a Ray cluster decode, each with the whole model (docs/cluster.md)."""
+    workers: int = 0
+    """executor=ray: how many (default: as many as the cluster has room for)."""
+    gpus: float | None = None
+    """executor=ray: GPUs of a worker (default: one per device of the mesh, where there are any)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_spread(self.executor, {"workers": self.workers}, self.gpus)
+
+    def load_llm(self, verifier: str | None = None) -> "LLM":
+        """Loads the model, here or in the workers; ValueError or OSError as from LLM.load."""
+        if self.executor == "local":
+            return super().load_llm(verifier)
+        from jdllm.cluster.fleet import Fleet
+
+        settings = {
+            "model": self.model, "mesh": self.mesh, "dtype": self.dtype, "seed": self.seed,
+            "verifier": verifier or self.verifier, "allow_unknown": self.allow_unknown,
+            "kernel": self.kernel, "adapter": self.adapter, "engine": self.engine,
+        }  # fmt: skip
+        return Fleet.start(settings, self.workers, self.gpus)
+
+
+def check_spread(executor: str, counts: dict[str, int], gpus: float | None) -> None:
+    """ValueError for settings of a cluster that are none, or that come without executor=ray."""
+    given = {name: n for name, n in counts.items() if n} | ({} if gpus is None else {"gpus": gpus})
+    for name, number in given.items():
+        if executor == "local":
+            raise ValueError(f"{name}={number} belongs to executor=ray; add that, or leave it out")
+        if number < 0:
+            raise ValueError(f"{name}={number} must be 0 or more")

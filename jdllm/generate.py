@@ -1,8 +1,8 @@
-"""Completes one prompt, says what it cost, and shows how it came about.
+"""Completes one prompt, or a file of them, says what it cost, and shows how it came about.
 
 python -m jdllm.generate prompt="Fill in this sudoku ..." model=GSAI-ML/LLaDA-8B-Instruct
 python -m jdllm.generate prompt="..." viz=live trace=run.jsonl html=run.html
-python -m jdllm.generate replay=run.jsonl viz=live
+python -m jdllm.generate file=prompts.jsonl output=results/prompts executor=ray workers=4
 """
 
 from jdllm.generation import GenerateConfig, generate

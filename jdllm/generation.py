@@ -3,16 +3,22 @@
 import dataclasses
 import json
 import platform
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import jax
+
 import jdllm
-from jdllm.arguments import DecodingArgs
+from jdllm.arguments import SpreadArgs
+from jdllm.bulk import complete_file
 from jdllm.decode import DecodeConfig
 from jdllm.evaluation.settings import check_verifier
 from jdllm.load import enable_compilation_cache
 from jdllm.runtime import files, processes, sharding
+from jdllm.runtime.journal import going_on
+from jdllm.runtime.machine import process_age
 from jdllm.runtime.progress import Bar
 from jdllm.viz import replay, trace
 from jdllm.viz.pieces import Lexicon
@@ -23,11 +29,17 @@ if TYPE_CHECKING:  # imported when it runs, so that --help is quick
 
 
 @dataclasses.dataclass(frozen=True)
-class GenerateConfig(DecodingArgs):
-    """Generation from one prompt."""
+class GenerateConfig(SpreadArgs):
+    """Generation from one prompt, or from a file of them."""
 
     prompt: str = ""
-    """The user's message; needed unless replay is given."""
+    """The user's message; needed unless file or replay is given."""
+    file: Path | None = None
+    """Prompts, one per line: text, or in a .jsonl file objects with prompt or messages."""
+    output: Path | None = None
+    """Folder for the completions of file; the same command goes on after a kill."""
+    batch_size: int = 32
+    """file: most rows of a batch."""
     system: str = ""
     """A system prompt before it, as the chat template writes one."""
     decode: DecodeConfig = DecodeConfig()
@@ -50,7 +62,8 @@ class GenerateConfig(DecodingArgs):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.replay is None and not self.prompt.strip():
+        self.check_file()
+        if self.replay is None and not self.file and not self.prompt.strip():
             raise ValueError('prompt is empty; write prompt="some text"')
         if self.system and not self.chat:
             raise ValueError("system= needs the chat template; leave out chat=false")
@@ -69,6 +82,27 @@ class GenerateConfig(DecodingArgs):
             if path.is_dir():
                 raise ValueError(f"{name}={path} is a folder; name a file")
 
+    def check_file(self) -> None:
+        """ValueError for settings that have no meaning with, or without, a file of prompts."""
+        own = {"output": self.output, "executor": self.executor == "ray"}
+        if not self.file:
+            if given := [name for name, value in own.items() if value]:
+                raise ValueError(f"{given[0]}= is for many prompts: name them, file=PROMPTS.jsonl")
+            return
+        if not self.output:
+            raise ValueError("file= has many completions: name a folder for them, output=FOLDER")
+        one = ("prompt", "system", "trace", "html", "replay", "json")
+        given = [n for n in one if getattr(self, n)] + ["viz"] * (self.viz != "none")
+        if given:
+            raise ValueError(f"{given[0]}= is for one prompt; leave it out, or file=")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size} must be 1 or more")
+
+    @property
+    def going_on(self) -> str:
+        """How to go on after an interrupt."""
+        return going_on(self.output) if self.file else ""
+
     @property
     def conversation(self) -> "Prompt":
         """What the model is asked."""
@@ -86,7 +120,10 @@ def generate(config: GenerateConfig) -> None:
     """Completes the prompt, or shows a recorded run, and writes the files that were asked for."""
     for path in config.outputs.values():
         files.require_writable(path)  # now rather than after the run
-    if config.replay:
+    if config.file:
+        enable_compilation_cache()
+        complete_file(config)
+    elif config.replay:
         show_again(config, trace.read(config.replay))
     else:
         complete(config)
@@ -95,9 +132,12 @@ def generate(config: GenerateConfig) -> None:
 def complete(config: GenerateConfig) -> None:
     """Prints the completion; a line on standard error says what it cost."""
     enable_compilation_cache()
+    age, begun = process_age(), time.perf_counter()
     with Bar(total=1, unit="prompt", leave=False, disable=not processes.is_main()) as bar:
         bar.set_postfix_str(f"loading {config.model}")
         llm = config.load_llm()
+        jax.block_until_ready(llm.model)
+        weights = time.perf_counter() - begun
         bar.set_postfix_str("")
         watched = config.viz == "live" or config.outputs
         if not watched:
@@ -108,16 +148,24 @@ def complete(config: GenerateConfig) -> None:
         print(batch.completions[0].text)
     completion = batch.completions[0]
     tokens = len(completion.ids)
+    start = {} if age is None else {"start": age}
+    start |= {
+        "weights": weights,
+        "compilation": batch.compile_seconds,
+        "tokens": time.perf_counter() - begun - weights - batch.compile_seconds,
+    }
     if config.json:
         facts = describe(llm, config, llm.resolve(config.decode), batch)
         facts |= {"ids": completion.ids, "compile_seconds": round(batch.compile_seconds, 6)}
+        facts["start_seconds"] = {name: round(seconds, 6) for name, seconds in start.items()}
         print(json.dumps(facts, indent=2, ensure_ascii=False))
         return
     processes.say(
         f"\nfinish {completion.finish_reason}, {tokens} tokens, NFE {completion.nfe}, "
         f"{tokens / batch.seconds:.1f} tokens/s on {processes.describe()}, "
         f"{sharding.describe(llm.mesh)} "
-        f"(compilation {batch.compile_seconds:.1f} s apart)"
+        f"(compilation {batch.compile_seconds:.1f} s apart)\n"
+        + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in start.items())
     )
 
 

@@ -7,6 +7,7 @@ python -m jdllm.harness run --model jdllm --model_args model=bundled --tasks gsm
 """
 
 from jdllm.evaluation.harness import JdllmLM
+from jdllm.load import enable_compilation_cache
 from jdllm.runtime.cli import one_sentence
 
 __all__ = ["JdllmLM"]
@@ -15,5 +16,6 @@ __all__ = ["JdllmLM"]
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
+    enable_compilation_cache()
     with one_sentence():
         cli_evaluate()

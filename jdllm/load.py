@@ -16,12 +16,13 @@ from jdllm.model.config import NAMED, ModelConfig, is_converted
 from jdllm.model.lora import Adapter
 from jdllm.model.model import Model
 from jdllm.runtime import processes, sharding
-from jdllm.runtime.files import home
+from jdllm.runtime.files import home, prune
 from jdllm.store import checkpoint
 from jdllm.tokenizer import copy_tokenizer
 
 BUNDLED = Path(__file__).parent / "bundled"
 CONVERT_ABOVE = 2_000_000_000  # bytes: a larger download is converted once and kept
+KEPT_PROGRAMS = 8 * 2**30  # bytes of compiled programs that stay on disk
 ROOM = 0.7  # share of a device's memory that weights may take; caches and activations need the rest
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -39,10 +40,21 @@ def compute_dtype(dtype: str, stored: str) -> str:
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs in JDLLM_HOME, so that the second start of a command is quick."""
-    jax.config.update("jax_compilation_cache_dir", str(home() / "xla"))
+    """Keeps compiled programs in JDLLM_HOME, so that the second start of a command is quick.
+
+    What was set before, by the environment or in code, counts more: another folder
+    (JAX_COMPILATION_CACHE_DIR), which is left to grow, or none, where
+    JAX_ENABLE_COMPILATION_CACHE is false.
+    """
+    if not jax.config.jax_enable_compilation_cache or jax.config.jax_compilation_cache_dir:
+        return
+    folder = home() / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    # JAX would look at every file of the folder each time that it writes one.
+    if jax.config.jax_compilation_cache_max_size == -1:
+        prune(folder, KEPT_PROGRAMS)
 
 
 def locate(model: str, allow_unknown: Sequence[str] = ()) -> Path | None:

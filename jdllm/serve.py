@@ -2,7 +2,7 @@
 
 python -m jdllm.serve                                               # the bundled model, port 8000
 python -m jdllm.serve model=GSAI-ML/LLaDA-8B-Instruct port=8000 engine.slots=16
-python -m jdllm.serve model=inclusionAI/LLaDA2.0-mini host=0.0.0.0 api_key=SECRET
+python -m jdllm.serve executor=ray replicas=2 host=0.0.0.0 api_key=SECRET
 """
 
 from jdllm.runtime import cli
@@ -12,8 +12,10 @@ from jdllm.server.config import ServeConfig, need_packages
 def main(config: ServeConfig) -> None:
     """Serves until a signal asks to end; then what has begun is finished."""
     need_packages()
-    from jdllm.server.run import serve
-
+    if config.executor == "ray":
+        from jdllm.server.spread import serve
+    else:
+        from jdllm.server.run import serve
     serve(config)
 
 

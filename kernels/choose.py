@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jdllm.kernels.attention import cudnn, reference, split, xla
+from jdllm.kernels.attention import cudnn, mosaic, reference, split, tiled, xla
 from jdllm.kernels.closing import reference as closing_reference
 from jdllm.kernels.closing import split as closing_split
 from jdllm.kernels.experts import dense, grouped, ragged
@@ -32,18 +32,41 @@ from jdllm.kernels.rotary import fused as rotary_fused
 from jdllm.kernels.rotary import reference as rotary_reference
 from jdllm.kernels.rotary.reference import Facts, Target
 
+
+def gathered(
+    q_BTHK: jax.Array,
+    k_PNGK: jax.Array,
+    v_PNGK: jax.Array,
+    table: jax.Array,
+    visible: jax.Array,
+    kernel: str = "auto",
+) -> jax.Array:
+    """Attention to rows that are first gathered from their pages, by the operation `attention`."""
+    k_BSGK, v_BSGK = (reference.gathered(x, table) for x in (k_PNGK, v_PNGK))
+    return attention(q_BTHK, k_BSGK, v_BSGK, visible, kernel)
+
+
 # In order of preference. The reference serves every case: what stands behind it serves by name
-# only. Triton's do until the whole loop has been measured with them (docs/performance.md).
+# only, until the whole loop has been measured with it (docs/performance.md).
 TABLES: dict[str, dict[str, Callable[..., Any]]] = {
     "attention": {
+        "split": split.attention,
         "cudnn": cudnn.attention,
         "xla": xla.attention,
         "reference": reference.attention,
-        "split": split.attention,
+        "mosaic": mosaic.attention,
+        "tiled": tiled.attention,
+    },
+    "paged_attention": {
+        "split": split.paged_attention,
+        "gathered": gathered,
+        "reference": reference.paged_attention,
+        "mosaic": mosaic.paged_attention,
+        "tiled": tiled.paged_attention,
     },
     "experts": {
-        "reference": dense.experts,
         "grouped": grouped.experts,
+        "reference": dense.experts,
         "ragged": ragged.experts,
     },
     "norm": {"reference": norm_reference.add_norm, "fused": norm_fused.add_norm},
@@ -72,6 +95,9 @@ class Choice:
 
 CHECKS = {
     "attention:split": split.check,
+    "attention:mosaic": mosaic.check,
+    "paged_attention:split": split.check_paged,
+    "paged_attention:mosaic": mosaic.check_paged,
     "experts:grouped": grouped.check,
     "norm:fused": norm_fused.check,
     "rotary:fused": rotary_fused.check,
@@ -96,6 +122,24 @@ def attention(
 ) -> jax.Array:
     """Attention [B, T, H, K] of T queries over S keys: see kernels/attention/reference.py."""
     return run("attention", kernel, q_BTHK, k_BSGK, v_BSGK, visible)
+
+
+def paged_attention(
+    q_BTHK: jax.Array,
+    k_PNGK: jax.Array,
+    v_PNGK: jax.Array,
+    table: jax.Array,
+    visible: jax.Array,
+    kernel: str = "auto",
+) -> jax.Array:
+    """Attention of T queries over keys in pages: see kernels/attention/reference.py.
+
+    Where `kernel` says how to attend, and not how to attend to pages, they are gathered for it.
+    """
+    arrays, forced = (q_BTHK, k_PNGK, v_PNGK, table, visible), parse(kernel)
+    if "attention" in forced and "paged_attention" not in forced:
+        return gathered(*arrays, kernel)
+    return run("paged_attention", kernel, *arrays)
 
 
 def experts(

@@ -20,13 +20,23 @@ ATTENTION = (
     Attention(2, 3, 9, 4, 2, 16),
     Attention(2, 8, 8, 6, 1, 4),
 )
-# Those of published models, for GPUs: a block of several rows of LLaDA-8B over its keys, a whole
-# canvas of Dream-7B, a block of several of its rows.
+# Those of published models, for GPUs: a block of one row and of several of LLaDA-8B over its keys,
+# a whole canvas of Dream-7B, a block of several of its rows and of LLaDA2-mini's.
 PUBLISHED_ATTENTION = (
+    Attention(1, 32, 1024, 32, 32, 128),
     Attention(8, 32, 1024, 32, 32, 128),
     Attention(1, 1000, 1000, 28, 4, 128),
     Attention(8, 32, 1024, 28, 4, 128),
+    Attention(8, 32, 4096, 16, 4, 128),
 )
+PUBLISHED_HEADS = {
+    "llada-8b": (32, 32, 128),
+    "llada2-mini": (16, 4, 128),
+    "dream-7b": (28, 4, 128),
+}
+"""H, G and K of models whose blocks experiments/attention_tiles.py measures."""
+PAGE = 32
+"""Columns of a page of keys."""
 
 
 class Experts(NamedTuple):

@@ -15,7 +15,7 @@ from jdllm.evaluation.speed import Cost, Speed
 from jdllm.evaluation.traffic import Traffic
 from jdllm.kernels.choose import choices
 from jdllm.load import enable_compilation_cache
-from jdllm.runtime import cli
+from jdllm.runtime import cli, profiling
 from jdllm.runtime.environment import environment
 from jdllm.runtime.files import write_json
 from jdllm.runtime.progress import Bar
@@ -69,6 +69,9 @@ class BenchConfig(ModelArgs):
     """engine=true: what comes."""
     decode: DecodeConfig = DecodeConfig()
     """engine=true: how to decode."""
+    profile: Path | None = None
+    """Folder for a trace that xprof or Perfetto opens, of the blocked run once more or of the
+    engine's; the dearest kernels are printed."""
     output: Path = Path("benchmark_results.json")
     """File for the figures, the settings and what they were measured on."""
 
@@ -83,6 +86,8 @@ class BenchConfig(ModelArgs):
             raise ValueError(f"source={self.source} needs dataset=FILE.jsonl")
         if self.dataset and not self.dataset.is_file():
             raise ValueError(f"dataset={self.dataset} is not a file")
+        if self.profile and self.profile.is_file():
+            raise ValueError(f"profile={self.profile} is a file; name a folder")
         self.settings(4 * (self.block_length or 32))
 
     def lengths(self, own: int) -> dict[str, int]:
@@ -187,12 +192,23 @@ def shown(rows: dict[str, dict[str, Any]]) -> str:
     )
 
 
+def profiled(config: BenchConfig) -> dict[str, Any]:
+    """Prints the dearest kernels of the trace, if there is one, and returns them for the file."""
+    if config.profile is None:
+        return {}
+    found = profiling.profile(profiling.read(config.profile))
+    print(f"\n{profiling.shown(found)}\n\ntrace in {config.profile}")
+    return {"profile": found.facts()}
+
+
 def measure_engine(config: BenchConfig) -> None:
     """Measures the engine, prints the table and writes `output`."""
     llm = config.load_llm()
-    rows = traffic.measure(llm, config.decode, config.traffic, config.batch_size, config.seed)
+    rows = traffic.measure(
+        llm, config.decode, config.traffic, config.batch_size, config.seed, config.profile
+    )
     print(f"\n{config.traffic.requests} requests\n\n{traffic.shown(rows)}")
-    facts: dict[str, Any] = dict(rows)
+    facts: dict[str, Any] = dict(rows) | profiled(config)
     facts |= {
         "config": dataclasses.asdict(config) | placed(llm),
         "command": cli.command(config, "jdllm.bench"),
@@ -217,7 +233,16 @@ def main(config: BenchConfig) -> None:
         name: measure(llm, asked, decode, config.batch_size, NAMES[name])
         for name, decode in config.settings(own).items()
     }
-    facts: dict[str, Any] = dict(rows)
+    if config.profile:  # once more: recording takes time, and compilation is no kernel
+        with profiling.recording(config.profile):
+            list(
+                llm.stream(
+                    [question.prompt for question in asked],
+                    config.settings(own)["blockinfer"],
+                    batch_size=config.batch_size,
+                )
+            )
+    facts: dict[str, Any] = dict(rows) | profiled(config)
     if len(rows) == 2:
         facts["comparison"] = compare(rows)
     facts |= {

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from jdllm.arguments import DecodingArgs
+from jdllm.arguments import SpreadArgs
 from jdllm.decode import DecodeConfig
 from jdllm.evaluation.settings import check_verifier, read_decode
 from jdllm.runtime.fields import leaves
@@ -16,7 +16,7 @@ from jdllm.tasks.published_rows import PRESETS, find
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TaskArgs(DecodingArgs):
+class TaskArgs(SpreadArgs):
     """A model on tasks."""
 
     task: str = "sudoku"

@@ -2,12 +2,9 @@
 
 import dataclasses
 import itertools
-import resource
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
-
-import jax
 
 from jdllm.decode import DecodeConfig
 from jdllm.evaluation import exit_report, exits, held_out, oracle
@@ -18,7 +15,6 @@ from jdllm.evaluation.paired import Weighed
 from jdllm.evaluation.results import Sample
 from jdllm.evaluation.run import evaluate
 from jdllm.runtime import cli, sharding
-from jdllm.runtime.environment import environment
 from jdllm.runtime.journal import FINISHED, Journal
 from jdllm.runtime.progress import Bar
 
@@ -51,21 +47,15 @@ def run_of(config: "SweepConfig", task: str, entry: Entry) -> EvalConfig:
     return EvalConfig(**config.shared() | own)
 
 
-def peak_bytes() -> int:
-    """What the first device has held at most so far; of a CPU, the process."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return (
-        stats.get("peak_bytes_in_use") or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    )
-
-
 def perform(runs: Sequence[Planned], llm: Any, journal: Journal) -> Iterator[Line]:
     """Runs what the journal does not hold yet, and yields every line."""
+    from jdllm.cluster.fleet import peak  # it would have --help wait
+
     with Bar(total=len(runs), unit="run", desc="exits", disable=not runs) as bar:
         for task, length, entry, run in runs:
             bar.set_postfix_str(f"{task} {length} {entry.schedule} {entry.rule} {entry.map}")
             _, (result,) = evaluate(run, journal, llm, leave=False)
-            line = Line(task, length, entry, result, peak_bytes())
+            line = Line(task, length, entry, result, peak(llm))
             steps = sum(line.steps) / len(line.steps)
             bar.write(
                 f"{task} {length} {entry.schedule} {entry.rule} {entry.map} x{entry.scale:g}: "
@@ -129,6 +119,8 @@ def alignments(runs: Sequence[Planned], llm: Any) -> dict[str, dict[str, float]]
 
 def main(config: "SweepConfig") -> list[str]:
     """Runs the plan, and returns the names of the files that the report is made of."""
+    from jdllm.cluster.fleet import surroundings
+
     runs = planned(config)
     if words := exits.described(config.adapter):
         print(f"note: {words}", file=sys.stderr)
@@ -144,7 +136,7 @@ def main(config: "SweepConfig") -> list[str]:
     fixed = fixed_steps(config, lines, llm, journal, half)
     rows = exit_report.rows_of(lines, fixed)
     rows += oracle_rows(lines, rows, runs, llm)
-    facts = {"command": cli.command(config, "jdllm.sweep"), **environment()}
-    facts["mesh"] = sharding.describe(sharding.parse_mesh(config.mesh))
+    facts = {"command": cli.command(config, "jdllm.sweep"), **surroundings(llm)}
+    facts["mesh"] = sharding.describe(llm.mesh)
     facts["config"] = dataclasses.asdict(config)
     return exit_report.write(config.output, rows, lines, alignments(runs, llm), facts, tried)

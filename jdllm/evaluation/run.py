@@ -14,11 +14,9 @@ import jax
 from jdllm.evaluation.config import EvalConfig
 from jdllm.evaluation.results import Sample, TaskResult, compared, show
 from jdllm.evaluation.settings import longest, placed
-from jdllm.kernels.choose import choices
 from jdllm.load import enable_compilation_cache
 from jdllm.model.config import ModelConfig, count_parameters
 from jdllm.runtime import cli, processes, sharding
-from jdllm.runtime.environment import environment
 from jdllm.runtime.files import alone, write_json, write_json_lines
 from jdllm.runtime.journal import FINISHED, Journal
 from jdllm.tasks import published
@@ -123,7 +121,7 @@ def evaluate(
         results.append(run(name, tasks, lm, config.limit))
         framed |= lm.frames
     resolved = dataclasses.replace(config, decode=decode, chat=framed, **placed(llm))
-    facts = {"command": cli.command(config, "jdllm.eval")} | report(resolved, llm.config, results)
+    facts = {"command": cli.command(config, "jdllm.eval")} | report(resolved, llm, results)
     if decode.exit.aims:
         facts["cosines"] = llm.maps.alignment(decode.exit)
     return facts, results
@@ -132,13 +130,19 @@ def evaluate(
 def introduce(name: str, llm: Any) -> None:
     """Says what was loaded, and where."""
     what = f"{count_parameters(llm.config):,} parameters in {llm.config.held}"
-    where = f"{processes.describe()}, {sharding.describe(llm.mesh)}"
+    from jdllm.cluster.fleet import Fleet
+
+    spread = f"{llm.crew.count} workers, each " if isinstance(llm, Fleet) else ""
+    where = f"{spread or processes.describe() + ', '}{sharding.describe(llm.mesh)}"
     cores = f"{os.cpu_count()} CPU cores, jax {jax.__version__}"
     processes.say(f"model {name}: {what}\n{where} ({cores})")
 
 
-def report(config: EvalConfig, model: ModelConfig, results: Sequence[TaskResult]) -> dict[str, Any]:
+def report(config: EvalConfig, llm: Any, results: Sequence[TaskResult]) -> dict[str, Any]:
     """What results.json holds; `config` with its lengths resolved."""
+    model: ModelConfig = llm.config
+    from jdllm.cluster.fleet import kernels, surroundings
+
     speed = functools.reduce(operator.add, [result.speed for result in results])
     return {
         "config": dataclasses.asdict(config),
@@ -162,7 +166,7 @@ def report(config: EvalConfig, model: ModelConfig, results: Sequence[TaskResult]
             for result in results
         },
         "speed": speed.facts(),
-        "environment": environment() | {"kernels": choices()},
+        "environment": surroundings(llm) | {"kernels": kernels(llm)},
     }
 
 

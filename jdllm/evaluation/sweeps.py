@@ -5,6 +5,7 @@ import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from jdllm.decode import DecodeConfig
 from jdllm.evaluation import edit_folder, exit_sweep, exits
@@ -16,10 +17,11 @@ from jdllm.evaluation.run import evaluate
 from jdllm.evaluation.settings import check_verifier, label
 from jdllm.load import enable_compilation_cache
 from jdllm.runtime import cli, sharding
-from jdllm.runtime.environment import environment
 from jdllm.runtime.files import alone, write_json
 from jdllm.runtime.journal import FINISHED, Journal, going_on
 from jdllm.runtime.progress import Bar
+
+Facts = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,12 +133,16 @@ def row_of(run: EvalConfig, result: TaskResult) -> Row:
     } | speed
 
 
-def perform(runs: Sequence[EvalConfig], journal: Journal) -> Iterator[tuple[EvalConfig, Row]]:
+def perform(
+    runs: Sequence[EvalConfig], journal: Journal
+) -> Iterator[tuple[EvalConfig, Row, Facts]]:
     """Runs what the journal does not hold yet, each model loaded once.
 
-    Yields every run, its settings' lengths filled in, and its row. A task that cannot be loaded is
-    refused before any model is.
+    Yields every run, its settings' lengths filled in, its row, and where it ran. A task that cannot
+    be loaded is refused before any model is.
     """
+    from jdllm.cluster.fleet import surroundings  # it would have --help wait
+
     for run in {run.task: run for run in runs}.values():
         for name in run.tasks:
             run.load_task(name)
@@ -145,7 +151,7 @@ def perform(runs: Sequence[EvalConfig], journal: Journal) -> Iterator[tuple[Eval
     with bar:
         for model, own in itertools.groupby(runs, key=lambda run: run.model):
             bar.set_postfix_str(f"loading {model}")
-            llm = None
+            llm = None  # which lets go of the one before
             for run in own:
                 llm = llm or run.load_llm(verifier)
                 bar.set_postfix_str(f"{run.task} {label(run.settings)}")
@@ -159,7 +165,8 @@ def perform(runs: Sequence[EvalConfig], journal: Journal) -> Iterator[tuple[Eval
                     file=sys.stderr,
                 )
                 bar.update(1)
-                yield dataclasses.replace(run, decode=decode, decode_file=None), row
+                where = surroundings(llm) | {"mesh": sharding.describe(llm.mesh)}
+                yield dataclasses.replace(run, decode=decode, decode_file=None), row, where
 
 
 def main(config: SweepConfig) -> None:
@@ -185,7 +192,7 @@ def main(config: SweepConfig) -> None:
 def sweep(config: SweepConfig) -> list[str]:
     """Runs a plan of models, tasks and settings; returns the names of the report's files."""
     journal = Journal(config.output / FINISHED)
-    rows = [row for _, row in perform(config.runs(), journal)]
-    facts = {"command": cli.command(config, "jdllm.sweep"), **environment()}
-    facts["mesh"] = sharding.describe(sharding.parse_mesh(config.mesh))
+    done = list(perform(config.runs(), journal))
+    facts = {"command": cli.command(config, "jdllm.sweep"), **done[-1][-1]}
+    rows = [row for _, row, _ in done]
     return write_report(config.output, rows, facts)

@@ -5,6 +5,7 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from jdllm.engine import EngineConfig, Engines, Job, Outcome, Progress, make_can
 from jdllm.evaluation.report import table
 from jdllm.llm import LLM
 from jdllm.parity import make_setup
+from jdllm.runtime.profiling import recording
 
 COLUMNS = {  # figure -> its head in the table, with the unit
     "tokens_per_second": "tokens/s",
@@ -171,11 +173,17 @@ def figures(calls: Sequence[Call], clock: Clock) -> dict[str, float]:
 
 
 def measure(
-    llm: LLM, decode: DecodeConfig, traffic: Traffic, slots: int, seed: int
+    llm: LLM,
+    decode: DecodeConfig,
+    traffic: Traffic,
+    slots: int,
+    seed: int,
+    trace: Path | None = None,
 ) -> dict[str, dict[str, float]]:
     """Both ways over the same requests, each once to compile and once on the clock.
 
-    Every canvas is filled to its end, so that both fill the same.
+    Every canvas is filled to its end, so that both fill the same. Into `trace` comes what the
+    device did in the engine's pass on the clock, which recording slows.
     """
     decode = dataclasses.replace(decode, stop="none")
     calls, plain = draw(traffic, llm, seed), LLM(llm.model, None, llm.defaults, engine="off")
@@ -189,7 +197,9 @@ def measure(
         way = begin()
         way(at_once)
         way(calls)
-        found[name] = figures(calls, way(calls))
+        with recording(trace if name == "engine" else None):
+            clock = way(calls)
+        found[name] = figures(calls, clock)
         del way
         gc.collect()  # an engine and its scheduler know each other; their pages make room
     return found

@@ -79,7 +79,7 @@ def main(config: TuneConfig) -> None:
     with alone(work):
         journal = Journal(work / FINISHED)
         found = list(perform(config.runs(), journal))
-        runs, rows = [run for run, _ in found], [row for _, row in found]
+        runs, rows = [run for run, *_ in found], [row for _, row, _ in found]
         chosen = pick(rows, config.max_drop, config.by)
         settings = runs[chosen].decode
         write_decode(config.output, settings)

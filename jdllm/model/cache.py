@@ -1,7 +1,7 @@
 """Cache: keys and values of every layer, preallocated and written in place.
 
-A model knows `length`, `at`, `target`, `holding`, `view` and `axes` alone, so keys may lie row by
-row, or in pages.
+A model knows `length`, `at`, `target`, `holding`, `view`, `table` and `axes` alone, so keys may lie
+row by row, or in pages.
 """
 
 import dataclasses
@@ -40,6 +40,10 @@ class Cache:
         keys = tuple(jnp.zeros(shape, dtype) for _ in range(config.layers))
         values = tuple(jnp.zeros(shape, dtype) for _ in range(config.layers))
         return cls(keys, values)
+
+    @property
+    def table(self) -> None:
+        """None: columns lie in their order, and nothing has to be looked up."""
 
     @property
     def length(self) -> int:
@@ -134,13 +138,8 @@ class PagedCache:
         return _holding(self, layer, keys, values)
 
     def view(self, layer: int) -> tuple[jax.Array, jax.Array]:
-        """Keys and values [B, S, G, K] of a layer, gathered: the reference for a paged kernel."""
-
-        def rows(pool_PNGK: jax.Array) -> jax.Array:
-            found = pool_PNGK[self.table]
-            return found.reshape(len(self.table), self.length, *pool_PNGK.shape[2:])
-
-        return rows(self.keys[layer]), rows(self.values[layer])
+        """Pools [P, N, G, K] of keys and values of a layer, which attention reads by the table."""
+        return self.keys[layer], self.values[layer]
 
 
 def _named(slots_BT: jax.Array | None) -> jax.Array:

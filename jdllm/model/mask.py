@@ -7,7 +7,7 @@ from typing import Literal, Self
 import jax
 import jax.numpy as jnp
 
-from jdllm.kernels.attention.reference import as_mask
+from jdllm.kernels.attention.reference import as_ranges, by_query
 from jdllm.model.config import ModelConfig
 
 Kind = Literal["full", "causal", "blocks", "window", "two_stream"]
@@ -48,6 +48,13 @@ RULES: dict[Kind, Callable[[jax.Array, jax.Array, int], jax.Array]] = {
 }
 """By kind: which keys at positions [B, 1, S] the queries at [B, T, 1] may see. full has no rule."""
 
+REACHES: dict[Kind, Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]] = {
+    "causal": lambda q, _: (jnp.zeros_like(q), q + 1),
+    "blocks": lambda q, size: (jnp.zeros_like(q), (q // size + 1) * size),
+    "window": lambda q, size: (jnp.maximum(q - size + 1, 0), q + size),
+}
+"""By kind: the first position that a query sees, and the one behind the last; others have none."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +62,8 @@ class Mask:
     """Which keys there are to see, and the rule of who sees which of them."""
 
     visible: jax.Array
-    """Of the keys: int32 [B], where rows see their first so many columns, or bool [B, S]."""
+    """Of the keys: int32 [B], where rows see their first so many columns; int32 [B, 2], the first
+    column that a row sees and the one behind the last (left padding); or bool [B, S]."""
     keys: jax.Array | None = None
     """int32 [B, S]: positions of a cache's columns, where column s is not position s."""
     documents: jax.Array | None = None
@@ -86,9 +94,11 @@ class Mask:
         return cls(visible, kind="blocks", size=block or config.block_causal)
 
     def resolve(self, positions_BT: jax.Array, columns: int | None = None) -> jax.Array:
-        """What attention is told: `visible` where every query sees the same, else bool [B, T, S].
+        """What attention is told, as short as it can be said: see kernels/attention/reference.py.
 
         The queries stand at `positions_BT`; the keys there too, or in the `columns` of a cache.
+        `visible` stays what it is where every query sees the same; over a cache whose columns are
+        positions every query has its range; everything else is bool [B, T, S].
         ValueError for two streams or documents over a cache.
         """
         if columns is not None and (self.kind == "two_stream" or self.documents is not None):
@@ -96,13 +106,20 @@ class Mask:
             raise ValueError(f"a {kind} mask is for whole canvases: call without a cache")
         if self.documents is not None:
             own = dataclasses.replace(self, documents=None).resolve(positions_BT)
-            own_BTS = own if own.ndim == 3 else as_mask(own, positions_BT.shape[1])[:, None]
+            own_BTS = by_query(own, positions_BT.shape[1])
             return own_BTS & (self.documents[:, :, None] == self.documents[:, None, :])
+        plain = self.keys is None and self.also is None
+        spans = self.visible.ndim == 2 and self.visible.dtype != bool
+        visible = self.visible[:, None] if spans else self.visible
         if self.kind == "full":
-            return self.visible
+            return visible
+        if visible.dtype != bool and self.kind in REACHES and columns and plain:
+            first_BT, last_BT = REACHES[self.kind](positions_BT, self.size)
+            own = as_ranges(visible)
+            first_BT = jnp.maximum(first_BT, own[..., 0])
+            return jnp.stack([first_BT, jnp.minimum(last_BT, own[..., 1])], axis=-1)
         keys_BS = positions_BT if columns is None else jnp.arange(columns)[None]
         keys_BS = keys_BS if self.keys is None else self.keys
-        visible_BS = as_mask(self.visible, keys_BS.shape[1])
         seen = RULES[self.kind](positions_BT[:, :, None], keys_BS[:, None, :], self.size)
         seen = seen if self.also is None else seen | self.also
-        return visible_BS[:, None, :] & seen
+        return by_query(visible, keys_BS.shape[1]) & seen

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jdllm.kernels import choose
-from jdllm.kernels.choose import attention
+from jdllm.kernels.choose import attention, paged_attention
 from jdllm.kernels.norm.reference import rms_norm
 from jdllm.kernels.rotary.reference import Facts, Target, normed, rotate, split
 from jdllm.model.cache import Cache
@@ -148,7 +148,8 @@ class Attention(nnx.Module):
         else:
             q, cache = self.store(packed, norms, positions_BT, cache, kernel)
             k, v = cache.view(self.number)
-        mixed = self.attend(q, k.astype(q.dtype), v.astype(q.dtype), visible, kernel)
+        table = cache and cache.table
+        mixed = self.attend(q, k.astype(q.dtype), v.astype(q.dtype), visible, kernel, table)
         return close("BTHK,HKD->BTD", mixed, self.out, cache is not None), cache
 
     def store(
@@ -186,19 +187,25 @@ class Attention(nnx.Module):
         v_BSGK: jax.Array,
         visible: jax.Array,
         kernel: str,
+        table: jax.Array | None = None,
     ) -> jax.Array:
-        """Attention, every device with its own rows and query heads."""
+        """Attention, every device with its own rows and query heads.
 
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+        With a `table` the keys and values are pools of pages, whose heads alone are split.
+        """
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array, *rest: jax.Array) -> jax.Array:
             first = sharding.shard_index("heads") * q.shape[2]
             k, v = (serving(x, first, q.shape[2], self.group) for x in (k, v))
-            return attention(q, k, v, visible, kernel)
+            run = attention if table is None else paged_attention
+            return run(q, k, v, *rest, kernel=kernel)
 
-        queries, keys = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
-        mask = ("batch", *[None] * (visible.ndim - 1))
-        inputs = (queries, keys, keys, mask)
+        rest = (visible,) if table is None else (table, visible)
+        queries, rows = ("batch", None, "heads", None), "batch" if table is None else None
+        keys = (rows, None, "kv_heads", None)
+        inputs = (queries, keys, keys, *(("batch", *[None] * (x.ndim - 1)) for x in rest))
         run = sharding.per_shard(attend, self.out, inputs, queries)
-        return run(q_BTHK, k_BSGK, v_BSGK, visible)
+        return run(q_BTHK, k_BSGK, v_BSGK, *rest)
 
 
 class MLP(nnx.Module):

@@ -2,6 +2,7 @@
 
 import datetime
 import platform
+import resource
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -44,6 +45,14 @@ def environment() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
     }
+
+
+def peak_bytes() -> int:
+    """What the first device has held at most so far; of a CPU, the process."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return (
+        stats.get("peak_bytes_in_use") or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
 
 
 def _version(package: str) -> str | None:

@@ -153,3 +153,24 @@ def home() -> Path:
     It is JDLLM_HOME, or ~/.cache/jdllm.
     """
     return Path(os.environ.get("JDLLM_HOME", "~/.cache/jdllm")).expanduser()
+
+
+def prune(folder: Path, limit: int) -> None:
+    """Deletes the files of a folder that were not used for longest, until `limit` bytes are left.
+
+    Several processes may do so at once, and a file that cannot be deleted stays.
+    """
+    files = []
+    with contextlib.suppress(OSError):  # no folder yet
+        for entry in os.scandir(folder):
+            with contextlib.suppress(OSError):
+                facts = entry.stat(follow_symlinks=False)
+                if entry.is_file(follow_symlinks=False):
+                    files.append((max(facts.st_atime, facts.st_mtime), facts.st_size, entry.path))
+    excess = sum(size for _, size, _ in files) - limit
+    for _, size, path in sorted(files):
+        if excess <= 0:
+            return
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+            excess -= size

@@ -133,3 +133,13 @@ def read_hugging_face() -> HuggingFace:
 
     cache = read_folder(Path(constants.HF_HUB_CACHE), create=False)
     return HuggingFace(cache, constants.HF_HUB_OFFLINE, get_token() is not None)
+
+
+def process_age() -> float | None:
+    """Seconds since this process began, its imports included; None where /proc does not tell."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        now = float(Path("/proc/uptime").read_text().split()[0])
+        return now - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return None

@@ -2,8 +2,9 @@
 
 import dataclasses
 from importlib.util import find_spec
+from typing import Literal
 
-from jdllm.arguments import ModelArgs
+from jdllm.arguments import ModelArgs, check_spread
 from jdllm.decode import DecodeConfig
 from jdllm.engine import EngineConfig
 
@@ -42,9 +43,16 @@ class ServeConfig(ModelArgs):
     """Seconds that requests have to finish after a signal to end."""
     warm: bool = True
     """Compile before the first request."""
+    executor: Literal["local", "ray"] = "local"
+    """ray: replicas are processes of a Ray cluster, behind one address (docs/cluster.md)."""
+    replicas: int = 0
+    """executor=ray: how many (default: as many as the cluster has room for)."""
+    gpus: float | None = None
+    """executor=ray: GPUs of a replica (default: one per device of its mesh, if there are any)."""
 
     def __post_init__(self):
         super().__post_init__()
+        check_spread(self.executor, {"replicas": self.replicas}, self.gpus)
         for name in ("max_queue", "max_body", "max_n", "timeout", "drain"):
             if (number := getattr(self, name)) <= 0:
                 raise ValueError(f"{name}={number} must be above 0")

@@ -10,6 +10,7 @@ import jax
 import optax
 import orbax.checkpoint as ocp
 
+from jdllm.load import enable_compilation_cache
 from jdllm.runtime import files, processes, sharding, signals
 from jdllm.runtime.progress import Bar
 from jdllm.train import step as train
@@ -135,6 +136,7 @@ def fine_tune(config: SFTConfig) -> None:
 
     ValueError or OSError, in one sentence, where the input or the disk is at fault.
     """
+    enable_compilation_cache()
     final = result(config)
     with files.alone(config.output) if processes.is_main() else contextlib.nullcontext():
         job = prepare(config)

@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jdllm.kernels.attention.reference import by_query
+
 QUERIES = 64  # of a tile of the kernel
 PROCESSORS = 128  # about as many as a data centre's GPU has
 
@@ -20,13 +22,13 @@ PROCESSORS = 128  # about as many as a data centre's GPU has
 def attention(
     q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, visible: jax.Array
 ) -> jax.Array:
-    """Attention as the reference defines it; `visible` is int32 [B] or bool [B, T, S]."""
+    """Attention as the reference defines it."""
     (B, T, H, _), S = q_BTHK.shape, k_BSGK.shape[1]
     if jax.default_backend() != "gpu":
         raise NotImplementedError("it needs a GPU")
     if q_BTHK.dtype.itemsize != 2:
         raise NotImplementedError(f"it serves 16-bit numbers, not {q_BTHK.dtype}")
-    if visible.ndim == 2:
+    if visible.ndim == 2 or visible.ndim == 3 and visible.shape[1] != T:
         raise NotImplementedError("it serves rows that see their first keys, or masks per query")
     if visible.ndim == 3 and (T != S or T % 2):
         raise NotImplementedError(
@@ -36,7 +38,7 @@ def attention(
         raise NotImplementedError("too little work to go round")
     seen: dict[str, Any] = {"key_value_seq_lengths": jnp.minimum(visible, S)}
     if visible.ndim == 3:
-        seen = {"mask": visible[:, None]}
+        seen = {"mask": by_query(visible, S)[:, None]}
     try:
         return jax.nn.dot_product_attention(q_BTHK, k_BSGK, v_BSGK, implementation="cudnn", **seen)
     except RuntimeError as error:

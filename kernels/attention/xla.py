@@ -11,5 +11,5 @@ def attention(
     """Attention as the reference defines it."""
     if jax.default_backend() != "gpu":
         raise NotImplementedError("without a GPU it is no faster than the reference")
-    mask = by_query(visible, k_BSGK)[:, None]
+    mask = by_query(visible, k_BSGK.shape[1])[:, None]
     return jax.nn.dot_product_attention(q_BTHK, k_BSGK, v_BSGK, mask=mask, implementation="xla")

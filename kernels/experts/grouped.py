@@ -31,7 +31,7 @@ TILES: tuple[tuple[float, Tiles, Tiles], ...] = (
 NARROW: tuple[tuple[float, Tiles, Tiles], ...] = (
     (4, Tiles(16, 64, 128, 4, 4), Tiles(16, 128, 128, 4, 4)),
     (8, Tiles(32, 64, 128, 4, 4), Tiles(32, 128, 128, 4, 4)),
-    (float("inf"), Tiles(64, 64, 128, 4, 4), Tiles(64, 128, 128, 4, 4)),
+    (float("inf"), Tiles(64, 64, 128, 4, 3), Tiles(64, 128, 128, 4, 3)),
 )
 
 
@@ -102,12 +102,15 @@ def slope(experts: Callable[..., jax.Array], number: int) -> Callable[..., jax.A
 
 
 def check_narrow() -> None:
-    """The same of weights in 8 bits."""
+    """The same of weights in 8 bits, with each of their tiles."""
     triton.require()
-    x, gate_up, down, *pairs = _small()
+    x, gate_up, down, picks, weights = _small()
     with jax.ensure_compile_time_eval():
         small = quantise(gate_up, (1,)), quantise(down, (1,))
-    triton.canary("experts in 8 bits", _grouped, dense.experts, x, *small, *pairs)
+        for count in range(1, picks.shape[1] + 1):  # 3, 6 and 9 pairs per expert
+            pairs = picks[:, :count], weights[:, :count]
+            name = f"experts in 8 bits, {count}"
+            triton.canary(name, _grouped, dense.experts, x, *small, *pairs)
 
 
 @jax.custom_vjp

@@ -61,6 +61,18 @@ def test_a_request_gets_what_it_gets_alone_by_other_rules(case: str):
     check_case(*MORE[case])
 
 
+@pytest.mark.parametrize(
+    "forced", ["tiled", pytest.param("attention:tiled", marks=pytest.mark.slow)]
+)
+def test_pages_are_read_alike_where_they_lie_and_gathered(forced: str):
+    """The first looks pages up tile by tile, the second gathers rows for the same tiles."""
+    llm = tiny("blocks", 1.5)
+    own = LLM(dataclasses.replace(llm.model, kernel=forced), None, llm.defaults)
+    jobs = [make(own, setup_of(own, **FULL), prompt) for prompt in PROMPTS]
+    run(own, jobs)
+    same_as_alone(llm, FULL, jobs)
+
+
 @pytest.mark.slow
 def test_rows_that_lose_their_pages_go_on_as_if_nothing_was():
     llm = tiny("blocks", 1.5)

@@ -113,3 +113,15 @@ def test_grid_mistakes(capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit):
         cli.parse(grid.GridConfig, ["batches=1,x"])
     assert "batches=1,x" in capsys.readouterr().err
+
+
+def test_a_profile_is_written_and_told(tmp_path: Path, capsys: pytest.CaptureFixture):
+    words = ["num_samples=1", "max_tokens=16", "skip_vanilla=true", "mesh=1x1", "profile=trace"]
+    bench.main(cli.parse(bench.BenchConfig, words))
+    facts = json.loads(Path("benchmark_results.json").read_text())["profile"]
+    assert 0 < facts["busy"] <= 1 and 0 < len(facts["kernels"]) <= 10
+    assert list(Path("trace").rglob("*.xplane.pb"))
+    assert "device busy" in capsys.readouterr().out
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="profile=file is a file"):
+        bench.BenchConfig(profile=Path("file"))

@@ -6,6 +6,7 @@ import pytest
 
 from jdllm.decode import DecodeConfig
 from jdllm.evaluation.traffic import Call, Clock, Traffic, draw, figures, measure, shown
+from jdllm.runtime.profiling import profile, read
 from tests.support.tiny_models import tiny
 
 
@@ -30,6 +31,8 @@ def test_times_and_lengths_are_drawn():
 
 @pytest.mark.slow
 def test_both_ways_are_measured(tmp_path: Path):
-    rows = measure(tiny("blocks"), DecodeConfig(), Traffic(6, 50.0, 6, 6), 2, 0)
+    decode = DecodeConfig(block_length=4, cache="dual")
+    rows = measure(tiny(), decode, Traffic(6, 50.0, 6, 6), 2, 0, tmp_path)
+    assert 0 < profile(read(tmp_path)).busy <= 1
     assert rows["engine"]["tokens"] == rows["batches"]["tokens"] > 0
     assert "times the tokens/s" in shown(rows)

@@ -21,8 +21,8 @@ FLOORS: list[list[str]] = [
         "convert.commands",
     ],
     [
-        "viz", "completion", "maps", "llm", "arguments", "training", "evaluation", "generation",
-        "checkup", "server",
+        "viz", "completion", "maps", "llm", "cluster", "arguments", "training", "evaluation",
+        "bulk", "generation", "checkup", "server",
     ],
     [
         "eval", "bench", "sweep", "tune", "generate", "sft", "doctor", "launch", "harness", "serve",
@@ -47,6 +47,7 @@ OUTSIDE = GROUND | {
     "ml_dtypes",
     "packaging",
     "prometheus_client",
+    "ray",
     "rich",
     "safetensors",
     "tokenizers",

@@ -66,6 +66,7 @@ NEEDS = {
     r"random:llada-8b|jdllm\.sft": "GPU",
     r"jdllm\.(serve|chat)\b": "end",
     r"base_url=|url=http": "server",
+    r"executor=ray": "Ray",
 }
 Example = tuple[str, str, str]
 """What stands before an example, its language, and its text."""

@@ -14,7 +14,7 @@ from jdllm.kernels.experts import dense, grouped, grouped_grad
 from jdllm.kernels.experts.grouped_grad import PLAIN, backward, forward, sort, work
 
 # T tokens, D, M, E experts, P picks.
-SHAPES = [(1, 2, 3, 2, 1), (5, 4, 3, 3, 2), (4, 3, 2, 1, 3), (6, 2, 1, 4, 4)]
+SHAPES = [(1, 2, 3, 2, 1), (5, 4, 3, 3, 2), (4, 3, 2, 1, 3)]
 
 
 def draw(shape: tuple[int, ...], seed: int) -> Any:
@@ -28,7 +28,7 @@ def draw(shape: tuple[int, ...], seed: int) -> Any:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_value_and_all_gradients_equal_the_dense_ones(shape: tuple[int, ...], seed: int):
     x, gate_up, down, picks, weights = arrays = draw(shape, seed)
@@ -75,8 +75,8 @@ def test_rows_that_no_kernel_writes_count_nowhere():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("rows", [1, 2, 5])
-@settings(max_examples=4, deadline=None)
+@pytest.mark.parametrize("rows", [1, 4])
+@settings(max_examples=2, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_tiles_cover_every_pair_of_an_expert_once(shape: tuple[int, ...], rows: int, seed: int):
     picks, E = np.asarray(draw(shape, seed)[3]), shape[3]

@@ -238,8 +238,12 @@ def test_modules_of_a_weight_are_computed_each_for_itself(dropped, missing):
     rng = np.random.default_rng(0)
     names = tuple(f"layers.0.attention.{part}" for part in "qkv")
     shapes = (6, 2), (2, 3, 4)
+
+    def normal(shape: tuple[int, ...]) -> jax.Array:
+        return jnp.array(rng.normal(size=shape), jnp.float32)
+
     parts = {
-        name: Factors(*(jnp.array(rng.normal(size=s), jnp.float32) for s in shapes), 1.5)
+        name: Factors(normal(shapes[0]), normal(shapes[1]), 1.5)
         for k, name in enumerate(names)
         if k not in missing
     }

@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jdllm.kernels import choose
+from jdllm.kernels.attention.reference import by_query
 from jdllm.llm import LLM
 from jdllm.model.config import NAMED, MoEConfig
 from jdllm.model.mask import Mask
@@ -95,6 +98,29 @@ def test_masks_equal_their_definitions(kind, size: int, form: str):
     assert seen.shape == (2, S, S)
     for b, q, k in np.ndindex(*seen.shape):
         assert bool(seen[b, q, k]) == bool(shown[b, k] and sees(mask, q, k))
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(["full", "causal", "blocks", "window"]),
+    st.integers(1, 9),
+    st.lists(st.tuples(st.integers(0, 24), st.integers(0, 26)), min_size=1, max_size=3),
+    st.integers(0, 30),
+)
+def test_over_a_cache_what_is_seen_is_a_range(
+    kind: Any, size: int, spans: list[tuple[int, int]], start: int
+):
+    """Of every query, by two numbers: as the mask of the same columns, written out, says."""
+    positions = start + columns(len(spans), 5)
+    own = jnp.array(spans, jnp.int32)
+    written = (jnp.arange(24) >= own[:, :1]) & (jnp.arange(24) < own[:, 1:])
+    found = Mask(own, kind=kind, size=size).resolve(positions, 24)
+    assert found.shape == (len(spans), 1 if kind == "full" else 5, 2)
+    expected = by_query(Mask(written, kind=kind, size=size).resolve(positions, 24), 24)
+    np.testing.assert_array_equal(by_query(found, 24), expected)
+    first = Mask(own[:, 1], kind=kind, size=size).resolve(positions, 24)
+    whole = Mask(own.at[:, 0].set(0), kind=kind, size=size).resolve(positions, 24)
+    np.testing.assert_array_equal(by_query(first, 24), by_query(whole, 24))
 
 
 def test_full_masks_stay_lengths():

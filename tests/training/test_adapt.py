@@ -269,7 +269,10 @@ def test_a_reasoning_is_replaced_by_masks():
 # Whole runs
 
 
-def test_a_causal_model_is_trained_saved_and_decoded(tmp_path):
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory) -> Path:
+    """A run that made a model of shifted blocks of a causal one."""
+    tmp_path = tmp_path_factory.mktemp("adapted")
     base = dataclasses.replace(BASE, causal=True, mask_id=NO_ID)
     checkpoint.save_model(
         tmp_path / "base", checkpoint.random_model(base, sharding.parse_mesh("1x1"), 0)
@@ -282,10 +285,19 @@ def test_a_causal_model_is_trained_saved_and_decoded(tmp_path):
         log_every=1, adapt=adapt,
     )  # fmt: skip
     run.fine_tune(config)
-    rows = (config.output / "metrics.jsonl").read_text().splitlines()
+    return config.output
+
+
+def test_a_causal_model_is_trained_and_saved(adapted):
+    rows = (adapted / "metrics.jsonl").read_text().splitlines()
     assert all(np.isfinite(json.loads(row)["loss"]) for row in rows)
-    llm = LLM.load(str(config.output / "model"))
-    assert (llm.config.block_causal, llm.config.shift_logits, llm.config.causal) == (8, True, False)
+    found = checkpoint.read_config(adapted / "model")
+    assert (found.block_causal, found.shift_logits, found.causal) == (8, True, False)
+
+
+@pytest.mark.slow
+def test_the_cache_of_shifted_blocks_is_exact(adapted):
+    llm = LLM.load(str(adapted / "model"))
     prompts = [[5, 6, 7], [9] * 11]
     exact = DecodeConfig(gen_length=16, block_length=8, cache="none", threshold=0.5)
     cached = dataclasses.replace(exact, cache="block")

@@ -60,7 +60,7 @@ def plainly(model: Any, hidden: jax.Array, batch: Any, confidence: float) -> tup
     return jnp.sum(each * batch.masked), jnp.sum(nll * batch.masked)
 
 
-@pytest.mark.parametrize("columns_at_once", [24, 12, 5, 1, 0.3])
+@pytest.mark.parametrize("columns_at_once", [24, 5, 0.3])
 def test_chunks_equal_the_plain_one(model, monkeypatch, columns_at_once):
     """Also where the chunk does not divide the columns, and where one column is too much."""
     limit(monkeypatch, columns_at_once)
@@ -85,7 +85,7 @@ def test_chunks_equal_the_plain_one(model, monkeypatch, columns_at_once):
         np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4 * float(jnp.abs(two).max()))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     st.integers(0, 2**32 - 1),
     st.sampled_from([0.0, 0.1, 0.5, 1.0]),
