@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import least_squares
 
+from jdllm.kernels.head.reference import CHUNK
 from jdllm.model.config import LLADA2_FLASH, LLADA_8B, ModelConfig, count_parameters
-from jdllm.model.head import CHUNK, Special, best
+from jdllm.model.head import Special, best
 from jdllm.runtime import cli
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,16 +8,29 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jdllm.kernels.attention import cudnn, mosaic, reference, split, tiled, xla
+from jdllm.kernels.closing import reference as closing_reference
+from jdllm.kernels.closing import split as closing_split
 from jdllm.kernels.experts import dense, grouped, ragged
+from jdllm.kernels.head import fused as head_fused
+from jdllm.kernels.head import reference as head_reference
+from jdllm.kernels.head.reference import Found, Noise
+from jdllm.kernels.mlp import fused as mlp_fused
+from jdllm.kernels.mlp import reference as mlp_reference
+from jdllm.kernels.norm import fused as norm_fused
+from jdllm.kernels.norm import reference as norm_reference
 from jdllm.kernels.product import narrow
 from jdllm.kernels.product import reference as plain
 from jdllm.kernels.quantised import Quantised
+from jdllm.kernels.rotary import fused as rotary_fused
+from jdllm.kernels.rotary import reference as rotary_reference
+from jdllm.kernels.rotary.reference import Facts, Target
 
 
 def gathered(
@@ -35,7 +48,7 @@ def gathered(
 
 # In order of preference. The reference serves every case: what stands behind it serves by name
 # only, until the whole loop has been measured with it (docs/performance.md).
-TABLES: dict[str, dict[str, Callable[..., jax.Array]]] = {
+TABLES: dict[str, dict[str, Callable[..., Any]]] = {
     "attention": {
         "split": split.attention,
         "cudnn": cudnn.attention,
@@ -56,6 +69,11 @@ TABLES: dict[str, dict[str, Callable[..., jax.Array]]] = {
         "reference": dense.experts,
         "ragged": ragged.experts,
     },
+    "norm": {"reference": norm_reference.add_norm, "fused": norm_fused.add_norm},
+    "mlp": {"reference": mlp_reference.gated, "fused": mlp_fused.gated},
+    "closing": {"reference": closing_reference.close, "split": closing_split.close},
+    "rotary": {"reference": rotary_reference.turn, "fused": rotary_fused.turn},
+    "head": {"reference": head_reference.search, "fused": head_fused.search},
     "product": {
         "reference": plain.product,
         "narrow": narrow.product,
@@ -81,6 +99,11 @@ CHECKS = {
     "paged_attention:split": split.check_paged,
     "paged_attention:mosaic": mosaic.check_paged,
     "experts:grouped": grouped.check,
+    "norm:fused": norm_fused.check,
+    "rotary:fused": rotary_fused.check,
+    "mlp:fused": mlp_fused.check,
+    "closing:split": closing_split.check,
+    "head:fused": head_fused.check,
     "experts:grouped in training": grouped.check_training,
     "experts:grouped in 8 bits": grouped.check_narrow,
     "product:narrow": narrow.check,
@@ -131,6 +154,58 @@ def experts(
     return run("experts", kernel, x_TD, gate_up_EDCM, down_EMD, picks_TP, weights_TP)
 
 
+def add_norm(
+    x_BTD: jax.Array, branch_BTD: jax.Array, scale_D: jax.Array, eps: float, kernel: str = "auto"
+) -> tuple[jax.Array, jax.Array]:
+    """The sum of two and its norm [B, T, D]: see kernels/norm/reference.py."""
+    return run("norm", kernel, x_BTD, branch_BTD, scale_D, eps=eps)
+
+
+def gated(x_BTD: jax.Array, gate_up_DCF: jax.Array, kernel: str = "auto") -> jax.Array:
+    """The inner numbers of a feed-forward [B, T, F]: see kernels/mlp/reference.py."""
+    return run("mlp", kernel, x_BTD, gate_up_DCF)
+
+
+def close(
+    x_BTF: jax.Array,
+    weight_FD: jax.Array,
+    total_BTD: jax.Array,
+    scale_D: jax.Array,
+    eps: float,
+    kernel: str = "auto",
+) -> tuple[jax.Array, jax.Array]:
+    """A product, added to the residual stream, and the norm of it: kernels/closing/reference.py."""
+    arrays = x_BTF, weight_FD, total_BTD, scale_D
+    return run("closing", kernel, *arrays, eps=eps, add_norm=partial(add_norm, kernel=kernel))
+
+
+def turn(
+    packed: tuple[jax.Array, ...],
+    norms: tuple[jax.Array, ...],
+    positions_BT: jax.Array,
+    target: Target,
+    facts: Facts,
+    kernel: str = "auto",
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [B, T, H, K] and a cache with new keys and values: kernels/rotary/reference.py."""
+    return run("rotary", kernel, packed, norms, positions_BT, target, facts=facts)
+
+
+def head(
+    hidden_BND: jax.Array,
+    head: jax.Array,
+    usable_V: jax.Array,
+    counted_V: jax.Array,
+    noise: Noise | None = None,
+    tied: bool = False,
+    chunk: int | None = None,
+    kernel: str = "auto",
+) -> Found:
+    """The best tokens [B, N] of rows: see kernels/head/reference.py."""
+    arrays = hidden_BND, head, usable_V, counted_V, noise
+    return run("head", kernel, *arrays, tied=tied, chunk=chunk)
+
+
 _forced: ContextVar[str] = ContextVar("forced", default="auto")
 
 
@@ -149,16 +224,18 @@ def product(x_MK: jax.Array, values_NK: jax.Array, scale_N: jax.Array) -> jax.Ar
     return run("product", _forced.get(), x_MK, values_NK, scale_N)
 
 
-def run(operation: str, kernel: str, *arrays: Any) -> jax.Array:
+def run(operation: str, kernel: str, *arrays: Any, **facts: Any) -> Any:
     """The result of the first implementation that serves, or of the one that `kernel` forces.
 
-    ValueError where `kernel` cannot be read, or forces one that does not serve.
+    `arrays` are trees of arrays; `facts` whatever else the operation takes. ValueError
+    where `kernel` cannot be read, or forces one that does not serve.
     """
     table, forced, refused = TABLES[operation], parse(kernel).get(operation), {}
-    shapes = " ".join(f"{x.dtype}[{','.join(map(str, x.shape))}]" for x in arrays)
+    leaves = jax.tree.leaves(arrays)
+    shapes = " ".join(f"{x.dtype}[{','.join(map(str, x.shape))}]" for x in leaves)
     for name in [forced] if forced else table:
         try:
-            found = table[name](*arrays)
+            found = table[name](*arrays, **facts)
         except NotImplementedError as error:
             refused[name] = str(error)
             continue

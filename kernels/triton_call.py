@@ -5,13 +5,14 @@ numbers when a process first wants it: compilers have made wrong programs of rig
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+Run = Callable[..., Any]
 CAPABILITY = 8.0  # Ampere: the first with bfloat16 products and asynchronous copies
 FP8 = 8.9  # the first that widens fp8 itself
 WRONG = 0.03  # relative error of bfloat16 products is 0.002 to 0.01
@@ -56,9 +57,13 @@ def call(
     grid: Sequence[int],
     warps: int,
     stages: int,
-    **constants: int,
+    aliases: Mapping[int, int] | None = None,
+    **constants: float,
 ) -> Any:
-    """Runs a Triton kernel; `out` is one ShapeDtypeStruct, or several, of what it writes."""
+    """Runs a Triton kernel; `out` is one ShapeDtypeStruct, or several, of what it writes.
+
+    `aliases` says which array is the memory of which output.
+    """
     import jax_triton  # pyright: ignore[reportMissingImports]
 
     shapes = "out_type" if jax_triton.__version__ >= "0.4" else "out_shape"
@@ -69,6 +74,7 @@ def call(
         num_warps=warps,
         num_stages=stages,
         **{shapes: out},
+        **({"input_output_aliases": dict(aliases)} if aliases else {}),
         **constants,
     )
 

@@ -1,15 +1,17 @@
 """Cache: keys and values of every layer, preallocated and written in place.
 
-A model knows `length`, `at`, `update`, `view` and `table` alone, so keys may lie row by row, or in
-pages.
+A model knows `length`, `at`, `target`, `holding`, `view`, `table` and `axes` alone, so keys may lie
+row by row, or in pages.
 """
 
 import dataclasses
-from typing import Self
+from collections.abc import Callable
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 
+from jdllm.kernels.rotary.reference import Target, write_pages, write_rows
 from jdllm.model.config import ModelConfig
 
 
@@ -28,6 +30,8 @@ class Cache:
     """L arrays [B, S, G, K]."""
     slots: jax.Array | None = None
     """int32 [B, T]: the columns that `update` writes, of one model call alone; else None."""
+    axes: ClassVar = ("batch", None, "kv_heads", None)
+    """Logical axes of its arrays."""
 
     @classmethod
     def zeros(cls, config: ModelConfig, batch: int, length: int, dtype: jnp.dtype) -> Self:
@@ -55,17 +59,19 @@ class Cache:
 
         ValueError where nobody said which (`at`).
         """
-        if self.slots is None:
-            raise ValueError("a cache is written at slots: name them, cache.at(slots)")
-        k = write(self.keys[layer], k_BTGK, self.slots)
-        v = write(self.values[layer], v_BTGK, self.slots)
-        keys = (*self.keys[:layer], k, *self.keys[layer + 1 :])
-        values = (*self.values[:layer], v, *self.values[layer + 1 :])
-        return dataclasses.replace(self, keys=keys, values=values)
+        return _written(self, layer, k_BTGK, v_BTGK, write_rows)
 
     def view(self, layer: int) -> tuple[jax.Array, jax.Array]:
         """Keys and values [B, S, G, K] of a layer, as attention reads them."""
         return self.keys[layer], self.values[layer]
+
+    def target(self, layer: int) -> Target:
+        """The arrays of a layer, and where in them the slots are: for a kernel that writes them."""
+        return Target(self.keys[layer], self.values[layer], _named(self.slots))
+
+    def holding(self, layer: int, keys: jax.Array, values: jax.Array) -> Self:
+        """This cache with other arrays of a layer."""
+        return _holding(self, layer, keys, values)
 
     def begun(self, prefixes: Self, which_B: jax.Array) -> Self:
         """With the columns of `prefixes` ([F, P, G, K] a layer) in front; row b has which_B[b]."""
@@ -93,6 +99,8 @@ class PagedCache:
     """int32 [B, S/N]: the page of every N columns of a row."""
     slots: jax.Array | None = None
     """int32 [B, T]: the columns that `update` writes, of one model call alone; else None."""
+    axes: ClassVar = (None, None, "kv_heads", None)
+    """Logical axes of its arrays."""
 
     @property
     def page(self) -> int:
@@ -113,35 +121,41 @@ class PagedCache:
 
         What has no page is dropped. ValueError where nobody said which slots (`at`).
         """
-        if (slots_BT := self.slots) is None:
-            raise ValueError("a cache is written at slots: name them, cache.at(slots)")
+        return _written(self, layer, k_BTGK, v_BTGK, write_pages)
+
+    def target(self, layer: int) -> Target:
+        """The arrays of a layer, and where in them the slots are: for a kernel that writes them."""
+        slots_BT = _named(self.slots)
         place_BT = jnp.minimum(slots_BT // self.page, self.table.shape[1] - 1)
         page_BT = jnp.take_along_axis(self.table, place_BT, axis=1)
-        kept_BT = (slots_BT < self.length) & (page_BT > 0)
-        page_BT = jnp.where(kept_BT, page_BT, len(self.keys[layer]))
+        there_BT = (slots_BT < self.length) & (page_BT > 0)
+        page_BT = jnp.where(there_BT, page_BT, len(self.keys[layer]))
+        places_BT = page_BT * self.page + slots_BT % self.page
+        return Target(self.keys[layer], self.values[layer], places_BT)
 
-        def put(old_PNGK: jax.Array, new_BTGK: jax.Array) -> jax.Array:
-            at = old_PNGK.at[page_BT, slots_BT % self.page]
-            return at.set(new_BTGK.astype(old_PNGK.dtype), mode="drop")
-
-        keys, values = list(self.keys), list(self.values)
-        keys[layer], values[layer] = put(keys[layer], k_BTGK), put(values[layer], v_BTGK)
-        return dataclasses.replace(self, keys=tuple(keys), values=tuple(values))
+    def holding(self, layer: int, keys: jax.Array, values: jax.Array) -> Self:
+        """This cache with other arrays of a layer."""
+        return _holding(self, layer, keys, values)
 
     def view(self, layer: int) -> tuple[jax.Array, jax.Array]:
         """Pools [P, N, G, K] of keys and values of a layer, which attention reads by the table."""
         return self.keys[layer], self.values[layer]
 
 
-def write(old_BSGK: jax.Array, new_BTGK: jax.Array, columns_BT: jax.Array) -> jax.Array:
-    """Writes T new columns of each row in place; columns at or beyond S are dropped.
+def _named(slots_BT: jax.Array | None) -> jax.Array:
+    if slots_BT is None:
+        raise ValueError("a cache is written at slots: name them, cache.at(slots)")
+    return slots_BT
 
-    Written as a vmap, so that the batch stays a batch dimension of the scatter and shards.
-    """
 
-    def one(old_SGK: jax.Array, new_TGK: jax.Array, columns_T: jax.Array) -> jax.Array:
-        return old_SGK.at[columns_T].set(
-            new_TGK, mode="drop", unique_indices=True, indices_are_sorted=True
-        )
+def _written[T: (Cache, PagedCache)](
+    cache: T, layer: int, k: jax.Array, v: jax.Array, write: Callable[..., jax.Array]
+) -> T:
+    keys, values, places = cache.target(layer)
+    return cache.holding(layer, write(keys, k, places), write(values, v, places))
 
-    return jax.vmap(one)(old_BSGK, new_BTGK.astype(old_BSGK.dtype), columns_BT)
+
+def _holding[T: (Cache, PagedCache)](cache: T, layer: int, k: jax.Array, v: jax.Array) -> T:
+    keys = (*cache.keys[:layer], k, *cache.keys[layer + 1 :])
+    values = (*cache.values[:layer], v, *cache.values[layer + 1 :])
+    return dataclasses.replace(cache, keys=keys, values=values)

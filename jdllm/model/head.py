@@ -1,7 +1,7 @@
 """What greedy rules read of logits [B, N, V], without making them: best token, its logit, the rest.
 
-Best tokens of parts of the vocabulary combine into the best of all of it; so chunks and shards of
-the vocabulary go one way, and only a few numbers per position ever leave a chunk or a device.
+Every device searches its own slice of the vocabulary (kernels/head); the best tokens of slices
+combine into the best of all, and only a few numbers per position ever leave a device.
 """
 
 import dataclasses
@@ -9,14 +9,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jdllm.model.weights import product
+from jdllm.kernels.choose import head as search
+from jdllm.kernels.head.reference import Found, combine, of_logits
 from jdllm.runtime import sharding
-
-# Float32 logits of a device up to LOGIT_BYTES are made in one go: cutting the head up copies it.
-# Larger ones are made for at most CHUNK tokens of the vocabulary at a time.
-LOGIT_BYTES = 256 << 20
-CHUNK = 8192
-LANES = 128  # chunks are whole multiples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,44 +51,10 @@ class Best:
         return jnp.where(self.own == -jnp.inf, -jnp.inf, self.own - self.rest)
 
 
-def reference(logits_BNV: jax.Array, special: Special, columns_V: jax.Array | None = None) -> Best:
-    """The best tokens of float32 logits [B, N, V], by definition.
-
-    `columns_V` are the ids that the columns stand for (default: 0 to V - 1); -1 is none.
-    """
-    if columns_V is None:
-        columns_V = jnp.arange(logits_BNV.shape[-1])
-    usable_V = ~_among(columns_V, special.excluded + special.forbidden) & (columns_V >= 0)
-    counted_V = ~_among(columns_V, special.suppressed + special.forbidden) & (columns_V >= 0)
-    scores_BNV = jnp.where(usable_V, logits_BNV, -jnp.inf)
-    place_BN = jnp.argmax(scores_BNV, axis=-1)
-    score_BN = jnp.max(scores_BNV, axis=-1)
-    # Where no token is usable, as in a chunk of [MASK] alone, none is chosen: all are others.
-    chosen_BN = jnp.where(score_BN == -jnp.inf, -1, place_BN)
-    left_BNV = jnp.arange(logits_BNV.shape[-1]) != chosen_BN[..., None]
-    others_BNV = counted_V & left_BNV
-    return Best(
-        ids=columns_V[place_BN].astype(jnp.int32),
-        score=score_BN,
-        own=jnp.where(counted_V[place_BN], score_BN, -jnp.inf),
-        rest=jax.nn.logsumexp(jnp.where(others_BNV, logits_BNV, -jnp.inf), axis=-1),
-        second=jnp.max(jnp.where(left_BNV, scores_BNV, -jnp.inf), axis=-1),
-    )
-
-
-def combine(parts: Best) -> Best:
-    """The best of all from those of parts [parts, B, N], whose ids ascend."""
-    winner_BN = jnp.argmax(parts.score, axis=0)
-    lost = jnp.arange(parts.score.shape[0])[:, None, None] != winner_BN
-    rest = jnp.concatenate([parts.rest, jnp.where(lost, parts.own, -jnp.inf)])
-
-    def won(x: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(x, winner_BN[None], axis=0)[0]
-
-    rest_BN = jax.nn.logsumexp(rest, axis=0)
-    losers = jnp.where(lost, parts.score, -jnp.inf)
-    second_BN = jnp.maximum(won(parts.second), jnp.max(losers, axis=0))
-    return Best(won(parts.ids), won(parts.score), won(parts.own), rest_BN, second_BN)
+def reference(logits_BNV: jax.Array, special: Special) -> Best:
+    """The best tokens of float32 logits [B, N, V], by definition."""
+    columns_V = jnp.arange(logits_BNV.shape[-1])
+    return Best(*of_logits(logits_BNV, *_flags(columns_V, special), columns_V))
 
 
 def best(
@@ -102,57 +63,36 @@ def best(
     special: Special = NOTHING,
     tied: bool = False,
     chunk: int | None = None,
+    kernel: str = "auto",
 ) -> Best:
     """The best token of every position, as `reference` finds it in the logits of `hidden_BND`.
 
-    `head` is [D, V], or the embedding [V, D] where `tied`. The logits exist for `chunk` tokens of
-    the vocabulary at a time (default: by LOGIT_BYTES and CHUNK). Where the vocabulary lies in
-    slices on a mesh, every device searches its own, and one all-reduce of 20 bytes per position and
-    slice settles it.
+    `head` is [D, V], or the embedding [V, D] where `tied`. Where logits exist at all, they do for
+    `chunk` tokens of the vocabulary at a time (default: kernels/head/reference.py says). Where the
+    vocabulary lies in slices on a mesh, every device searches its own, and one all-reduce of 20
+    bytes per position and slice settles it.
     """
     axes = ("vocab", None) if tied else (None, "vocab")
 
-    def search(hidden_BND: jax.Array, head: jax.Array) -> jax.Array:
-        first = sharding.shard_index("vocab") * head.shape[axes.index("vocab")]
-        return _pack(_exchange(_search(hidden_BND, head, special, tied, chunk, first)))
+    def own(hidden_BND: jax.Array, head: jax.Array) -> jax.Array:
+        V = head.shape[axes.index("vocab")]
+        first = sharding.shard_index("vocab") * V
+        flags = _flags(first + jnp.arange(V), special)
+        found = search(hidden_BND, head, *flags, None, tied, chunk, kernel)
+        return _pack(_exchange(found._replace(ids=first + found.ids)))
 
     inputs = (("batch", None, None), axes)
-    packed = sharding.per_shard(search, head, inputs, (None, "batch", None))(hidden_BND, head)
-    return _unpack(packed)
+    packed = sharding.per_shard(own, head, inputs, (None, "batch", None))(hidden_BND, head)
+    return Best(*_unpack(packed))
 
 
-def _search(
-    hidden_BND: jax.Array,
-    head: jax.Array,
-    special: Special,
-    tied: bool,
-    chunk: int | None,
-    first: jax.Array | int,
-) -> Best:
-    """Best of a head whose columns stand for the ids from `first` on."""
-    axis, letters = (0, "VD") if tied else (1, "DV")
-    V, rows = head.shape[axis], hidden_BND.shape[0] * hidden_BND.shape[1]
-    if chunk is None:
-        room = LOGIT_BYTES // (4 * rows)
-        chunk = V if room >= V else max(min(room, CHUNK) // LANES, 1) * LANES
-    chunk = min(chunk, V)
-
-    def part(number: jax.Array | int) -> Best:
-        # The last chunk begins early enough to be whole; what came before counts no more.
-        start = jnp.minimum(number * chunk, V - chunk)
-        piece = jax.lax.dynamic_slice_in_dim(head, start, chunk, axis) if chunk < V else head
-        float32 = jnp.dtype("float32")
-        logits_BNV = product(f"BND,{letters}->BNV", hidden_BND, piece, result=float32)
-        columns_V = start + jnp.arange(chunk)
-        fresh_V = columns_V >= number * chunk
-        return reference(logits_BNV, special, jnp.where(fresh_V, first + columns_V, -1))
-
-    if chunk == V:
-        return part(0)
-    return combine(jax.lax.map(part, jnp.arange(-(-V // chunk))))
+def _flags(ids_V: jax.Array, special: Special) -> tuple[jax.Array, jax.Array]:
+    """Which ids may be chosen, and which are part of the softmax."""
+    usable_V = ~_among(ids_V, special.excluded + special.forbidden)
+    return usable_V, ~_among(ids_V, special.suppressed + special.forbidden)
 
 
-def _exchange(own: Best) -> Best:
+def _exchange(own: Found) -> Found:
     """The best of all shards: each writes into its own slot of zeros, and the slots are summed."""
     count = sharding.shard_count("vocab")
     if count == 1:
@@ -164,16 +104,15 @@ def _exchange(own: Best) -> Best:
     return combine(_unpack(jnp.moveaxis(slots, 1, 0)))
 
 
-def _pack(best: Best) -> jax.Array:
+def _pack(found: Found) -> jax.Array:
     """The five fields as one int32 array [5, ...], bit for bit: sums with zeros change nothing."""
-    floats = (best.score, best.own, best.rest, best.second)
-    bits = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in floats]
-    return jnp.stack([best.ids, *bits])
+    bits = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in found[1:]]
+    return jnp.stack([found.ids, *bits])
 
 
-def _unpack(packed: jax.Array) -> Best:
+def _unpack(packed: jax.Array) -> Found:
     floats = [jax.lax.bitcast_convert_type(x, jnp.float32) for x in packed[1:]]
-    return Best(packed[0], *floats)
+    return Found(packed[0], *floats)
 
 
 def _among(columns_V: jax.Array, ids: tuple[int, ...]) -> jax.Array:

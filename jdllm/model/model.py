@@ -84,7 +84,7 @@ class Model:
         self, hidden_BND: jax.Array, special: Special = NOTHING, chunk: int | None = None
     ) -> Best:
         """What greedy rules read of the logits, without making all of them: see `head`."""
-        return self.net.best(hidden_BND, special, chunk)
+        return self.net.best(hidden_BND, special, chunk, self.kernel)
 
     def empty_cache(self, rows: int, length: int) -> Cache:
         """A cache of `length` columns, in the compute dtype, that holds nothing yet."""

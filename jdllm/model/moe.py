@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jdllm.kernels import choose
 from jdllm.kernels.choose import experts
 from jdllm.model.config import MoEConfig
-from jdllm.model.weights import bias, dense, placed, product, weight, whole
+from jdllm.model.weights import array, bias, dense, placed, product, weight, whole
 from jdllm.runtime import sharding
 
 
@@ -65,13 +66,17 @@ def route(logits_BTE: jax.Array, bias_E: jax.Array | None, moe: MoEConfig) -> Ro
     return Routing(logits_BTE, picks, weights * moe.scale)
 
 
-def swiglu(x_BTD: jax.Array, gate_up_DCF: Any, down_FD: Any) -> jax.Array:
-    """down(silu(gate x) * up x), in the dtype of x; the weights are what `product` takes."""
-    # The halves stand beside each other, as the product makes them: in training what goes back is
-    # summed over both at once, and would have to be turned round otherwise.
+def gated(x_BTD: jax.Array, gate_up_DCF: Any, kernel: str = "auto") -> jax.Array:
+    """silu(gate x) * up x, in the dtype of x; the weight is what `product` takes."""
+    if (plain := array(gate_up_DCF)) is not None:
+        return choose.gated(x_BTD, plain, kernel)
     gate_up = product("BTD,DCF->BTCF", x_BTD, gate_up_DCF)
-    hidden = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
-    return product("BTF,FD->BTD", hidden, down_FD)
+    return jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
+
+
+def swiglu(x_BTD: jax.Array, gate_up_DCF: Any, down_FD: Any, kernel: str = "auto") -> jax.Array:
+    """down(silu(gate x) * up x), in the dtype of x; the weights are what `product` takes."""
+    return product("BTF,FD->BTD", gated(x_BTD, gate_up_DCF, kernel), down_FD)
 
 
 class Experts(nnx.Module):
@@ -113,7 +118,7 @@ class Experts(nnx.Module):
             flat = x_BTD.reshape(-1, D), own.reshape(-1, P), factors.reshape(-1, P)
             mixed_BTD = experts(flat[0], gate_up, down, *flat[1:], kernel).reshape(B, T, D)
             if shared:
-                mixed_BTD += swiglu(x_BTD, *more[:2])
+                mixed_BTD += swiglu(x_BTD, *more[:2], kernel=kernel)
             return sharding.sum_shards(mixed_BTD, "experts")
 
         rows = ("batch", None, "embed")

@@ -8,19 +8,22 @@ import dataclasses
 import fnmatch
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jdllm.kernels import choose
 from jdllm.kernels.choose import attention, paged_attention
+from jdllm.kernels.norm.reference import rms_norm
+from jdllm.kernels.rotary.reference import Facts, Target, normed, rotate, split
 from jdllm.model.cache import Cache
 from jdllm.model.config import ModelConfig
 from jdllm.model.head import NOTHING, Best, Special, best
 from jdllm.model.mask import Mask
-from jdllm.model.moe import Experts, swiglu
-from jdllm.model.weights import bias, probing, product, weight
+from jdllm.model.moe import Experts, gated
+from jdllm.model.weights import array, bias, probing, product, weight
 from jdllm.runtime import sharding
 
 Remat = Literal["none", "products", "layers"]
@@ -44,31 +47,6 @@ class Output:
     """What was asked for: products by the dotted names of their weights."""
 
 
-def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm: float32 statistics, cast back, then the scale (LLaDA's order)."""
-    x = x_BTD.astype(jnp.float32)
-    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-    return x.astype(x_BTD.dtype) * scale_D.astype(x_BTD.dtype)
-
-
-def rotate(
-    x_BTHK: jax.Array, positions_BT: jax.Array, theta: float, width: int | None = None
-) -> jax.Array:
-    """Rotary embedding over the halves of the head dim, computed in float32.
-
-    With `width` only that many leading channels turn; the others stay.
-    """
-    if width is not None and width < x_BTHK.shape[-1]:
-        turned = rotate(x_BTHK[..., :width], positions_BT, theta)
-        return jnp.concatenate([turned, x_BTHK[..., width:]], axis=-1)
-    half = x_BTHK.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies
-    sin, cos = jnp.sin(angles), jnp.cos(angles)
-    a, b = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHK.dtype)
-
-
 def serving(x_BSGK: jax.Array, first: jax.Array | int, heads: int, group: int) -> jax.Array:
     """The key/value heads that serve `heads` query heads from number `first` on.
 
@@ -79,6 +57,35 @@ def serving(x_BSGK: jax.Array, first: jax.Array | int, heads: int, group: int) -
     if group % heads == 0:
         return jax.lax.dynamic_slice_in_dim(x_BSGK, first // group, 1, axis=2)
     return x_BSGK[:, :, (first + jnp.arange(heads)) // group]
+
+
+class Branch(NamedTuple):
+    """What a branch adds to the residual stream, before the product that closes it."""
+
+    inner_BTF: jax.Array
+    weight_FD: jax.Array
+
+
+def close(spec: str, inner: jax.Array, weight: nnx.Param, later: bool) -> "Branch | jax.Array":
+    """What a branch adds: the product itself, or where it may wait for the sum, what makes it."""
+    plain = array(weight) if later else None
+    if plain is None:
+        return product(spec, inner, weight)
+    return Branch(inner.reshape(*inner.shape[:2], -1), plain.reshape(-1, plain.shape[-1]))
+
+
+def add_norm(
+    x_BTD: jax.Array, branch: Branch | jax.Array | None, scale: nnx.Param, eps: float, kernel: str
+) -> tuple[jax.Array, jax.Array]:
+    """The residual stream with a branch added to it, and the norm of that."""
+    if branch is None:
+        return x_BTD, rms_norm(x_BTD, scale[...], eps)
+    if isinstance(branch, Branch):
+        return choose.close(*branch, x_BTD, scale[...], eps, kernel)
+    rows = ("batch", None, "embed")
+    run = partial(choose.add_norm, eps=eps, kernel=kernel)
+    run = sharding.per_shard(run, scale, (rows, rows, ("embed",)), [rows, rows])
+    return run(x_BTD, branch, scale[...])
 
 
 class Attention(nnx.Module):
@@ -107,24 +114,21 @@ class Attention(nnx.Module):
         self.fused = H == G
         self.group = H // G
         self.biased = config.qkv_bias
-        self.theta = config.rope_theta
-        self.rotary_dim = config.rotary_dim
-        self.norm_eps = config.norm_eps if config.qk_norm else None
+        norm_eps = config.norm_eps if config.qk_norm else None
+        self.facts = Facts(config.rope_theta, config.rotary_dim, norm_eps)
 
-    def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [B, T, H, K], keys and values [B, T, G, K]."""
+    def project(self, x_BTD: jax.Array) -> tuple[jax.Array, ...]:
+        """Queries, keys and values [B, T, 3, H, K], or queries [B, T, H, K] and [B, T, 2, G, K]."""
         kind = x_BTD.dtype
         if self.fused:
-            qkv = product("BTD,DCHK->CBTHK", x_BTD, self.qkv)
-            if self.biased:
-                qkv += self.qkv_bias[...].astype(kind)[:, None, None]
-            return qkv[0], qkv[1], qkv[2]
+            qkv = product("BTD,DCHK->BTCHK", x_BTD, self.qkv)
+            return (qkv + self.qkv_bias[...].astype(kind) if self.biased else qkv,)
         q = product("BTD,DHK->BTHK", x_BTD, self.q)
-        kv = product("BTD,DCGK->CBTGK", x_BTD, self.kv)
+        kv = product("BTD,DCGK->BTCGK", x_BTD, self.kv)
         if self.biased:
             q += self.q_bias[...].astype(kind)
-            kv += self.kv_bias[...].astype(kind)[:, None, None]
-        return q, kv[0], kv[1]
+            kv += self.kv_bias[...].astype(kind)
+        return q, kv
 
     def __call__(
         self,
@@ -133,20 +137,48 @@ class Attention(nnx.Module):
         visible: jax.Array,
         cache: Cache | None = None,
         kernel: str = "auto",
-    ) -> tuple[jax.Array, Cache | None]:
+    ) -> tuple[Branch | jax.Array, Cache | None]:
         """The attention branch, and the cache after this layer's update."""
-        q, k, v = self.project(x_BTD)
-        if self.norm_eps is not None:
-            q = rms_norm(q, self.q_norm[...], self.norm_eps)
-            k = rms_norm(k, self.k_norm[...], self.norm_eps)
-        q = rotate(q, positions_BT, self.theta, self.rotary_dim)
-        k = rotate(k, positions_BT, self.theta, self.rotary_dim)
-        if cache is not None:
-            cache = cache.update(self.number, k, v)
+        packed = self.project(x_BTD)
+        norms = (self.q_norm[...], self.k_norm[...]) if self.facts.eps is not None else ()
+        if cache is None:
+            q, k, v = split(packed)
+            q, k = normed(q, k, norms, self.facts)
+            q, k = (rotate(x, positions_BT, self.facts.theta, self.facts.width) for x in (q, k))
+        else:
+            q, cache = self.store(packed, norms, positions_BT, cache, kernel)
             k, v = cache.view(self.number)
         table = cache and cache.table
         mixed = self.attend(q, k.astype(q.dtype), v.astype(q.dtype), visible, kernel, table)
-        return product("BTHK,HKD->BTD", mixed, self.out), cache
+        return close("BTHK,HKD->BTD", mixed, self.out, cache is not None), cache
+
+    def store(
+        self,
+        packed: tuple[jax.Array, ...],
+        norms: tuple[jax.Array, ...],
+        positions_BT: jax.Array,
+        cache: Cache,
+        kernel: str,
+    ) -> tuple[jax.Array, Cache]:
+        """Queries, turned, and the cache after this layer's update; every device its own heads."""
+        target = cache.target(self.number)
+        facts = self.facts._replace(by_row=cache.axes[0] == "batch")
+
+        def turn(*arrays: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            keys, values, places, positions, *rest = arrays
+            heads, scales = tuple(rest[: len(packed)]), tuple(rest[len(packed) :])
+            own = Target(keys, values, places)
+            return choose.turn(heads, scales, positions, own, facts, kernel)
+
+        rows, one = ("batch", None), ("batch", None, "heads", None)
+        many = "heads" if self.fused else "kv_heads"
+        both = [("batch", None, None, many, None)]
+        inputs = [cache.axes, cache.axes, rows, rows]
+        inputs += both if self.fused else [one, *both]
+        inputs += [("head_dim",)] * len(norms)
+        run = sharding.per_shard(turn, self.out, inputs, [one, cache.axes, cache.axes])
+        q, keys, values = run(*target, positions_BT, *packed, *norms)
+        return q, cache.holding(self.number, keys, values)
 
     def attend(
         self,
@@ -184,8 +216,10 @@ class MLP(nnx.Module):
         self.gate_up = weight(rngs, (D, 2, F), ("embed", "stack", "mlp"), config.dtype, D)
         self.down = weight(rngs, (F, D), ("mlp", "embed"), config.dtype, F)
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return swiglu(x_BTD, self.gate_up, self.down)
+    def __call__(self, x_BTD: jax.Array, kernel: str, later: bool) -> Branch | jax.Array:
+        """What it adds to the residual stream; `later`: it may be the branch before its product."""
+        hidden = gated(x_BTD, self.gate_up, kernel)
+        return close("BTF,FD->BTD", hidden, self.down, later)
 
 
 class Layer(nnx.Module):
@@ -205,32 +239,37 @@ class Layer(nnx.Module):
         self.sparse, self.has_shared = moe is not None, moe is not None and moe.shared_mlp > 0
         self.eps = config.norm_eps
 
-    def feed_forward(self, x_BTD: jax.Array, kernel: str = "auto") -> jax.Array:
+    def feed_forward(
+        self, x_BTD: jax.Array, kernel: str = "auto", later: bool = False
+    ) -> Branch | jax.Array:
         """The MLP branch of normed inputs; the shared expert is added as it is."""
         if not self.sparse:
-            return self.mlp(x_BTD)
+            return self.mlp(x_BTD, kernel, later)
         shared = (self.shared.gate_up, self.shared.down) if self.has_shared else ()
         return self.experts(x_BTD, shared, kernel)
 
     def __call__(
         self,
         x_BTD: jax.Array,
+        branch: Branch | jax.Array | None,
         positions_BT: jax.Array,
         visible: jax.Array,
         cache: Cache | None = None,
         kernel: str = "auto",
         probes: Sequence[str] | None = None,
-    ) -> tuple[jax.Array, Cache | None, dict[str, jax.Array]]:
-        """The residual stream behind this layer, the cache, and the products asked for."""
+    ) -> tuple[jax.Array, Branch | jax.Array, Cache | None, dict[str, jax.Array]]:
+        """The residual stream, this layer's last branch, the cache, and the products asked for.
+
+        A branch is added to the stream where the sum is normed: `branch` is the layer before's.
+        """
         with probing(probes) as found:
             with jax.named_scope("attention"):
-                h = rms_norm(x_BTD, self.attention_norm[...], self.eps)
+                x_BTD, h = add_norm(x_BTD, branch, self.attention_norm, self.eps, kernel)
                 mixed, cache = self.attention(h, positions_BT, visible, cache, kernel)
-            x_BTD = x_BTD + mixed
             with jax.named_scope("mlp"):
-                h = rms_norm(x_BTD, self.mlp_norm[...], self.eps)
-                x_BTD = x_BTD + self.feed_forward(h, kernel)
-        return x_BTD, cache, found
+                x_BTD, h = add_norm(x_BTD, mixed, self.mlp_norm, self.eps, kernel)
+                branch = self.feed_forward(h, kernel, cache is not None)
+        return x_BTD, branch, cache, found
 
 
 class Transformer(nnx.Module):
@@ -289,15 +328,17 @@ class Transformer(nnx.Module):
         visible = mask.resolve(positions_BT, None if cache is None else cache.length)
         run = partial(Layer.__call__, kernel=kernel, probes=probes)
         run = jax.checkpoint(run, policy=KEPT[remat]) if remat != "none" else run
-        found = {}
+        found, branch = {}, None
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer{i}"):
-                x_BTD, cache, seen = run(layer, x_BTD, positions_BT, visible, cache)
+                x_BTD, branch, cache, seen = run(layer, x_BTD, branch, positions_BT, visible, cache)
+                if remat != "none" and isinstance(branch, jax.Array):
+                    x_BTD, branch = x_BTD + branch, None  # the sum alone is kept between layers
             found |= seen
         for pattern in probes or ():
             if not fnmatch.filter(found, pattern):
                 raise ValueError(f"probes: no product matches {pattern}; try layers.*.attention.*")
-        hidden_BTD = rms_norm(x_BTD, self.norm[...], self.eps)
+        _, hidden_BTD = add_norm(x_BTD, branch, self.norm, self.eps, kernel)
         return Output(hidden_BTD, cache and cache.at(None), found)
 
     def expected(self, chances_BNV: jax.Array) -> jax.Array:
@@ -312,9 +353,13 @@ class Transformer(nnx.Module):
             return product(f"BND,{letters}->BNV", hidden_BND, head, result=result)
 
     def best(
-        self, hidden_BND: jax.Array, special: Special = NOTHING, chunk: int | None = None
+        self,
+        hidden_BND: jax.Array,
+        special: Special = NOTHING,
+        chunk: int | None = None,
+        kernel: str = "auto",
     ) -> Best:
         """What greedy rules read of the logits, without making all of them: see `head`."""
         with jax.named_scope("head"):
             weights = self.embedding[...] if self.tied else self.head[...]
-            return best(hidden_BND, weights, special, self.tied, chunk)
+            return best(hidden_BND, weights, special, self.tied, chunk, kernel)

@@ -115,6 +115,18 @@ def product(
     return found
 
 
+def array(weight: Any) -> jax.Array | None:
+    """The weight as a kernel takes it that makes more than the product; None where it cannot.
+
+    It is an array in one piece, and nobody has asked for its product (`probing`).
+    """
+    value = held(weight)
+    if not isinstance(value, jax.Array) or _asked.get(None):
+        return None
+    mesh = jax.typeof(value).sharding.mesh
+    return value if mesh.size <= 1 or mesh.manual_axes else None
+
+
 @contextlib.contextmanager
 def probing(patterns: Sequence[str] | None) -> Iterator[dict[str, jax.Array]]:
     """The products made inside, by the dotted names of their weights that `patterns` match.

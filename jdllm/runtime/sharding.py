@@ -136,16 +136,17 @@ def by_row(mesh: Mesh) -> NamedSharding:
 
 
 def per_shard(
-    function: Callable[..., jax.Array],
+    function: Callable[..., Any],
     weight: Any,
     inputs: Sequence[Axes],
-    output: Axes,
-) -> Callable[..., jax.Array]:
+    output: Axes | list[Axes],
+) -> Callable[..., Any]:
     """Returns `function` as every device runs it on its own slices of the arrays.
 
     The mesh is the one that `weight`, a tree of arrays, lies on, so callers need not pass it.
     Without a mesh (one device, or inside another `per_shard`) the function is returned unchanged.
-    `inputs` and `output` name logical axes; each output axis is one of the inputs'. The function
+    `inputs` and `output` name logical axes; each output axis is one of the inputs';
+    a list is of several outputs. The function
     itself sums what must be summed over shards (`sum_shards`). XLA does not split its inside, so it
     may call a kernel.
     """
@@ -153,15 +154,20 @@ def per_shard(
     if mesh.size <= 1 or mesh.manual_axes:
         return function
 
-    def split(*arrays: jax.Array) -> jax.Array:
+    def split(*arrays: jax.Array) -> Any:
         placed: dict[str | None, str | None] = {None: None}
         specs = []
         for x, axes in zip(arrays, inputs, strict=True):
             specs.append(spec("an activation", x.shape, axes, mesh))
             placed |= zip(axes, specs[-1], strict=True)
-        out = P(*(placed[axis] for axis in output))
+        outputs: list[Any] = output if isinstance(output, list) else [output]
+        out = tuple(P(*(placed[axis] for axis in axes)) for axes in outputs)
         mapped = jax.shard_map(
-            function, mesh=mesh, in_specs=tuple(specs), out_specs=out, check_vma=False
+            function,
+            mesh=mesh,
+            in_specs=tuple(specs),
+            out_specs=out if isinstance(output, list) else out[0],
+            check_vma=False,
         )
         return mapped(*arrays)
 

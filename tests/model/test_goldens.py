@@ -31,7 +31,9 @@ def all_states(model: Model, tokens_BT, visible_BT):
     states, mask = [x_BTD], Mask.of(model.config, visible_BT)
     seen = mask.resolve(columns_BT)
     for layer in model.net.layers:
-        x_BTD = layer(x_BTD, columns_BT, seen)[0]
+        x_BTD, branch_BTD, *_ = layer(x_BTD, None, columns_BT, seen)
+        assert isinstance(branch_BTD, jax.Array)
+        x_BTD = x_BTD + branch_BTD
         states.append(x_BTD)
     hidden = model(states[0], columns_BT, mask).hidden
     return states, hidden, model.logits(hidden)
@@ -111,9 +113,12 @@ def branches(model: Model, tokens_BT, mask: Mask):
     for layer in model.net.layers:
         h = rms_norm(x_BTD, layer.attention_norm[...], layer.eps)
         mixed, _ = layer.attention(h, columns_BT, seen)
+        assert isinstance(mixed, jax.Array)
         h = rms_norm(x_BTD + mixed, layer.mlp_norm[...], layer.eps)
         out = layer.feed_forward(h)
-        x_BTD = layer(x_BTD, columns_BT, seen)[0]
+        x_BTD, branch_BTD, *_ = layer(x_BTD, None, columns_BT, seen)
+        assert isinstance(branch_BTD, jax.Array)
+        x_BTD = x_BTD + branch_BTD
         states = {"layer_out": x_BTD, "attn_out": mixed, "mlp_out": out}
         if layer.sparse:
             logits, picks, weights = layer.experts.route(h)

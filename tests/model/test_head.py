@@ -10,8 +10,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jdllm import unmask
+from jdllm.kernels.head.reference import CHUNK
 from jdllm.model.config import NAMED
-from jdllm.model.head import CHUNK, Best, Special, best, reference
+from jdllm.model.head import Best, Special, best, reference
 from jdllm.runtime import sharding
 from jdllm.unmask.view import without
 from tests.support.collectives import collectives, computations

@@ -1,0 +1,110 @@
+"""A closing product split over its inner numbers, whose parts are summed where the sum is normed.
+
+Two Triton kernels, for the few rows of a block step: XLA makes a product, the sum of its parts, the
+residual sum and the norm of it.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jdllm.kernels import triton_call as triton
+from jdllm.kernels.closing import reference
+from jdllm.kernels.norm.fused import WIDEST
+
+WIDTH = 256  # what the inner width must be a multiple of
+
+
+class Tiles(NamedTuple):
+    """Sizes of a kernel's work: rows, columns, inner numbers at a time, parts of all of those;
+    warps, loads in flight."""
+
+    rows: int
+    columns: int
+    inner: int
+    parts: int
+    warps: int
+    stages: int
+
+
+# Up to so many rows and so many inner numbers.
+TILES: tuple[tuple[int, float, Tiles], ...] = (
+    (32, 4096, Tiles(32, 64, 64, 4, 4, 4)),
+    (32, float("inf"), Tiles(32, 64, 64, 8, 4, 4)),
+    (64, 4096, Tiles(64, 64, 64, 4, 4, 4)),
+    (64, float("inf"), Tiles(64, 64, 64, 8, 4, 4)),
+)
+MOST = max(row[0] for row in TILES)
+
+
+def close(
+    x_BTF: jax.Array,
+    weight_FD: jax.Array,
+    total_BTD: jax.Array,
+    scale_D: jax.Array,
+    eps: float,
+    add_norm: reference.Sum | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The sum and its norm as the reference defines them; the gradient is the reference's."""
+    del add_norm
+    triton.require()
+    for array in (x_BTF, weight_FD, total_BTD):
+        if array.dtype not in (jnp.bfloat16, jnp.float16):
+            raise NotImplementedError(f"it serves 16-bit numbers, not {array.dtype}")
+    (B, T, F), D = x_BTF.shape, weight_FD.shape[1]
+    if F % WIDTH or D % 128 or D > WIDEST:
+        raise NotImplementedError(f"it serves widths in multiples of {WIDTH}, not {F} and {D}")
+    if B * T > MOST:
+        raise NotImplementedError(f"{B * T} rows are more than {MOST}")
+    check()
+    return _split(x_BTF, weight_FD.astype(x_BTF.dtype), total_BTD, scale_D, eps)
+
+
+def check() -> None:
+    """NotImplementedError, with the reason, where the kernels cannot run or compute wrongly."""
+    triton.require()
+    x, weight = triton.normal(0, (1, 24, 2048)), triton.normal(1, (2048, 128), 2048**-0.5)
+    total, scale = triton.normal(2, (1, 24, 128)), triton.normal(3, (128,))
+
+    def whole(run: triton.Run) -> triton.Run:
+        return lambda *arrays: jnp.stack(run(*arrays, 1e-5))
+
+    triton.canary("closing", whole(_split), whole(reference.close), x, weight, total, scale)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _split(
+    x: jax.Array, weight: jax.Array, total: jax.Array, scale: jax.Array, eps: float
+) -> tuple[jax.Array, jax.Array]:
+    from jdllm.kernels.closing import split_triton as kernels
+
+    (B, T, F), D, R = x.shape, weight.shape[1], x.shape[0] * x.shape[1]
+    tiles = next(tiles for most, inner, tiles in TILES if most >= R and inner >= F)
+    parts = tiles.parts
+    while F % (parts * tiles.inner):
+        parts //= 2
+    found = triton.call(
+        kernels.product, x, weight, out=jax.ShapeDtypeStruct((parts, R, D), jnp.float32),
+        grid=(-(-R // tiles.rows), D // tiles.columns, parts),
+        warps=tiles.warps, stages=tiles.stages,
+        R=R, D=D, F=F, PART=F // parts, BM=tiles.rows, BN=tiles.columns, BK=tiles.inner,
+    )  # fmt: skip
+    out, block = jax.ShapeDtypeStruct((B, T, D), x.dtype), triton.power_of_2(D)
+    return triton.call(
+        kernels.sum_norm, found, total, scale, out=(out, out),
+        grid=(R,), warps=min(max(block // 512, 1), 16), stages=1,
+        R=R, D=D, BLOCK=block, PARTS=parts, EPS=eps,
+    )  # fmt: skip
+
+
+def _forward(*given):  # noqa: ANN002, ANN202
+    return _split(*given), given[:-1]
+
+
+def _backward(eps: float, arrays: tuple[jax.Array, ...], change: tuple[jax.Array, ...]):
+    return jax.vjp(lambda *arrays: reference.close(*arrays, eps=eps), *arrays)[1](change)
+
+
+_split.defvjp(_forward, _backward)
