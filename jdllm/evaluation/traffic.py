@@ -41,13 +41,15 @@ class Traffic:
     completion: int = 64
     """Tokens of a completion, likewise."""
     spread: float = 0.7
-    """Of the logarithms of both lengths; 0 makes all requests alike."""
+    """Of the logarithms of completions' lengths; 0 makes all alike."""
+    prompt_spread: float = 0.7
+    """Likewise of prompts. Batches of prompts of many lengths need many programs."""
 
     def __post_init__(self):
         for name in ("requests", "prompt", "completion"):
             if (number := getattr(self, name)) < 1:
                 raise ValueError(f"{name}={number} of the traffic must be 1 or more")
-        for name in ("rate", "spread"):
+        for name in ("rate", "spread", "prompt_spread"):
             if (number := getattr(self, name)) < 0:
                 raise ValueError(f"{name}={number} of the traffic must be 0 or more")
 
@@ -68,15 +70,15 @@ def draw(traffic: Traffic, llm: LLM, seed: int) -> list[Call]:
     gaps = rng.exponential(1 / traffic.rate, traffic.requests) if traffic.rate else 0.0
     due = np.cumsum(np.broadcast_to(gaps, traffic.requests))
 
-    def lengths(mean: int) -> np.ndarray:
-        drawn = rng.lognormal(np.log(mean), traffic.spread, traffic.requests)
+    def lengths(mean: int, spread: float) -> np.ndarray:
+        drawn = rng.lognormal(np.log(mean), spread, traffic.requests)
         return np.clip(np.rint(drawn), mean / 4, mean * 4)
 
     most = llm.config.max_length
     calls = []
-    for at, prompt, tokens in zip(
-        due, lengths(traffic.prompt), lengths(traffic.completion), strict=True
-    ):
+    prompts = lengths(traffic.prompt, traffic.prompt_spread)
+    completions = lengths(traffic.completion, traffic.spread)
+    for at, prompt, tokens in zip(due, prompts, completions, strict=True):
         prompt, tokens = max(1, min(int(prompt), most // 2)), max(1, int(tokens))
         ids = rng.integers(0, llm.config.vocab - 1, prompt).tolist()
         calls.append(Call(float(at), ids, min(tokens, most // 4)))

@@ -23,7 +23,7 @@ def test_times_and_lengths_are_drawn():
     assert calls == draw(Traffic(200, 10.0, 8, 12), tiny("blocks"), 0)
     assert 10 < calls[-1].due < 40 and [c.due for c in calls] == sorted(c.due for c in calls)
     assert {len(call.prompt) for call in calls} <= set(range(2, 33))
-    alike = draw(Traffic(5, 0.0, 8, 12, spread=0.0), tiny("blocks"), 0)
+    alike = draw(Traffic(5, 0.0, 8, 12, spread=0.0, prompt_spread=0.0), tiny("blocks"), 0)
     assert {(len(call.prompt), call.tokens) for call in alike} == {(8, 12)}
     with pytest.raises(ValueError, match="rate=-1"):
         Traffic(rate=-1)
