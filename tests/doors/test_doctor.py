@@ -182,7 +182,7 @@ def test_the_command(tmp_path: Path, home: str):
     if home == "writable":
         assert run.returncode == 0 and "WRONG" not in run.stdout
         assert "solved a sudoku" in lines["generation"]
-        assert "attention by reference (cudnn: it needs a GPU" in lines["kernels"]
+        assert "attention by reference (split: it needs a GPU, cudnn" in lines["kernels"]
         assert "experts:grouped is not for this device: it needs a GPU" in lines["kernels"]
     else:
         assert run.returncode == 1 and lines["JDLLM_HOME"].startswith("WRONG")
