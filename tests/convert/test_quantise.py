@@ -29,6 +29,8 @@ from jdllm.training.subject import load_subject
 from tests.support.marks import quick
 from tests.support.recordings import with_mask
 
+pytestmark = pytest.mark.slow
+
 GOLDENS = Path(__file__).parents[1] / "goldens"
 ONE = sharding.parse_mesh("1x1")
 CASES = {"llada": "llada", "dream": "dream", "llada2_moe": "llada2"}

@@ -13,6 +13,8 @@ from jdllm.load import read_facts
 from jdllm.runtime import sharding
 from jdllm.store.checkpoint import random_model
 
+pytestmark = pytest.mark.slow
+
 
 def products(cache: str, layers: int) -> int:
     """Matrix products in the lowered program of a request."""

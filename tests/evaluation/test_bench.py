@@ -115,6 +115,7 @@ def test_grid_mistakes(capsys: pytest.CaptureFixture):
     assert "batches=1,x" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_profile_is_written_and_told(tmp_path: Path, capsys: pytest.CaptureFixture):
     words = ["num_samples=1", "max_tokens=16", "skip_vanilla=true", "mesh=1x1", "profile=trace"]
     bench.main(cli.parse(bench.BenchConfig, words))

@@ -15,6 +15,8 @@ from jdllm.parity import make_setup
 from tests.parity.test_traces import engine_request_of, request_of
 from tests.support.recordings import ROOT, Case, load, supported
 
+pytestmark = pytest.mark.slow
+
 
 def first_of_each_family() -> list[Any]:
     """A case per family of recordings; but for one of each kind of model they are slow."""

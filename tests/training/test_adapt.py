@@ -30,6 +30,8 @@ from jdllm.training.config import SFTConfig
 from jdllm.training.data import conversation, parse_gap, without_reasoning
 from jdllm.training.encode import encode_examples
 
+pytestmark = pytest.mark.slow
+
 PLAIN = dataclasses.replace(
     NAMED["tiny"],
     layers=2, embed=32, heads=2, kv_heads=2, head_dim=16, mlp=48, vocab=64, max_length=64,
