@@ -49,6 +49,8 @@ class Request:
     """Read by cache=block: the prefill covers what is behind them."""
     aims: Any = None
     """What exit.mode=code and paper compare activations with, by module (jdllm.stop.dynamics)."""
+    ends: jax.Array | None = None
+    """int32 [B]: columns of canvases that are shorter than the rules say, whole blocks of them."""
 
 
 @jax.tree_util.register_dataclass

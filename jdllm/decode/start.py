@@ -40,6 +40,8 @@ def start_rows(work: Work) -> Rows:
     (B, T), prompt_B = request.tokens.shape, request.prompt_lengths
     zero_B, no_B, columns_T = jnp.zeros(B, jnp.int32), jnp.zeros(B, bool), jnp.arange(T)
     end_B = setup.canvas_length(prompt_B)
+    if request.ends is not None:
+        end_B = jnp.minimum(end_B, request.ends)
     open_BT = (columns_T >= prompt_B[:, None]) & (columns_T < end_B[:, None])
     open_BT &= request.tokens == model.config.mask_id
     memory = setup.unmask.start(B, setup.view.length(T), setup.block_calls)

@@ -20,7 +20,7 @@ from jdllm.decode.setup import Setup
 from jdllm.engine import rounds
 from jdllm.engine.job import Job, Outcome, Progress, State
 from jdllm.engine.pages import PagePool, affordable
-from jdllm.engine.rounds import Chunks, Orders, Report, Slots
+from jdllm.engine.rounds import Arrivals, Chunks, Orders, Report, Slots
 from jdllm.engine.scheduler import Group, Scheduler, Turn
 from jdllm.model.model import Model
 from jdllm.runtime.programs import is_crowded
@@ -41,11 +41,12 @@ class EngineConfig:
     """Pages of the cache (default: as many as all slots with the longest canvas would take, or as
     memory has room for)."""
     rounds: int = 4
-    """Steps of every row in a dispatch; the host is heard between two dispatches."""
+    """Steps of every row in a dispatch, at most: fewer where they take longer than the host needs,
+    which is heard between two dispatches."""
     chunk: int = 256
     """Columns of a prompt that are read at once."""
     lanes: int = 4
-    """Chunks, and full passes, that are made in a dispatch, or in a round."""
+    """Chunks, and full passes, that are made in one call."""
     groups: int = 8
     """Sets of decoding settings whose rows are kept in memory."""
 
@@ -79,6 +80,11 @@ class Flight:
     jobs: list[Job | None]
     reads: int
     """Model calls that read prompts."""
+    rounds: int
+
+
+ENTER = 8  # new rows that are put into their slots at once
+AHEAD = 0.03  # seconds that a dispatch should last, so that the next one is there in time
 
 
 class Engine:
@@ -100,6 +106,9 @@ class Engine:
         self.compile_seconds = 0.0
         """Spent on dispatches of shapes and rules that this engine has not had before."""
         self._known: set[Any] = set()
+        self._read_at: float | None = None
+        """When the last flight was read, if another was on its way then."""
+        self._rounds = config.rounds
 
     def _scheduler(self) -> Scheduler:
         config = self.config
@@ -170,6 +179,8 @@ class Engine:
         flights = [self.run(turn) for turn in turns]
         self.postprocess()
         self._flying = flights
+        if not flights:
+            self._read_at = None
 
     def schedule(self) -> list[Turn]:
         """New jobs are taken in, cancelled ones leave; what is to be done next."""
@@ -187,23 +198,21 @@ class Engine:
         setup, jobs = turn.group.setup, turn.group.jobs
         dials = next((job.dials for job in turn.arrived), {})
         slots = self._slots.pop(setup) if setup in self._slots else self._empty(setup, dials)
-        for job in turn.arrived:
-            one = job.saved if job.saved is not None else self._row(job)
-            slots, job.saved = rounds.put_row(slots, job.slot, one), None
+        slots = self._enter(setup, slots, turn.arrived)
         orders, chunks, start = self._orders(turn), self._chunks(turn.chunks), time.perf_counter()
-        keys = {(setup, orders.width, None), (setup, orders.width, chunks and chunks.width)}
+        keys = {(setup, orders.width, width) for width in (None, *(c.width for c in chunks))}
         if (new := keys - self._known) and is_crowded():
             jax.clear_caches()
             self._known.clear()
-        if chunks is not None:
-            self._pool = rounds.read(self.model, setup, slots, self._pool, orders.table, chunks)
+        for some in chunks:
+            self._pool = rounds.read(self.model, setup, slots, self._pool, orders.table, some)
         self._slots[setup], self._pool, report = rounds.run(
-            self.model, setup, slots, self._pool, orders, self.config.rounds, self.config.lanes
+            self.model, setup, slots, self._pool, orders, self.config.lanes
         )
         self._known |= keys
         if new:
             self.compile_seconds += time.perf_counter() - start
-        return Flight(report, list(jobs), int(chunks is not None))
+        return Flight(report, list(jobs), len(chunks), self._rounds)
 
     def postprocess(self) -> None:
         """Reads what was in flight: who is done, and what those see who follow their job."""
@@ -214,6 +223,7 @@ class Engine:
                 (report.calls, report.done, report.failed, report.nfe, report.first)
             )
             self.calls += int(calls) + flight.reads
+            self._paced(flight)
             canvases: Any = None
             for slot, job in enumerate(flight.jobs):
                 if job is None or job.state is not State.RUNNING:
@@ -224,8 +234,12 @@ class Engine:
                 if not (done[slot] or job.follows):
                     continue
                 if canvases is None:
-                    canvases = jax.device_get(
-                        (report.tokens, report.open, report.filled_at, report.chance)
+                    # Whole arrays: to slice one on the device would wait for the next dispatch.
+                    canvases, calls_BK = jax.device_get(
+                        (
+                            (report.tokens, report.open, report.filled_at, report.chance),
+                            report.block_calls,
+                        )
                     )
                 seen = [x[slot, job.prompt : job.end] for x in canvases]
                 settled = job.end if done[slot] else job.first
@@ -235,8 +249,15 @@ class Engine:
                     continue
                 self._leave(job, bool(failed[slot]), canvases[0][slot])
                 reason: Any = "failed" if failed[slot] else "done"
-                calls_K = np.asarray(report.block_calls[slot])
-                tell(job, Outcome(*progress, reason=reason, block_calls=calls_K))
+                tell(job, Outcome(*progress, reason=reason, block_calls=calls_BK[slot]))
+
+    def _paced(self, flight: Flight) -> None:
+        """Chooses the rounds of the coming dispatches by how long those of a flight took."""
+        now, before = time.perf_counter(), self._read_at
+        self._read_at = now
+        if before is not None and not flight.reads:
+            each = (now - before) / flight.rounds
+            self._rounds = min(self.config.rounds, max(1, round(AHEAD / each)))
 
     def _leave(self, job: Job, failed: bool, tokens: np.ndarray) -> None:
         """A job has ended on the device: its pages are free, or kept for their beginnings."""
@@ -267,14 +288,29 @@ class Engine:
         numbers = {name: jnp.full(B, value, jnp.float32) for name, value in dials.items()}
         return rounds.begin(self.model, setup, tokens, ones, ones, keys, ones > 0, numbers)
 
-    def _row(self, job: Job) -> Slots:
-        """The row of a new job."""
-        tokens = np.full((1, self.config.columns), self.model.config.pad_id, np.int32)
-        tokens[0, : job.end] = job.canvas
-        prompt, end = jnp.array([job.prompt], jnp.int32), jnp.array([job.end], jnp.int32)
-        no = jnp.zeros(1, bool)
-        dials = {name: jnp.full(1, value, jnp.float32) for name, value in job.dials.items()}
-        return rounds.begin(self.model, job.setup, tokens, prompt, end, job.key[None], no, dials)
+    def _enter(self, setup: Setup, slots: Slots, arrived: list[Job]) -> Slots:
+        """The slots with the rows of those who have arrived: some at once, in one program."""
+        T, pad = self.config.columns, self.model.config.pad_id
+        new, E = [job for job in arrived if job.saved is None], min(ENTER, self.config.slots)
+        for job in arrived:
+            if job.saved is not None:
+                slots, job.saved = rounds.put_rows(slots, np.array([job.slot]), job.saved), None
+        for some in (new[i : i + E] for i in range(0, len(new), E)):
+            filled = [*some, *[some[0]] * (E - len(some))]
+            tokens = np.full((E, T), pad, np.int32)
+            for row, job in zip(tokens, filled, strict=True):
+                row[: job.end] = job.canvas
+            arrivals = Arrivals(
+                tokens,
+                np.array([job.prompt for job in filled], np.int32),
+                np.array([job.end for job in filled], np.int32),
+                tuple(job.key for job in filled),
+                {n: np.array([j.dials[n] for j in filled], np.float32) for n in some[0].dials},
+            )
+            slot_E = np.full(E, len(slots.waited), np.int32)
+            slot_E[: len(some)] = [job.slot for job in some]
+            slots = rounds.enter(self.model, setup, slots, slot_E, arrivals)
+        return slots
 
     def _orders(self, turn: Turn) -> Orders:
         """A turn as arrays."""
@@ -290,7 +326,7 @@ class Engine:
             ready[job.slot] = job.ready
         stopped: Any = np.zeros(len(jobs), bool)
         stopped[list(turn.stopped)] = True
-        return Orders(table, granted, ready, stopped, width)
+        return Orders(table, granted, ready, stopped, np.int32(self._rounds), width)
 
     def _width(self, setup: Setup, longest: int) -> int:
         """The columns of a dispatch. One that is compiled already serves canvases of half of them,
@@ -301,15 +337,17 @@ class Engine:
         best = min(known, default=least)
         return best if best <= 2 * least else least
 
-    def _chunks(self, chunks: list[tuple[int, int, int]]) -> Chunks | None:
-        """Chunks as arrays, idle lanes behind them."""
-        if not chunks:
-            return None
-        idle = [(0, 0, 0)] * (self.config.lanes - len(chunks))
-        slot, start, stop = np.array([*chunks, *idle], np.int32).T
-        longest = int(max(stop - start))
-        width = self.config.chunk if longest <= self.config.chunk else bucket(longest, 2)
-        return Chunks(slot, start, stop, width)
+    def _chunks(self, chunks: list[tuple[int, int, int]]) -> list[Chunks]:
+        """Chunks as arrays, some in each call. Idle lanes fill the last: calls of one shape alone
+        give a prompt the same bits in any company."""
+        lanes, found = min(self.config.lanes, self.config.slots), []
+        for some in (chunks[i : i + lanes] for i in range(0, len(chunks), lanes)):
+            idle = [(0, 0, 0)] * (lanes - len(some))
+            slot, start, stop = np.array([*some, *idle], np.int32).T
+            longest = int(max(stop - start))
+            width = self.config.chunk if longest <= self.config.chunk else bucket(longest, 2)
+            found.append(Chunks(slot, start, stop, width))
+        return found
 
 
 def finish(job: Job, reason: Any) -> None:

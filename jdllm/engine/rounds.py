@@ -50,6 +50,23 @@ class Slots:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Arrivals:
+    """What is known of rows that have not begun."""
+
+    tokens: Any
+    """int32 [E, T]: their canvases."""
+    prompt: Any
+    """int32 [E]."""
+    end: Any
+    """int32 [E]."""
+    keys: tuple[jax.Array, ...]
+    """E random keys."""
+    dials: dict[str, Any]
+    """float32 [E] each."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Chunks:
     """Prompt columns to read: `width` from `start` on, in each of some lanes."""
 
@@ -75,6 +92,8 @@ class Orders:
     """bool [B]: keys of everything before the block are there."""
     stopped: jax.Array
     """bool [B]: rows whose request has been taken back."""
+    rounds: Any
+    """int32: so many rounds are made."""
     width: int = dataclasses.field(metadata={"static": True})
     """Columns W: no canvas in work is longer."""
 
@@ -139,13 +158,24 @@ def begin(
         inputs=model.embed(tokens_BT) if setup.smooth else None,
         calls=jnp.zeros((B, blocks), jnp.int32), exits=jnp.zeros((B, blocks), bool),
     )  # fmt: skip
-    return Slots(rows, dials, zero_B, jnp.zeros((B, T), jnp.int32), jnp.zeros((B, T)), no_B)
+    slots = Slots(rows, dials, zero_B, jnp.zeros((B, T), jnp.int32), jnp.zeros((B, T)), no_B)
+    return everywhere(model, slots)
+
+
+@partial(jax.jit, static_argnames=("setup",), donate_argnames="slots")
+def enter(model: Model, setup: Setup, slots: Slots, slot_E: jax.Array, arrivals: Arrivals) -> Slots:
+    """The slots with new rows in some of them; a slot that is none drops its row."""
+    keys_E, none_E = jnp.stack(arrivals.keys), jnp.zeros(len(slot_E), bool)
+    some = begin(
+        model, setup, arrivals.tokens, arrivals.prompt, arrivals.end, keys_E, none_E, arrivals.dials
+    )
+    return everywhere(model, put_rows(slots, slot_E, some))
 
 
 @partial(jax.jit, donate_argnames="slots")
-def put_row(slots: Slots, slot: jax.Array, one: Slots) -> Slots:
-    """The slots with the only row of `one` in one of them."""
-    return jax.tree.map(lambda all_, new: all_.at[slot].set(new[0]), slots, one)
+def put_rows(slots: Slots, slot_E: jax.Array, some: Slots) -> Slots:
+    """The slots with the rows of `some` in E of them."""
+    return jax.tree.map(lambda all_, new: all_.at[slot_E].set(new, mode="drop"), slots, some)
 
 
 @jax.jit
@@ -160,11 +190,11 @@ def wipe(pool: Pool, pages_F: jax.Array) -> Pool:
     return jax.tree.map(lambda x: x.at[pages_F].set(0), pool)
 
 
-@partial(jax.jit, static_argnames=("setup", "rounds", "lanes"), donate_argnames=("slots", "pool"))
+@partial(jax.jit, static_argnames=("setup", "lanes"), donate_argnames=("slots", "pool"))
 def run(
-    model: Model, setup: Setup, slots: Slots, pool: Pool, orders: Orders, rounds: int, lanes: int
+    model: Model, setup: Setup, slots: Slots, pool: Pool, orders: Orders, lanes: int
 ) -> tuple[Slots, Pool, Report]:
-    """A dispatch: so many rounds with at most `lanes` full passes in each."""
+    """A dispatch: rounds with at most `lanes` full passes in each."""
     whole, cache = slots, PagedCache(*pool, orders.table) if setup.plan.cached else None
     slots = narrowed(model, setup, slots, orders.width)
     rows = slots.rows
@@ -176,11 +206,11 @@ def run(
         return play(model, setup, carry, orders, lanes)
 
     start = slots, cache, jnp.zeros((), jnp.int32)
-    slots, cache, calls = jax.lax.fori_loop(0, rounds, again, start)
+    slots, cache, calls = jax.lax.fori_loop(0, orders.rounds, again, start)
     report = reported(slots, calls)
     if cache is not None:
         pool = placed(model, (cache.keys, cache.values))
-    return widened(model, setup, slots, whole), pool, report
+    return everywhere(model, widened(model, setup, slots, whole)), pool, report
 
 
 def play(
@@ -372,8 +402,12 @@ def widened(model: Model, setup: Setup, slots: Slots, whole: Slots) -> Slots:
 
 
 def placed(model: Model, pool: Pool) -> Pool:
-    """The pool where it lies, heads split as those of the weights."""
-    if model.mesh is None or model.mesh.size == 1:
+    """The pool where it lies, heads split as those of the weights.
+
+    It is said of one device, too: what a program is given must look like what it gives, or it is
+    compiled twice.
+    """
+    if model.mesh is None:
         return pool
     axes = (None, None, "kv_heads", None)
 
@@ -382,3 +416,10 @@ def placed(model: Model, pool: Pool) -> Pool:
         return jax.lax.with_sharding_constraint(x, NamedSharding(model.mesh, spec))
 
     return jax.tree.map(place, pool)
+
+
+def everywhere(model: Model, slots: Slots) -> Slots:
+    """The slots where they lie: whole, on all devices of an engine."""
+    if model.mesh is None:
+        return slots
+    return jax.lax.with_sharding_constraint(slots, sharding.replicated(model.mesh))

@@ -15,6 +15,8 @@ from jdllm.decode.setup import Setup
 from jdllm.engine.job import Job, State
 from jdllm.engine.pages import PagePool, digests
 
+WAITS = 3  # dispatches for which a prompt waits at most, so that others are read with it
+
 
 @dataclasses.dataclass(eq=False)
 class Group:
@@ -26,6 +28,8 @@ class Group:
     """Jobs that came into their slots since the last turn."""
     stopped: set[int] = dataclasses.field(default_factory=set)
     """Slots whose rows must not go on."""
+    waited: int = 0
+    """Dispatches for which prompts have waited to be read."""
 
     @property
     def running(self) -> list[Job]:
@@ -103,9 +107,10 @@ class Scheduler:
         self.grow()
         turns = []
         for group in self.groups.values():
+            if not group.running:
+                continue  # who must stop is stopped when somebody else comes
             chunks = self.read(group)
-            if group.running or group.stopped:
-                turns.append(Turn(group, group.arrived, group.stopped, chunks))
+            turns.append(Turn(group, group.arrived, group.stopped, chunks))
             group.arrived, group.stopped = [], set()
         return turns
 
@@ -204,10 +209,17 @@ class Scheduler:
         self.queue(job)
 
     def read(self, group: Group) -> list[tuple[int, int, int]]:
-        """What is read next of the prompts, in rank. What another has read is taken over."""
+        """What is read next of the prompts, in rank. What another has read is taken over.
+
+        At most as many columns as the rounds of all rows feed, so that who decodes waits for the
+        prompts of others about as long as for the own block.
+        """
+        if not self.worth_reading(group):
+            return []
         chunks: list[tuple[int, int, int]] = []
+        most = self.slots * self.rounds * group.setup.longest_block // self.chunk
         for job in group.running:
-            while not job.ready and len(chunks) < self.lanes:
+            while not job.ready and len(chunks) < max(self.lanes, most):
                 if self.take_over(job):
                     continue
                 stop = self.chunk_end(job)
@@ -217,6 +229,16 @@ class Scheduler:
                         self.pool.publish(job.pages[number], job.digests[number])
                 job.read = stop
         return chunks
+
+    def worth_reading(self, group: Group) -> bool:
+        """Whether prompts fill a call, or half as many as there are rows that decode; a call with
+        few of them costs nearly as much. But none waits for more than some dispatches."""
+        unread = [job for job in group.jobs if job and not job.ready]
+        chunks = sum(-(-(job.first - job.read) // self.chunk) for job in unread)
+        ready = len(group.running) - len(unread)
+        enough = chunks >= min(self.lanes, (ready + 1) // 2) or group.waited >= WAITS
+        group.waited = 0 if enough else group.waited + 1
+        return enough
 
     def chunk_end(self, job: Job) -> int:
         """The column behind what is read next of a job."""

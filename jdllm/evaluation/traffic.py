@@ -8,14 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from jdllm.batches import row_keys, row_seeds
+from jdllm.batches import deal, row_keys, row_seeds
 from jdllm.decode import DecodeConfig
 from jdllm.engine import EngineConfig, Engines, Job, Outcome, Progress, make_canvas, shared
 from jdllm.evaluation.report import table
 from jdllm.llm import LLM
 from jdllm.parity import make_setup
+from jdllm.runtime import processes, sharding
 from jdllm.runtime.profiling import recording
 
 COLUMNS = {  # figure -> its head in the table, with the unit
@@ -85,12 +87,24 @@ def draw(traffic: Traffic, llm: LLM, seed: int) -> list[Call]:
     return calls
 
 
+def others(calls: Sequence[Call], llm: LLM, by: int) -> list[Call]:
+    """Requests of the same lengths with other prompts, whose keys no cache has yet."""
+
+    def moved(prompt: list[int]) -> list[int]:
+        return [(token + by) % (llm.config.vocab - 1) for token in prompt]
+
+    return [dataclasses.replace(call, prompt=moved(call.prompt)) for call in calls]
+
+
 @dataclasses.dataclass
 class Clock:
     """When things happened, in seconds after the start."""
 
     first: dict[int, float] = dataclasses.field(default_factory=dict)
     last: dict[int, float] = dataclasses.field(default_factory=dict)
+    calls: int = 0
+    """Model calls."""
+    compile_seconds: float = 0.0
 
 
 Way = Callable[[Sequence[Call]], Clock]
@@ -121,6 +135,7 @@ def by_engine(llm: LLM, decode: DecodeConfig, engines: Engines, calls: Sequence[
         canvas = make_canvas(call.prompt, setup, llm.config.mask_id)
         listener = partial(told, i)
         jobs.append(Job(canvas, len(call.prompt), *shared(setup), keys[i], listener, follows=True))
+    clock.calls, clock.compile_seconds = -engines.calls, -engines.compile_seconds
     start, sent = time.perf_counter(), 0
     while sent < len(jobs) or engines.busy:
         now = time.perf_counter() - start
@@ -131,23 +146,39 @@ def by_engine(llm: LLM, decode: DecodeConfig, engines: Engines, calls: Sequence[
             engines.step()
         else:
             time.sleep(max(0.0, calls[sent].due - now))
+    clock.calls += engines.calls
+    clock.compile_seconds += engines.compile_seconds
     return clock
 
 
 def by_batches(llm: LLM, decode: DecodeConfig, slots: int, calls: Sequence[Call]) -> Clock:
-    """Whoever waits when a batch ends, at most `slots`, forms the next one; its longest completion
-    is everybody's length."""
-    clock, start, sent, block = Clock(), time.perf_counter(), 0, llm.resolve(decode).block_length
+    """Whoever waits when a batch ends, at most `slots`, forms the next one, which ends with its
+    longest completion. One program serves all batches of equally long prompts."""
+    clock, start, sent = Clock(), time.perf_counter(), 0
+    resolved = llm.resolve(dataclasses.replace(decode, gen_length=max(c.tokens for c in calls)))
+    setup = make_setup(resolved, llm.config)
     while sent < len(calls):
         now = time.perf_counter() - start
         if calls[sent].due > now:
             time.sleep(calls[sent].due - now)
             now = calls[sent].due
         chosen = [i for i in range(sent, len(calls)) if calls[i].due <= now][:slots]
-        longest = max(calls[i].tokens for i in chosen)
-        length = -(-longest // (block or 1)) * (block or 1)
-        config = dataclasses.replace(decode, gen_length=length, block_length=block)
-        llm.generate([calls[i].prompt for i in chosen], config, batch_size=slots)
+        some = [calls[i] for i in chosen]
+        rows = [call.prompt for call in some]
+        request = llm._request(rows, row_seeds(rows), resolved, setup, slots)
+        ends = np.ones(len(request.idle), np.int32)
+        for slot, call in zip(
+            deal(len(some), len(ends), llm.mesh.shape["data"]), some, strict=True
+        ):
+            own = dataclasses.replace(setup, gen_length=call.tokens)
+            ends[slot] = own.canvas_length(len(call.prompt))
+        ends = processes.device_put(ends, sharding.by_row(llm.mesh))
+        request = dataclasses.replace(request, ends=ends)
+        program, compile_seconds = llm._program(request, setup)
+        state = program(llm.model, request, llm.verifier)
+        _, forwards = jax.device_get((state.rows.tokens, state.forwards))
+        clock.calls += int(forwards)
+        clock.compile_seconds += compile_seconds
         now = time.perf_counter() - start
         clock.first |= dict.fromkeys(chosen, now)
         clock.last |= dict.fromkeys(chosen, now)
@@ -171,6 +202,8 @@ def figures(calls: Sequence[Call], clock: Clock) -> dict[str, float]:
         "tpot_p50": float(1000 * np.percentile(latency / tokens, 50)),
         "tokens": int(tokens.sum()),
         "seconds": float(seconds),
+        "calls": clock.calls,
+        "compile_seconds": clock.compile_seconds,
     }
 
 
@@ -182,14 +215,14 @@ def measure(
     seed: int,
     trace: Path | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Both ways over the same requests, each once to compile and once on the clock.
+    """Both ways over the same requests, once to compile and once on the clock.
 
     Every canvas is filled to its end, so that both fill the same. Into `trace` comes what the
     device did in the engine's pass on the clock, which recording slows.
     """
     decode = dataclasses.replace(decode, stop="none")
     calls, plain = draw(traffic, llm, seed), LLM(llm.model, None, llm.defaults, engine="off")
-    at_once = [dataclasses.replace(call, due=0.0) for call in calls]
+    at_once = [dataclasses.replace(call, due=0.0) for call in others(calls, llm, 1)]
     ways: dict[str, Callable[[], Way]] = {
         "engine": lambda: partial(by_engine, llm, decode, engines_for(llm, decode, slots, calls)),
         "batches": lambda: partial(by_batches, plain, decode, slots),
@@ -198,7 +231,8 @@ def measure(
     for name, begin in ways.items():
         way = begin()
         way(at_once)
-        way(calls)
+        if traffic.rate:  # rows that come one by one meet other shapes
+            way(others(calls, llm, 2))
         with recording(trace if name == "engine" else None):
             clock = way(calls)
         found[name] = figures(calls, clock)
