@@ -9,81 +9,35 @@ import logging
 import threading
 import time
 from collections import deque
+from concurrent.futures import Future
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jdllm.batches import bucket
 from jdllm.decode.setup import Setup
-from jdllm.engine import rounds
+from jdllm.engine.config import EngineConfig
+from jdllm.engine.device import Device
 from jdllm.engine.job import Job, Outcome, Progress, State
-from jdllm.engine.pages import PagePool, affordable
-from jdllm.engine.rounds import Arrivals, Chunks, Orders, Report, Slots
+from jdllm.engine.pages import PagePool
+from jdllm.engine.rounds import Chunks, Orders, Report
 from jdllm.engine.scheduler import Group, Scheduler, Turn
 from jdllm.model.model import Model
-from jdllm.runtime.programs import is_crowded
 from jdllm.unmask.speculate import Speculate
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineConfig:
-    """How many requests run at once, and what they may take."""
-
-    slots: int = 32
-    """Requests that run at the same time, per set of decoding settings."""
-    columns: int = 0
-    """The longest canvas (default: the model's own length)."""
-    page: int = 0
-    """Columns of a page of the cache, whole blocks (default: the least from 32 on)."""
-    pages: int = 0
-    """Pages of the cache (default: as many as all slots with the longest canvas would take, or as
-    memory has room for)."""
-    rounds: int = 4
-    """Steps of every row in a dispatch, at most: fewer where they take longer than the host needs,
-    which is heard between two dispatches."""
-    chunk: int = 256
-    """Columns of a prompt that are read at once."""
-    lanes: int = 4
-    """Chunks, and full passes, that are made in one call."""
-    groups: int = 8
-    """Sets of decoding settings whose rows are kept in memory."""
-
-    def __post_init__(self):
-        for name in ("slots", "rounds", "chunk", "lanes", "groups"):
-            if (number := getattr(self, name)) < 1:
-                raise ValueError(f"{name}={number} of an engine must be 1 or more")
-        for name in ("columns", "page", "pages"):
-            if (number := getattr(self, name)) < 0:
-                raise ValueError(f"{name}={number} of an engine must be 0 (chosen for you) or more")
-
-    def filled(self, model: Model, block: int) -> "EngineConfig":
-        """With what was left open, for blocks of `block` columns. ValueError where pages or chunks
-        would cut a block."""
-        page = self.page or -(-32 // block) * block
-        columns = -(-(self.columns or model.config.max_length) // page) * page
-        if model.config.block_causal and (page % block or self.chunk % block):
-            raise ValueError(
-                f"page={page} and chunk={self.chunk} of an engine must be multiples of the "
-                f"model's blocks of {block} columns"
-            )
-        pages = self.pages or min(self.slots * columns // page, affordable(model, page))
-        return dataclasses.replace(self, page=page, columns=columns, pages=pages)
 
 
 @dataclasses.dataclass(frozen=True)
 class Flight:
     """A dispatch on its way, and the jobs that were in its slots."""
 
-    report: Report
+    report: Future[Report]
     jobs: list[Job | None]
     reads: int
     """Model calls that read prompts."""
     rounds: int
 
 
-ENTER = 8  # new rows that are put into their slots at once
 AHEAD = 0.03  # seconds that a dispatch should last, so that the next one is there in time
 
 
@@ -94,8 +48,7 @@ class Engine:
         self.model = model
         config = config or EngineConfig()
         self.config = config = config.filled(model, model.config.block_causal or 32)
-        self._pool = rounds.empty_pool(model, config.pages + 1, config.page)
-        self._slots: dict[Setup, Slots] = {}
+        self.device = Device(model, config)
         self._flying: list[Flight] = []
         self._inbox: deque[Job] = deque()
         self._wake = threading.Condition()
@@ -103,9 +56,6 @@ class Engine:
         self.scheduler = self._scheduler()
         self.calls = 0
         """Model calls so far, as last seen."""
-        self.compile_seconds = 0.0
-        """Spent on dispatches of shapes and rules that this engine has not had before."""
-        self._known: set[Any] = set()
         self._read_at: float | None = None
         """When the last flight was read, if another was on its way then."""
         self._rounds = config.rounds
@@ -120,8 +70,8 @@ class Engine:
     def _reset(self) -> None:
         """Begins anew with what has not begun; what was running has failed."""
         running, waiting = self.scheduler.running, self.scheduler.waiting
-        self._flying, self._slots = [], {}
-        self._pool = rounds.empty_pool(self.model, self.config.pages + 1, self.config.page)
+        self._flying = []
+        self.device.reset()
         self.scheduler = self._scheduler()
         for job in running:
             job.state = State.OVER
@@ -143,6 +93,11 @@ class Engine:
     def busy(self) -> bool:
         """Whether anything is waiting, running or in flight."""
         return bool(self._inbox or self.scheduler.waiting or self.scheduler.running or self._flying)
+
+    @property
+    def compile_seconds(self) -> float:
+        """Spent on dispatches of shapes and rules that this engine has not had before."""
+        return self.device.compile_seconds
 
     @property
     def load(self) -> int:
@@ -190,35 +145,20 @@ class Engine:
             finish(job, "cancelled")
         turns = self.scheduler.schedule()
         for setup in self.scheduler.drop_idle(self.config.groups):
-            self._slots.pop(setup, None)
+            self.device.forget(setup)
         return turns
 
     def run(self, turn: Turn) -> Flight:
         """Sends a dispatch on its way."""
-        setup, jobs = turn.group.setup, turn.group.jobs
-        dials = next((job.dials for job in turn.arrived), {})
-        slots = self._slots.pop(setup) if setup in self._slots else self._empty(setup, dials)
-        slots = self._enter(setup, slots, turn.arrived)
-        orders, chunks, start = self._orders(turn), self._chunks(turn.chunks), time.perf_counter()
-        keys = {(setup, orders.width, width) for width in (None, *(c.width for c in chunks))}
-        if (new := keys - self._known) and is_crowded():
-            jax.clear_caches()
-            self._known.clear()
-        for some in chunks:
-            self._pool = rounds.read(self.model, setup, slots, self._pool, orders.table, some)
-        self._slots[setup], self._pool, report = rounds.run(
-            self.model, setup, slots, self._pool, orders, self.config.lanes
-        )
-        self._known |= keys
-        if new:
-            self.compile_seconds += time.perf_counter() - start
-        return Flight(report, list(jobs), len(chunks), self._rounds)
+        setup, chunks = turn.group.setup, self._chunks(turn.chunks)
+        report = self.device.send(setup, turn.arrived, chunks, self._orders(turn))
+        return Flight(report, list(turn.group.jobs), len(chunks), self._rounds)
 
     def postprocess(self) -> None:
         """Reads what was in flight: who is done, and what those see who follow their job."""
         flights, self._flying = self._flying, []
         for flight in flights:
-            report = flight.report
+            report = flight.report.result()
             calls, done, failed, nfe, first = jax.device_get(
                 (report.calls, report.done, report.failed, report.nfe, report.first)
             )
@@ -263,7 +203,7 @@ class Engine:
         """A job has ended on the device: its pages are free, or kept for their beginnings."""
         if failed and job.pages:
             self.scheduler.pool.forget(job.pages)
-            self._pool = rounds.wipe(self._pool, jnp.array(job.pages))
+            self.device.wipe(job.pages)
         elif not failed:
             self.scheduler.keep(job, tokens[: job.first])
         self.scheduler.leave(job)
@@ -277,40 +217,7 @@ class Engine:
     def _save(self, group: Group, job: Job) -> None:
         """Keeps the row of a job that will lose its pages."""
         if job not in group.arrived:
-            job.saved = rounds.take_row(self._slots[group.setup], job.slot)
-
-    def _empty(self, setup: Setup, dials: dict[str, float]) -> Slots:
-        """Slots of a group, with nobody in them; `dials` are those of any of its jobs."""
-        B, T = self.config.slots, self.config.columns
-        keys = jax.random.split(jax.random.key(0), B)
-        ones = jnp.ones(B, jnp.int32)
-        tokens = jnp.full((B, T), self.model.config.pad_id, jnp.int32)
-        numbers = {name: jnp.full(B, value, jnp.float32) for name, value in dials.items()}
-        return rounds.begin(self.model, setup, tokens, ones, ones, keys, ones > 0, numbers)
-
-    def _enter(self, setup: Setup, slots: Slots, arrived: list[Job]) -> Slots:
-        """The slots with the rows of those who have arrived: some at once, in one program."""
-        T, pad = self.config.columns, self.model.config.pad_id
-        new, E = [job for job in arrived if job.saved is None], min(ENTER, self.config.slots)
-        for job in arrived:
-            if job.saved is not None:
-                slots, job.saved = rounds.put_rows(slots, np.array([job.slot]), job.saved), None
-        for some in (new[i : i + E] for i in range(0, len(new), E)):
-            filled = [*some, *[some[0]] * (E - len(some))]
-            tokens = np.full((E, T), pad, np.int32)
-            for row, job in zip(tokens, filled, strict=True):
-                row[: job.end] = job.canvas
-            arrivals = Arrivals(
-                tokens,
-                np.array([job.prompt for job in filled], np.int32),
-                np.array([job.end for job in filled], np.int32),
-                tuple(job.key for job in filled),
-                {n: np.array([j.dials[n] for j in filled], np.float32) for n in some[0].dials},
-            )
-            slot_E = np.full(E, len(slots.waited), np.int32)
-            slot_E[: len(some)] = [job.slot for job in some]
-            slots = rounds.enter(self.model, setup, slots, slot_E, arrivals)
-        return slots
+            job.saved = self.device.save(group.setup, job.slot)
 
     def _orders(self, turn: Turn) -> Orders:
         """A turn as arrays."""
@@ -333,7 +240,7 @@ class Engine:
         too: a program costs more than columns that nobody reads."""
         page = self.config.page
         least = min(-(-bucket(longest, 2) // page) * page, self.config.columns)
-        known = (width for of, width, _ in self._known if of == setup and width >= least)
+        known = (width for width in self.device.widths(setup) if width >= least)
         best = min(known, default=least)
         return best if best <= 2 * least else least
 

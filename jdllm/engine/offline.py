@@ -11,8 +11,9 @@ import numpy as np
 
 from jdllm.batches import bucket
 from jdllm.decode.setup import Setup
+from jdllm.engine.config import EngineConfig
 from jdllm.engine.dials import shared
-from jdllm.engine.engine import EngineConfig, servable
+from jdllm.engine.engine import servable
 from jdllm.engine.job import Job, Outcome, Progress, make_canvas
 from jdllm.engine.replicas import Engines
 from jdllm.model.model import Model

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from jdllm.engine.engine import Engine, EngineConfig, check
+from jdllm.engine.config import EngineConfig
+from jdllm.engine.engine import Engine, check
 from jdllm.engine.job import Job
 from jdllm.model.model import Model
 

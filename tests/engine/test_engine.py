@@ -221,10 +221,10 @@ def test_shorter_canvases_share_the_program_of_longer_ones():
     engine = Engine(llm.model, EngineConfig(columns=256, page=32, chunk=32))
     setup = setup_of(llm, **FULL)
     assert engine._width(setup, 100) == 128
-    engine._known.add((setup, 256, None))
+    engine.device.widths(setup).add(256)
     assert engine._width(setup, 129) == engine._width(setup, 100) == 256
     assert engine._width(setup, 60) == 64
-    engine._known.add((setup, 128, None))
+    engine.device.widths(setup).add(128)
     assert engine._width(setup, 100) == engine._width(setup, 60) == 128
 
 
