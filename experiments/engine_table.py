@@ -49,6 +49,7 @@ class TableConfig:
     """Of random weights: fewer than the shape has, where compiling must be short."""
     cache: Any = "block"
     slots: tuple[int, ...] = (1, 8, 32, 64, 128)
+    ways: tuple[str, ...] = ("engine", "batches")
     per_slot: int = 10
     """Requests for each slot."""
     prompt: int = 256
@@ -60,7 +61,7 @@ class TableConfig:
     alone: int = 3
     """Requests that are decoded again one by one, at the largest number of slots up to 32."""
     profile: Path | None = None
-    """Folder for a trace of the engine at 32 slots, after its time has been taken."""
+    """Folder for a trace of the engine at the most slots up to 32, after its time is taken."""
     threads: int = 8
     """Cells that are compiled side by side."""
     seed: int = 37
@@ -108,13 +109,15 @@ class Cell:
 
     def run(self) -> dict[str, Any]:
         """Both ways on the clock."""
-        assert self.engines is not None
-        ours = traffic.by_engine(self.llm, self.config.decode, self.engines, self.calls)
-        theirs = traffic.by_batches(self.plain, self.config.decode, self.slots, self.calls)
-        return {
-            "engine": traffic.figures(self.calls, ours),
-            "batches": traffic.figures(self.calls, theirs),
-        }
+        found, decode = {}, self.config.decode
+        for way in self.config.ways:
+            if way == "engine":
+                assert self.engines is not None
+                clock = traffic.by_engine(self.llm, decode, self.engines, self.calls)
+            else:
+                clock = traffic.by_batches(self.plain, decode, self.slots, self.calls)
+            found[way] = traffic.figures(self.calls, clock)
+        return found
 
     def alone(self, count: int) -> dict[str, Any]:
         """Whether requests get in company what they get alone, in the same engine."""
@@ -162,9 +165,7 @@ def rows(llm: LLM, config: TableConfig):
     for group in filter(None, groups):
         cells = [Cell(llm, config, slots) for slots in group]
         with ThreadPoolExecutor(config.threads) as pool:
-            jobs = {
-                (c.slots, w): pool.submit(c.warm, w) for c in cells for w in ("engine", "batches")
-            }
+            jobs = {(c.slots, w): pool.submit(c.warm, w) for c in cells for w in config.ways}
         for key, job in jobs.items():
             failed = job.exception()
             yield {
@@ -175,18 +176,19 @@ def rows(llm: LLM, config: TableConfig):
             row: dict[str, Any] = {"name": "traffic", "slots": cell.slots}
             try:
                 row |= cell.run()
-                ours, theirs = (row[way]["tokens_per_second"] for way in ("engine", "batches"))
-                row["ratio"] = ours / theirs
+                speeds = [row[way]["tokens_per_second"] for way in config.ways]
+                if len(speeds) == 2:
+                    row["ratio"] = speeds[0] / speeds[1]
             except Exception as error:
                 row["failed"] = str(error)[:300]
             yield row
-            if config.profile and cell.slots == 32:
+            if config.profile and cell.slots == max(s for s in config.slots if s <= 32):
                 with profiling.recording(config.profile):
-                    some = traffic.others(cell.calls[:96], llm, 5)
+                    some = traffic.others(cell.calls[: 3 * cell.slots], llm, 5)
                     traffic.by_engine(llm, config.decode, cell.engines, some)
                 found = profiling.profile(profiling.read(config.profile))
                 print(profiling.shown(found), flush=True)
-                yield {"name": "profile", "slots": 32} | found.facts()
+                yield {"name": "profile", "slots": cell.slots} | found.facts()
             if config.alone and cell.slots == max((s for s in config.slots if s <= 32), default=0):
                 yield {"name": "alone", "slots": cell.slots} | cell.alone(config.alone)
         for cell in cells:

@@ -19,9 +19,9 @@ class EngineConfig:
     pages: int = 0
     """Pages of the cache (default: as many as all slots with the longest canvas would take, or as
     memory has room for)."""
-    rounds: int = 4
-    """Steps of every row in a dispatch, at most: fewer where they take longer than the host needs,
-    which is heard between two dispatches."""
+    rounds: int = 2
+    """Steps of every row in a dispatch; the host is heard between two dispatches. The last of them
+    must outlast the handing over of the next dispatch, some milliseconds."""
     chunk: int = 256
     """Columns of a prompt that are read at once."""
     lanes: int = 4

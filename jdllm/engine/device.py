@@ -141,7 +141,7 @@ class Device:
         for some in dispatch.chunks:
             self._pool = rounds.read(self.model, setup, slots, self._pool, orders.table, some)
         self._slots[setup], self._pool, report = rounds.run(
-            self.model, setup, slots, self._pool, orders, self.config.lanes
+            self.model, setup, slots, self._pool, orders, self.config.rounds, self.config.lanes
         )
         self._known |= new
         if new:

@@ -7,7 +7,6 @@ host reads a dispatch when the next one is on its way, so the device never waits
 import dataclasses
 import logging
 import threading
-import time
 from collections import deque
 from concurrent.futures import Future
 from typing import Any
@@ -35,10 +34,6 @@ class Flight:
     jobs: list[Job | None]
     reads: int
     """Model calls that read prompts."""
-    rounds: int
-
-
-AHEAD = 0.03  # seconds that a dispatch should last, so that the next one is there in time
 
 
 class Engine:
@@ -56,9 +51,6 @@ class Engine:
         self.scheduler = self._scheduler()
         self.calls = 0
         """Model calls so far, as last seen."""
-        self._read_at: float | None = None
-        """When the last flight was read, if another was on its way then."""
-        self._rounds = config.rounds
 
     def _scheduler(self) -> Scheduler:
         config = self.config
@@ -134,8 +126,6 @@ class Engine:
         flights = [self.run(turn) for turn in turns]
         self.postprocess()
         self._flying = flights
-        if not flights:
-            self._read_at = None
 
     def schedule(self) -> list[Turn]:
         """New jobs are taken in, cancelled ones leave; what is to be done next."""
@@ -152,7 +142,7 @@ class Engine:
         """Sends a dispatch on its way."""
         setup, chunks = turn.group.setup, self._chunks(turn.chunks)
         report = self.device.send(setup, turn.arrived, chunks, self._orders(turn))
-        return Flight(report, list(turn.group.jobs), len(chunks), self._rounds)
+        return Flight(report, list(turn.group.jobs), len(chunks))
 
     def postprocess(self) -> None:
         """Reads what was in flight: who is done, and what those see who follow their job."""
@@ -163,7 +153,6 @@ class Engine:
                 (report.calls, report.done, report.failed, report.nfe, report.first)
             )
             self.calls += int(calls) + flight.reads
-            self._paced(flight)
             canvases: Any = None
             for slot, job in enumerate(flight.jobs):
                 if job is None or job.state is not State.RUNNING:
@@ -190,14 +179,6 @@ class Engine:
                 self._leave(job, bool(failed[slot]), canvases[0][slot])
                 reason: Any = "failed" if failed[slot] else "done"
                 tell(job, Outcome(*progress, reason=reason, block_calls=calls_BK[slot]))
-
-    def _paced(self, flight: Flight) -> None:
-        """Chooses the rounds of the coming dispatches by how long those of a flight took."""
-        now, before = time.perf_counter(), self._read_at
-        self._read_at = now
-        if before is not None and not flight.reads:
-            each = (now - before) / flight.rounds
-            self._rounds = min(self.config.rounds, max(1, round(AHEAD / each)))
 
     def _leave(self, job: Job, failed: bool, tokens: np.ndarray) -> None:
         """A job has ended on the device: its pages are free, or kept for their beginnings."""
@@ -233,7 +214,7 @@ class Engine:
             ready[job.slot] = job.ready
         stopped: Any = np.zeros(len(jobs), bool)
         stopped[list(turn.stopped)] = True
-        return Orders(table, granted, ready, stopped, np.int32(self._rounds), width)
+        return Orders(table, granted, ready, stopped, width)
 
     def _width(self, setup: Setup, longest: int) -> int:
         """The columns of a dispatch. One that is compiled already serves canvases of half of them,

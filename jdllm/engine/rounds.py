@@ -92,8 +92,6 @@ class Orders:
     """bool [B]: keys of everything before the block are there."""
     stopped: jax.Array
     """bool [B]: rows whose request has been taken back."""
-    rounds: Any
-    """int32: so many rounds are made."""
     width: int = dataclasses.field(metadata={"static": True})
     """Columns W: no canvas in work is longer."""
 
@@ -190,11 +188,14 @@ def wipe(pool: Pool, pages_F: jax.Array) -> Pool:
     return jax.tree.map(lambda x: x.at[pages_F].set(0), pool)
 
 
-@partial(jax.jit, static_argnames=("setup", "lanes"), donate_argnames=("slots", "pool"))
+@partial(jax.jit, static_argnames=("setup", "rounds", "lanes"), donate_argnames=("slots", "pool"))
 def run(
-    model: Model, setup: Setup, slots: Slots, pool: Pool, orders: Orders, lanes: int
+    model: Model, setup: Setup, slots: Slots, pool: Pool, orders: Orders, rounds: int, lanes: int
 ) -> tuple[Slots, Pool, Report]:
-    """A dispatch: rounds with at most `lanes` full passes in each."""
+    """A dispatch: so many rounds with at most `lanes` full passes in each.
+
+    Their number is static: else the thread that hands over would wait for the end of the last one.
+    """
     whole, cache = slots, PagedCache(*pool, orders.table) if setup.plan.cached else None
     slots = narrowed(model, setup, slots, orders.width)
     rows = slots.rows
@@ -206,7 +207,7 @@ def run(
         return play(model, setup, carry, orders, lanes)
 
     start = slots, cache, jnp.zeros((), jnp.int32)
-    slots, cache, calls = jax.lax.fori_loop(0, orders.rounds, again, start)
+    slots, cache, calls = jax.lax.fori_loop(0, rounds, again, start)
     report = reported(slots, calls)
     if cache is not None:
         pool = placed(model, (cache.keys, cache.values))

@@ -47,6 +47,16 @@ class Kernel:
 
 
 @dataclasses.dataclass(frozen=True)
+class Wait:
+    """All the times in which a device had nothing to do between the same two kernels."""
+
+    before: str
+    after: str
+    seconds: float
+    calls: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Profile:
     """What a trace says."""
 
@@ -57,11 +67,14 @@ class Profile:
     seconds: float
     """Between the first and the last kernel."""
     devices: int
+    waits: tuple[Wait, ...] = ()
+    """The longest first."""
 
     def facts(self, many: int = 10) -> dict[str, Any]:
         """For a file of results."""
         return dataclasses.asdict(self) | {
-            "kernels": [dataclasses.asdict(kernel) for kernel in self.kernels[:many]]
+            "kernels": [dataclasses.asdict(kernel) for kernel in self.kernels[:many]],
+            "waits": [dataclasses.asdict(wait) for wait in self.waits[:many]],
         }
 
 
@@ -144,6 +157,21 @@ def busy_seconds(events: Iterable[Event]) -> float:
     return total
 
 
+def waits(devices: dict[str, list[Event]]) -> list[Wait]:
+    """Between which kernels the devices had nothing to do, the longest times first."""
+    found: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for events in devices.values():
+        last = events[0]
+        for event in events[1:]:
+            gap = event.start - (last.start + last.seconds)
+            if gap > 0:
+                found[last.name, event.name].append(gap)
+            if gap > -event.seconds:
+                last = event
+    rows = [Wait(*names, sum(gaps), len(gaps)) for names, gaps in found.items()]
+    return sorted(rows, key=lambda wait: -wait.seconds)
+
+
 def profile(devices: dict[str, list[Event]]) -> Profile:
     """Kernels of all devices together; how busy the devices were, on average."""
     if not devices:
@@ -164,6 +192,7 @@ def profile(devices: dict[str, list[Event]]) -> Profile:
         sum(busy) / sum(spans),
         max(spans),
         len(devices),
+        tuple(waits(devices)),
     )
 
 
@@ -183,6 +212,10 @@ def shown(found: Profile, many: int = 10) -> str:
         rate = "-" if one.bytes_per_second is None else f"{one.bytes_per_second / 1e9:.0f}"
         cells = [name.replace("|", "/"), f"{1e3 * one.seconds:.3f}", f"{100 * one.share:.1f}"]
         lines.append(f"| {' | '.join([*cells, str(one.calls), rate])} |")
+    lines += ["", "| idle after | before | time, ms | calls |", "|---|---|---|---|"]
+    for wait in found.waits[: many // 2]:
+        names = [name.replace("|", "/")[:60] for name in (wait.before, wait.after)]
+        lines.append(f"| {' | '.join(names)} | {1e3 * wait.seconds:.3f} | {wait.calls} |")
     device = "device" if found.devices == 1 else f"{found.devices} devices"
     return "\n".join(
         [*lines, "", f"{device} busy {100 * found.busy:.1f} % of {found.seconds:.3f} s"]
