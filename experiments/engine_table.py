@@ -49,9 +49,10 @@ class TableConfig:
     """Of random weights: fewer than the shape has, where compiling must be short."""
     cache: Any = "block"
     slots: tuple[int, ...] = (1, 8, 32, 64, 128)
-    ways: tuple[str, ...] = ("engine", "batches")
-    per_slot: int = 10
-    """Requests for each slot."""
+    batches_at: tuple[int, ...] = (1, 32)
+    """Numbers of slots at which batches are measured, too."""
+    per_slot: tuple[int, ...] = (10, 10, 16, 6, 4)
+    """Requests for each slot, by number of slots; the last number holds for the rest."""
     prompt: int = 256
     completion: int = 128
     """Median of the completions' tokens."""
@@ -68,8 +69,9 @@ class TableConfig:
 
     def traffic(self, slots: int) -> Traffic:
         """The requests of a cell."""
+        each = dict(zip(self.slots, self.per_slot, strict=False)).get(slots, self.per_slot[-1])
         return Traffic(
-            requests=slots * self.per_slot, prompt=self.prompt, completion=self.completion,
+            requests=slots * each, prompt=self.prompt, completion=self.completion,
             spread=self.spread, prompt_spread=0.0,
         )  # fmt: skip
 
@@ -90,6 +92,7 @@ class Cell:
         self.plain = LLM(llm.model, None, llm.defaults, engine="off")
         self.calls = traffic.draw(config.traffic(slots), llm, config.seed)
         self.engines: Engines | None = None
+        self.ways = ["engine", *(["batches"] if slots in config.batches_at else [])]
 
     def warm(self, way: str) -> float:
         """Compiles what a way needs; the seconds that took."""
@@ -104,13 +107,13 @@ class Cell:
                 more = traffic.others([short], self.llm, 2)
                 traffic.by_engine(self.llm, self.config.decode, self.engines, more)
         else:
-            traffic.by_batches(self.plain, self.config.decode, self.slots, [*some[:1], *some[1:]])
+            traffic.by_batches(self.plain, self.config.decode, self.slots, some)
         return time.perf_counter() - start
 
     def run(self) -> dict[str, Any]:
         """Both ways on the clock."""
         found, decode = {}, self.config.decode
-        for way in self.config.ways:
+        for way in self.ways:
             if way == "engine":
                 assert self.engines is not None
                 clock = traffic.by_engine(self.llm, decode, self.engines, self.calls)
@@ -165,7 +168,7 @@ def rows(llm: LLM, config: TableConfig):
     for group in filter(None, groups):
         cells = [Cell(llm, config, slots) for slots in group]
         with ThreadPoolExecutor(config.threads) as pool:
-            jobs = {(c.slots, w): pool.submit(c.warm, w) for c in cells for w in config.ways}
+            jobs = {(c.slots, w): pool.submit(c.warm, w) for c in cells for w in c.ways}
         for key, job in jobs.items():
             failed = job.exception()
             yield {
@@ -176,16 +179,16 @@ def rows(llm: LLM, config: TableConfig):
             row: dict[str, Any] = {"name": "traffic", "slots": cell.slots}
             try:
                 row |= cell.run()
-                speeds = [row[way]["tokens_per_second"] for way in config.ways]
+                speeds = [row[way]["tokens_per_second"] for way in cell.ways]
                 if len(speeds) == 2:
                     row["ratio"] = speeds[0] / speeds[1]
             except Exception as error:
                 row["failed"] = str(error)[:300]
             yield row
             if config.profile and cell.slots == max(s for s in config.slots if s <= 32):
-                with profiling.recording(config.profile):
-                    some = traffic.others(cell.calls[: 3 * cell.slots], llm, 5)
-                    traffic.by_engine(llm, config.decode, cell.engines, some)
+                assert cell.engines is not None
+                some = traffic.others(cell.calls[: 3 * cell.slots], llm, 5)
+                traffic.by_engine(llm, config.decode, cell.engines, some, config.profile)
                 found = profiling.profile(profiling.read(config.profile))
                 print(profiling.shown(found), flush=True)
                 yield {"name": "profile", "slots": cell.slots} | found.facts()

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
+from jax.stages import Lowered
 
 from jdllm.decode import DecodeConfig, Exit, Request, Setup, decode, make_setup
 from jdllm.model.config import ModelConfig
@@ -86,8 +87,8 @@ class Program(NamedTuple):
     """Bytes of everything else."""
 
 
-def compile_program(config: ModelConfig, setup: Setup, rows: int, length: int) -> Program:
-    """Compiles the decode loop from shapes alone, and looks at what it would need."""
+def lower_program(config: ModelConfig, setup: Setup, rows: int, length: int) -> Lowered:
+    """The decode loop for a batch of canvases of `length` columns, from shapes alone."""
     shape: Any = jax.ShapeDtypeStruct
     model = jax.tree.map(lambda leaf: shape(leaf.shape, leaf.dtype), abstract(config))
     request = Request(
@@ -96,7 +97,12 @@ def compile_program(config: ModelConfig, setup: Setup, rows: int, length: int) -
         keys=jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)),
         idle=shape((rows,), jnp.bool),
     )
-    lowered = decode.lower(model, request, setup)
+    return decode.lower(model, request, setup)
+
+
+def compile_program(config: ModelConfig, setup: Setup, rows: int, length: int) -> Program:
+    """Compiles the decode loop from shapes alone, and looks at what it would need."""
+    lowered = lower_program(config, setup, rows, length)
     # Without autotuning: that would run every matrix product at full size.
     found = lowered.compile({"xla_gpu_autotune_level": 0}).memory_analysis()
     if found is None:

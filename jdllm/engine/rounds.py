@@ -208,6 +208,7 @@ def run(
 
     start = slots, cache, jnp.zeros((), jnp.int32)
     slots, cache, calls = jax.lax.fori_loop(0, rounds, again, start)
+    slots = end(setup, slots, orders.ready)
     report = reported(slots, calls)
     if cache is not None:
         pool = placed(model, (cache.keys, cache.values))
@@ -231,8 +232,7 @@ def play(
 
 def leave(setup: Setup, slots: Slots, ready_B: jax.Array) -> tuple[Slots, jax.Array]:
     """Finished blocks are judged and left; returns the rows that must commit theirs first."""
-    rows = slots.rows
-    closing_B = ready_B & ~rows.done & (rows.first < rows.last) & ~active(setup, rows)
+    rows, closing_B = slots.rows, closing(setup, slots.rows, ready_B)
     rows = judge_block(setup, rows, closing_B)
     rows = dataclasses.replace(rows, done=rows.done | (closing_B & (rows.last >= rows.end)))
     commits_B = jnp.zeros_like(closing_B)
@@ -240,6 +240,21 @@ def leave(setup: Setup, slots: Slots, ready_B: jax.Array) -> tuple[Slots, jax.Ar
         commits_B = closing_B & ~rows.done & rows.dirty
     rows = between(setup, rows, closing_B & ~commits_B)
     return dataclasses.replace(slots, rows=rows), commits_B
+
+
+def closing(setup: Setup, rows: Rows, ready_B: jax.Array) -> jax.Array:
+    """Rows in a block that needs no more calls [B]."""
+    return ready_B & ~rows.done & (rows.first < rows.last) & ~active(setup, rows)
+
+
+def end(setup: Setup, slots: Slots, ready_B: jax.Array) -> Slots:
+    """Rows behind their last blocks are done, as `leave` of the next round would say: so this
+    dispatch's report tells of them, and not that of the next."""
+    rows = slots.rows
+    ending_B = closing(setup, rows, ready_B) & (rows.last >= rows.end)
+    rows = judge_block(setup, rows, ending_B)
+    rows = dataclasses.replace(rows, done=rows.done | ending_B)
+    return dataclasses.replace(slots, rows=between(setup, rows, ending_B))
 
 
 def between(setup: Setup, rows: Rows, leaving_B: jax.Array) -> Rows:
@@ -313,6 +328,9 @@ def step(
         return dataclasses.replace(slots, rows=between(setup, rows, commits_B)), cache
 
     some = jnp.any(turn_B | commits_B)
+    if not (setup.plan.refreshes or setup.plan.varies):
+        # There is a row for it nearly always, and to ask would keep the device waiting.
+        return *go((slots, cache)), some
     return *jax.lax.cond(some, go, lambda carry: carry, (slots, cache)), some
 
 

@@ -107,7 +107,7 @@ class Clock:
     compile_seconds: float = 0.0
 
 
-Way = Callable[[Sequence[Call]], Clock]
+Way = Callable[..., Clock]
 
 
 def engines_for(llm: LLM, decode: DecodeConfig, slots: int, calls: Sequence[Call]) -> Engines:
@@ -117,8 +117,14 @@ def engines_for(llm: LLM, decode: DecodeConfig, slots: int, calls: Sequence[Call
     return Engines(llm.model, EngineConfig(slots=slots, columns=columns + block))
 
 
-def by_engine(llm: LLM, decode: DecodeConfig, engines: Engines, calls: Sequence[Call]) -> Clock:
-    """The requests through the engine."""
+def by_engine(
+    llm: LLM,
+    decode: DecodeConfig,
+    engines: Engines,
+    calls: Sequence[Call],
+    trace: Path | None = None,
+) -> Clock:
+    """The requests through the engine; into `trace` comes what the device did meanwhile."""
     jobs, clock, start = [], Clock(), 0.0
     keys = row_keys(decode.seed, row_seeds([call.prompt for call in calls]))
 
@@ -136,16 +142,17 @@ def by_engine(llm: LLM, decode: DecodeConfig, engines: Engines, calls: Sequence[
         listener = partial(told, i)
         jobs.append(Job(canvas, len(call.prompt), *shared(setup), keys[i], listener, follows=True))
     clock.calls, clock.compile_seconds = -engines.calls, -engines.compile_seconds
-    start, sent = time.perf_counter(), 0
-    while sent < len(jobs) or engines.busy:
-        now = time.perf_counter() - start
-        while sent < len(jobs) and calls[sent].due <= now:
-            engines.submit(jobs[sent])
-            sent += 1
-        if engines.busy:
-            engines.step()
-        else:
-            time.sleep(max(0.0, calls[sent].due - now))
+    with recording(trace):
+        start, sent = time.perf_counter(), 0
+        while sent < len(jobs) or engines.busy:
+            now = time.perf_counter() - start
+            while sent < len(jobs) and calls[sent].due <= now:
+                engines.submit(jobs[sent])
+                sent += 1
+            if engines.busy:
+                engines.step()
+            else:
+                time.sleep(max(0.0, calls[sent].due - now))
     clock.calls += engines.calls
     clock.compile_seconds += engines.compile_seconds
     return clock
@@ -233,8 +240,7 @@ def measure(
         way(at_once)
         if traffic.rate:  # rows that come one by one meet other shapes
             way(others(calls, llm, 2))
-        with recording(trace if name == "engine" else None):
-            clock = way(calls)
+        clock = way(calls, trace) if trace and name == "engine" else way(calls)
         found[name] = figures(calls, clock)
         del way
         gc.collect()  # an engine and its scheduler know each other; their pages make room
