@@ -5,6 +5,8 @@ import dataclasses
 from jdllm.engine.pages import affordable
 from jdllm.model.model import Model
 
+FEW = 16  # slots below which a step of a large model takes less than 10 ms
+
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
@@ -19,9 +21,10 @@ class EngineConfig:
     pages: int = 0
     """Pages of the cache (default: as many as all slots with the longest canvas would take, or as
     memory has room for)."""
-    rounds: int = 2
-    """Steps of every row in a dispatch; the host is heard between two dispatches. The last of them
-    must outlast the handing over of the next dispatch, some milliseconds."""
+    rounds: int = 0
+    """Steps of every row in a dispatch (default: 1, or 2 where slots are few and a step is short).
+    The host is heard between two dispatches; the last step must outlast the handing over of the
+    next ones, some milliseconds."""
     chunk: int = 256
     """Columns of a prompt that are read at once."""
     lanes: int = 4
@@ -30,10 +33,10 @@ class EngineConfig:
     """Sets of decoding settings whose rows are kept in memory."""
 
     def __post_init__(self):
-        for name in ("slots", "rounds", "chunk", "lanes", "groups"):
+        for name in ("slots", "chunk", "lanes", "groups"):
             if (number := getattr(self, name)) < 1:
                 raise ValueError(f"{name}={number} of an engine must be 1 or more")
-        for name in ("columns", "page", "pages"):
+        for name in ("columns", "page", "pages", "rounds"):
             if (number := getattr(self, name)) < 0:
                 raise ValueError(f"{name}={number} of an engine must be 0 (chosen for you) or more")
 
@@ -48,4 +51,5 @@ class EngineConfig:
                 f"model's blocks of {block} columns"
             )
         pages = self.pages or min(self.slots * columns // page, affordable(model, page))
-        return dataclasses.replace(self, page=page, columns=columns, pages=pages)
+        rounds = self.rounds or (2 if self.slots < FEW else 1)
+        return dataclasses.replace(self, page=page, columns=columns, pages=pages, rounds=rounds)

@@ -15,7 +15,7 @@ from jdllm.decode.setup import Setup
 from jdllm.engine.job import Job, State
 from jdllm.engine.pages import PagePool, digests
 
-WAITS = 3  # dispatches for which a prompt waits at most, so that others are read with it
+WAITS = 6  # rounds for which a prompt waits at most, so that others are read with it
 
 
 @dataclasses.dataclass(eq=False)
@@ -29,7 +29,7 @@ class Group:
     stopped: set[int] = dataclasses.field(default_factory=set)
     """Slots whose rows must not go on."""
     waited: int = 0
-    """Dispatches for which prompts have waited to be read."""
+    """Rounds for which prompts have waited to be read."""
 
     @property
     def running(self) -> list[Job]:
@@ -232,12 +232,12 @@ class Scheduler:
 
     def worth_reading(self, group: Group) -> bool:
         """Whether prompts fill a call, or half as many as there are rows that decode; a call with
-        few of them costs nearly as much. But none waits for more than some dispatches."""
+        few of them costs nearly as much. But none waits for more than some rounds."""
         unread = [job for job in group.jobs if job and not job.ready]
         chunks = sum(-(-(job.first - job.read) // self.chunk) for job in unread)
         ready = len(group.running) - len(unread)
         enough = chunks >= min(self.lanes, (ready + 1) // 2) or group.waited >= WAITS
-        group.waited = 0 if enough else group.waited + 1
+        group.waited = 0 if enough else group.waited + self.rounds
         return enough
 
     def chunk_end(self, job: Job) -> int:
