@@ -27,6 +27,7 @@ import numpy as np
 
 from jdllm import DecodeConfig
 from jdllm.batches import row_keys, row_seeds
+from jdllm.decode import Setup
 from jdllm.engine import Engines, Job, Outcome, make_canvas, shared
 from jdllm.evaluation import traffic
 from jdllm.evaluation.traffic import Call, Traffic
@@ -94,14 +95,32 @@ class Cell:
         self.engines: Engines | None = None
         self.ways = ["engine", *(["batches"] if slots in config.batches_at else [])]
 
+    def begin(self) -> None:
+        """Pages for the engine."""
+        self.engines = traffic.engines_for(self.llm, self.config.decode, self.slots, self.calls)
+
+    def compile(self, way: str) -> float:
+        """Compiles the large programs of a way, and runs nothing; the seconds that took."""
+        start = time.perf_counter()
+        longest = max(self.calls, key=lambda call: call.tokens)
+        if way == "engine":
+            assert self.engines is not None
+            setup, dials = shared(self.setup(longest))
+            for engine in self.engines.engines:
+                engine.device.compile(setup, dials, engine.config.columns)
+        else:
+            batches = traffic.Batches(self.plain, self.config.decode, self.slots, longest.tokens)
+            batches.program(self.calls[: self.slots])
+        return time.perf_counter() - start
+
     def warm(self, way: str) -> float:
-        """Compiles what a way needs; the seconds that took."""
+        """Runs a few requests of a way; the seconds that took."""
         start = time.perf_counter()
         longest = max(self.calls, key=lambda call: call.tokens)
         short = min(self.calls, key=lambda call: call.tokens)
         some = traffic.others([longest, *[short] * (self.slots - 1)], self.llm, 1)
         if way == "engine":
-            self.engines = traffic.engines_for(self.llm, self.config.decode, self.slots, self.calls)
+            assert self.engines is not None
             traffic.by_engine(self.llm, self.config.decode, self.engines, some)
             if self.slots == 1:  # short canvases have programs of their own
                 more = traffic.others([short], self.llm, 2)
@@ -109,6 +128,11 @@ class Cell:
         else:
             traffic.by_batches(self.plain, self.config.decode, self.slots, some)
         return time.perf_counter() - start
+
+    def setup(self, call: Call) -> Setup:
+        """What decoding a request means."""
+        resolved = dataclasses.replace(self.config.decode, gen_length=call.tokens)
+        return make_setup(self.llm.resolve(resolved), self.llm.config)
 
     def run(self) -> dict[str, Any]:
         """Both ways on the clock."""
@@ -129,7 +153,7 @@ class Cell:
         chosen = list(range(0, len(calls), max(1, len(calls) // count)))[:count]
         # New engines, so that no page of the first run serves the second; same programs.
         self.engines = None
-        self.engines = traffic.engines_for(self.llm, self.config.decode, self.slots, self.calls)
+        self.begin()
         same, first = 0, []
         for i in chosen:
             (other,) = self.outcomes([calls[i]])
@@ -145,8 +169,7 @@ class Cell:
         found: dict[int, Outcome] = {}
         keys = row_keys(self.config.seed, row_seeds([call.prompt for call in calls]))
         for i, call in enumerate(calls):
-            resolved = dataclasses.replace(self.config.decode, gen_length=call.tokens)
-            setup = make_setup(self.llm.resolve(resolved), self.llm.config)
+            setup = self.setup(call)
             canvas = make_canvas(call.prompt, setup, self.llm.config.mask_id)
 
             def told(event: Any, i: int = i) -> None:
@@ -167,15 +190,13 @@ def rows(llm: LLM, config: TableConfig):
     groups = [[s for s in config.slots if s <= 64], [s for s in config.slots if s > 64]]
     for group in filter(None, groups):
         cells = [Cell(llm, config, slots) for slots in group]
+        for cell in cells:
+            cell.begin()
         with ThreadPoolExecutor(config.threads) as pool:
-            jobs = {(c.slots, w): pool.submit(c.warm, w) for c in cells for w in c.ways}
-        for (slots, way), job in jobs.items():
-            row = {"name": "warm", "slots": slots, "way": way}
-            if failed := job.exception():  # CUDA records no graph while another thread tunes
-                (cell,) = (c for c in cells if c.slots == slots)
-                yield row | {"again": str(failed)[:200], "seconds": cell.warm(way)}
-            else:
-                yield row | {"seconds": job.result()}
+            jobs = [(c, way, pool.submit(c.compile, way)) for c in cells for way in c.ways]
+        for cell, way, job in jobs:
+            seconds = {"compile_seconds": job.result(), "seconds": cell.warm(way)}
+            yield {"name": "warm", "slots": cell.slots, "way": way} | seconds
         for cell in cells:
             row: dict[str, Any] = {"name": "traffic", "slots": cell.slots}
             try:

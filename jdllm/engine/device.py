@@ -8,7 +8,7 @@ call of this one has ended.
 import dataclasses
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -129,11 +129,12 @@ class Device:
     def _run(self, dispatch: Dispatch) -> Report:
         setup, orders, start = dispatch.setup, dispatch.orders, time.perf_counter()
         widths = None, *(some.width for some in dispatch.chunks)
+        names = [name for _, arrivals in dispatch.arrivals[:1] for name in arrivals.dials]
         new = {(setup, orders.width, width) for width in widths} - self._known
         if new and is_crowded():
             jax.clear_caches()
             self._known.clear()
-        slots = self._slots.pop(setup, None) or self._empty(dispatch)
+        slots = self._slots.pop(setup, None) or self._empty(setup, names)
         for slot, row in dispatch.returned:
             slots = rounds.put_rows(slots, np.array([slot]), row.result())
         for slot_E, arrivals in dispatch.arrivals:
@@ -148,12 +149,28 @@ class Device:
             self.compile_seconds += time.perf_counter() - start
         return report
 
-    def _empty(self, dispatch: Dispatch) -> Slots:
-        """Slots with nobody in them; the rows that come have the same dials."""
+    def _empty(self, setup: Setup, names: Iterable[str]) -> Slots:
+        """Slots with nobody in them; the rows that come have dials of these names."""
         B, T = self.config.slots, self.config.columns
         keys = jax.random.split(jax.random.key(0), B)
         ones = jnp.ones(B, jnp.int32)
         tokens = jnp.full((B, T), self.model.config.pad_id, jnp.int32)
-        names = (name for _, arrivals in dispatch.arrivals[:1] for name in arrivals.dials)
         dials = {name: jnp.ones(B, jnp.float32) for name in names}
-        return rounds.begin(self.model, dispatch.setup, tokens, ones, ones, keys, ones > 0, dials)
+        return rounds.begin(self.model, setup, tokens, ones, ones, keys, ones > 0, dials)
+
+    def compile(self, setup: Setup, names: Iterable[str], width: int) -> None:
+        """Compiles the programs of some rules, for dispatches of so many columns, from any thread.
+
+        They lie in the cache of compiled programs then, where the first dispatch finds them.
+        Nothing runs on the device meanwhile but what XLA tries.
+        """
+        config, slots = self.config, self._empty(setup, names)
+        none_B, no_B = np.zeros(config.slots, np.int32), np.zeros(config.slots, bool)
+        table = np.zeros((config.slots, width // config.page), np.int32)
+        orders = Orders(table, none_B, no_B, no_B, width)
+        none_F = np.zeros(min(config.lanes, config.slots), np.int32)
+        given = self.model, setup, slots, self._pool
+        if setup.plan.kind == "block":
+            chunks = Chunks(none_F, none_F, none_F, config.chunk)
+            rounds.read.lower(*given, table, chunks).compile()
+        rounds.run.lower(*given, orders, config.rounds, config.lanes).compile()

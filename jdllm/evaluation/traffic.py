@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jdllm.batches import deal, row_keys, row_seeds
-from jdllm.decode import DecodeConfig
+from jdllm.decode import DecodeConfig, Request
 from jdllm.engine import EngineConfig, Engines, Job, Outcome, Progress, make_canvas, shared
 from jdllm.evaluation.report import table
 from jdllm.llm import LLM
@@ -158,30 +158,45 @@ def by_engine(
     return clock
 
 
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """Batches without refills, all of one program for equally long prompts: rows end where their
+    own completions do, and a batch with the longest of them."""
+
+    llm: LLM
+    decode: DecodeConfig
+    slots: int
+    most: int
+    """Tokens of the longest completion of all."""
+
+    def program(self, some: Sequence[Call]) -> tuple[Any, Request, float]:
+        """What decodes some requests, their canvases, and the seconds spent compiling."""
+        llm, rows = self.llm, [call.prompt for call in some]
+        resolved = llm.resolve(dataclasses.replace(self.decode, gen_length=self.most))
+        setup = make_setup(resolved, llm.config)
+        request = llm._request(rows, row_seeds(rows), resolved, setup, self.slots)
+        ends = np.ones(len(request.idle), np.int32)
+        places = deal(len(some), len(ends), llm.mesh.shape["data"])
+        for slot, call in zip(places, some, strict=True):
+            own = dataclasses.replace(setup, gen_length=call.tokens)
+            ends[slot] = own.canvas_length(len(call.prompt))
+        ends = processes.device_put(ends, sharding.by_row(llm.mesh))
+        request = dataclasses.replace(request, ends=ends)
+        program, compile_seconds = llm._program(request, setup)
+        return program, request, compile_seconds
+
+
 def by_batches(llm: LLM, decode: DecodeConfig, slots: int, calls: Sequence[Call]) -> Clock:
-    """Whoever waits when a batch ends, at most `slots`, forms the next one, which ends with its
-    longest completion. One program serves all batches of equally long prompts."""
+    """Whoever waits when a batch ends, at most `slots`, forms the next one."""
     clock, start, sent = Clock(), time.perf_counter(), 0
-    resolved = llm.resolve(dataclasses.replace(decode, gen_length=max(c.tokens for c in calls)))
-    setup = make_setup(resolved, llm.config)
+    batches = Batches(llm, decode, slots, max(call.tokens for call in calls))
     while sent < len(calls):
         now = time.perf_counter() - start
         if calls[sent].due > now:
             time.sleep(calls[sent].due - now)
             now = calls[sent].due
         chosen = [i for i in range(sent, len(calls)) if calls[i].due <= now][:slots]
-        some = [calls[i] for i in chosen]
-        rows = [call.prompt for call in some]
-        request = llm._request(rows, row_seeds(rows), resolved, setup, slots)
-        ends = np.ones(len(request.idle), np.int32)
-        for slot, call in zip(
-            deal(len(some), len(ends), llm.mesh.shape["data"]), some, strict=True
-        ):
-            own = dataclasses.replace(setup, gen_length=call.tokens)
-            ends[slot] = own.canvas_length(len(call.prompt))
-        ends = processes.device_put(ends, sharding.by_row(llm.mesh))
-        request = dataclasses.replace(request, ends=ends)
-        program, compile_seconds = llm._program(request, setup)
+        program, request, compile_seconds = batches.program([calls[i] for i in chosen])
         state = program(llm.model, request, llm.verifier)
         _, forwards = jax.device_get((state.rows.tokens, state.forwards))
         clock.calls += int(forwards)

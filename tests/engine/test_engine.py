@@ -1,13 +1,16 @@
 """The engine: whatever the load, a request gets the tokens and the NFE that it gets alone."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jax.experimental.compilation_cache import compilation_cache
 
 from jdllm import DecodeConfig
 from jdllm.engine import Engine, EngineConfig, Engines, Job, rounds
@@ -213,6 +216,33 @@ def test_replicas_and_split_models_give_the_same(mesh: str):
     engines.drain()
     assert len(engines.engines) == 2 and all(engine.calls for engine in engines.engines)
     same_as_alone(single, FULL, jobs)
+
+
+@pytest.mark.slow
+def test_programs_can_be_compiled_before_anybody_comes(tmp_path: Path):
+    """The first dispatch finds them on disk: nothing of what it needs is compiled again."""
+    llm = tiny("blocks", 1.5)
+    setup = setup_of(llm, **FULL)
+    job = make(llm, setup, PROMPTS[0])
+
+    def programs() -> set[str]:
+        names = (path.name for path in tmp_path.iterdir())
+        return {name for name in names if name.startswith(("jit_run-", "jit_read-"))}
+
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+        compilation_cache.reset_cache()
+        engine = Engine(llm.model, EngineConfig(slots=2, columns=32, page=8, chunk=8, lanes=1))
+        engine.device.compile(job.setup, job.dials, engine.config.columns)
+        compiled = programs()
+        engine.submit(job)
+        engine.drain()
+        assert len(compiled) >= 2 and programs() == compiled
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
+    same_as_alone(llm, FULL, [job])
 
 
 def test_shorter_canvases_share_the_program_of_longer_ones():

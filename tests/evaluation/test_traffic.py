@@ -1,11 +1,12 @@
 """The engine's benchmark: both ways serve every request, and the figures follow from the times."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from jdllm.decode import DecodeConfig
-from jdllm.evaluation.traffic import Call, Clock, Traffic, draw, figures, measure, shown
+from jdllm.evaluation.traffic import Batches, Call, Clock, Traffic, draw, figures, measure, shown
 from jdllm.runtime.profiling import profile, read
 from tests.support.tiny_models import tiny
 
@@ -27,6 +28,20 @@ def test_times_and_lengths_are_drawn():
     assert {(len(call.prompt), call.tokens) for call in alike} == {(8, 12)}
     with pytest.raises(ValueError, match="rate=-1"):
         Traffic(rate=-1)
+
+
+def test_rows_of_a_batch_end_where_their_own_completions_do():
+    """One program, of the longest completion: tokens and NFE are those of each alone."""
+    llm, decode = tiny("blocks"), DecodeConfig(block_length=4, cache="block", stop="none")
+    calls = [Call(0.0, [5, 6, 7, 8], 4), Call(0.0, [9, 10, 11], 8)]
+    program, request, _ = Batches(llm, decode, 2, 8).program(calls)
+    rows = program(llm.model, request, None).rows
+    for i, call in enumerate(calls):
+        config = dataclasses.replace(decode, gen_length=call.tokens)
+        (alone,) = llm.generate([call.prompt], config)
+        start = len(call.prompt)
+        assert rows.tokens[i, start : start + len(alone.ids)].tolist() == alone.ids
+        assert int(rows.nfe[i]) == alone.nfe
 
 
 @pytest.mark.slow

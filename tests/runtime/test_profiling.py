@@ -17,6 +17,7 @@ from jdllm.runtime.profiling import (
     read,
     recording,
     shown,
+    waits,
 )
 
 
@@ -29,6 +30,7 @@ def test_kernels_are_added_up_and_overlaps_counted_once():
     assert (found.busy, found.seconds) == (pytest.approx(0.8), 10.0)
     text = shown(found)
     assert "| a | 7000.000 | 77.8 | 2 | 0 |" in text and "| b | 2000.000 | 22.2 | 1 | - |" in text
+    assert "| b | a | 2000.000 | 1 |" in text, "where the device waits is told"
     assert text.endswith("device busy 80.0 % of 10.000 s")
     assert len(found.facts(1)["kernels"]) == 1
 
@@ -45,6 +47,8 @@ def test_busy_time_is_that_of_a_raster(spans: list[tuple[int, int]]):
     events = [Event("k", float(start), float(length)) for start, length in sorted(spans)]
     raster = {t for start, length in spans for t in range(start, start + length)}
     assert busy_seconds(events) == len(raster)
+    idle = max(raster) + 1 - min(raster) - len(raster)
+    assert sum(wait.seconds for wait in waits({"/device:GPU:0": events})) == idle
 
 
 def test_bytes_are_read_where_the_trace_tells():
