@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdllm import DecodeConfig
-from jdllm.decode import Request, Setup, State, make_setup
+from jdllm.decode import Request, Setup, State, decode, make_setup
 from jdllm.decode.layout import put
 from jdllm.decode.look import Call, look_at
 from jdllm.decode.loop import enter_block
@@ -75,6 +76,9 @@ class LoopConfig:
     schedules: tuple[int, ...] = (1, 2, 4)
     """Tokens that a step takes."""
     repeats: int = 3
+    threads: int = 1
+    """More compile the programs of step and request first, side by side, into the cache on disk;
+    then compile_seconds tells how long it takes to read them."""
     copy_megabytes: int = 2048
     """Size of the array whose copying tells the memory's rate."""
 
@@ -202,23 +206,42 @@ def measure(llm: LLM, case: Case, config: LoopConfig, rate: float) -> dict[str, 
     }
 
 
+def step_cases(rows: int, config: LoopConfig) -> list[Case]:
+    """Requests that differ in the number of their steps alone."""
+    prompt, gen_length = config.positions - 4 * config.block, 4 * config.block
+    return [Case(rows, prompt, gen_length, config.block, config.cache, n) for n in (1, 2)]
+
+
+def request_case(config: LoopConfig) -> Case:
+    """A whole completion."""
+    prompt = config.positions - config.gen_length
+    return Case(1, prompt, config.gen_length, config.block, config.cache, 1)
+
+
+def compile_ahead(llm: LLM, config: LoopConfig) -> None:
+    """The programs of step and request into the cache on disk, in so many threads as asked."""
+    cases = [case for rows in config.batches for case in step_cases(rows, config)]
+    chosen = cases * ("step" in config.parts) + [request_case(config)] * ("request" in config.parts)
+    with ThreadPoolExecutor(config.threads) as pool:
+        jobs = [
+            pool.submit(lambda case: decode.lower(llm.model, *prepare(llm, case)).compile(), case)
+            for case in (chosen if config.threads > 1 else [])
+        ]
+    for job in jobs:
+        if failed := job.exception():
+            print(f"not compiled ahead: {str(failed)[:200]}", flush=True)
+
+
 def step_row(llm: LLM, rows: int, config: LoopConfig, rate: float) -> dict[str, Any]:
     """A block step inside the loop: what a request of half as many tokens per step takes longer."""
-    prompt = config.positions - 4 * config.block
-    one, two = (
-        measure(
-            llm, Case(rows, prompt, 4 * config.block, config.block, config.cache, n), config, rate
-        )
-        for n in (1, 2)
-    )
+    one, two = (measure(llm, case, config, rate) for case in step_cases(rows, config))
     seconds = (one["seconds"] - two["seconds"]) / (one["forwards"] - two["forwards"])
     return one | {"ms_per_step": 1e3 * seconds, "forwards_per_second": 1 / seconds}
 
 
 def request_row(llm: LLM, config: LoopConfig, rate: float) -> dict[str, Any]:
     """A whole completion with the dual cache, and the share of its time outside model calls."""
-    prompt = config.positions - config.gen_length
-    case = Case(1, prompt, config.gen_length, config.block, config.cache, 1)
+    case = request_case(config)
     row = measure(llm, case, config, rate)
     request, setup = prepare(llm, case)
     bare = bare_loop.lower(llm.model, request, setup).compile()
@@ -312,6 +335,9 @@ def measured(llm: LLM, config: LoopConfig) -> Iterator[dict[str, Any]]:
     One that fails says why.
     """
     rate = copy_rate(config.copy_megabytes, config.repeats)
+    for kernel in config.kernels.split("/"):
+        model = dataclasses.replace(llm.model, kernel=kernel)
+        compile_ahead(LLM(model, None, llm.defaults, engine="off"), config)
     for part in config.parts.split(","):
         for kernel in config.kernels.split("/"):
             model = dataclasses.replace(llm.model, kernel=kernel)
