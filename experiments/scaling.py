@@ -1,6 +1,6 @@
-"""One host's devices against one of them: decoding, requests, LoRA, experts, restoring, the engine.
+"""One host's devices against one of them: decoding, requests, LoRA, experts, restores, the engine.
 
-python experiments/scaling.py                     (appends rows to experiments/results/scaling.jsonl)
+python experiments/scaling.py                     (appends rows to results/scaling.jsonl)
 python experiments/scaling.py seconds=250 rows=1,8 parts=step,requests,lora
 JAX_NUM_CPU_DEVICES=4 python experiments/scaling.py output=FILE model=tiny experts=tiny-experts \
   lora=tiny prompt=32 gen_length=32 block=8 repeats=1

@@ -189,9 +189,9 @@ def step_row(llm: LLM, case: Case, config: ScalingConfig, program: Any) -> dict[
     }
 
 
-def random_prompts(llm: LLM, longest: int, count: int) -> list[list[int]]:
+def random_prompts(llm: LLM, longest: int, count: int, seed: int = 2) -> list[list[int]]:
     """Random ids, so many as fall into the same bucket as the longest."""
-    rng, facts = np.random.default_rng(2), llm.config
+    rng, facts = np.random.default_rng(seed), llm.config
     low = min(facts.mask_id, facts.eos_id, *facts.stop_ids)
     lengths = rng.integers(longest - 31, longest + 1, count)
     lengths[0] = longest
@@ -224,7 +224,7 @@ def loop_tasks(llm: LLM, part: str, config: ScalingConfig) -> Iterator[Task]:
 
 
 def rows_of_batch(one: Batch, mesh: jax.sharding.Mesh) -> Batch:
-    """A batch of one example once per replica, each with a number, and so with noise, of its own."""
+    """A batch's example once per replica, each with a number, and so with noise, of its own."""
     count = mesh.shape["data"]
     many = jax.tree.map(lambda x: np.repeat(np.array(x), count, 1), one)
     numbers = np.arange(count, dtype=np.int32)[None, :, None]
@@ -271,10 +271,13 @@ def lora_tasks(llm: LLM, part: str, config: ScalingConfig) -> Iterator[Task]:
     yield Task(part, 1, "lora", make, run)
 
 
-def jobs(llm: LLM, config: ScalingConfig, count: int) -> Iterator[tuple[Any, ...]]:
-    """What jobs of an engine are made of: canvas, prompt, rules, dials, key; lengths vary."""
-    rng = np.random.default_rng(3)
-    for number, prompt in enumerate(random_prompts(llm, config.prompt, count)):
+def jobs(llm: LLM, config: ScalingConfig, count: int, seed: int) -> Iterator[tuple[Any, ...]]:
+    """What jobs of an engine are made of: canvas, prompt, rules, dials, key; lengths vary.
+
+    Every seed has prompts of its own: an engine keeps the keys of those that it has read.
+    """
+    rng = np.random.default_rng(seed)
+    for number, prompt in enumerate(random_prompts(llm, config.prompt, count, seed)):
         blocks = config.gen_length // config.block
         length = config.block * int(rng.integers(1, blocks + 1) if number else blocks)
         case = Case(1, len(prompt), length, config.block, "block", 1)
@@ -293,10 +296,13 @@ def engine_tasks(llm: LLM, part: str, config: ScalingConfig) -> Iterator[Task]:
     )
 
     def make() -> Engines:
-        """Engines that have made every program: each compiles for devices of its own."""
+        """Engines that have made every program: each compiles for devices of its own.
+
+        Twice as many jobs as slots: a row that takes another's place may need programs, too.
+        """
         engines = Engines(llm.model, settings)
         for engine in engines.engines:
-            for parts in jobs(llm, config, config.batch):
+            for parts in jobs(llm, config, 2 * config.batch, 0):
                 engine.submit(Job(*parts, lambda _: None))
         threads = [threading.Thread(target=engine.drain) for engine in engines.engines]
         for thread in threads:
@@ -307,9 +313,10 @@ def engine_tasks(llm: LLM, part: str, config: ScalingConfig) -> Iterator[Task]:
 
     def run(engines: Engines) -> dict[str, Any]:
         ways = {"one_thread": engines.drain, "threads": partial(served, engines)}
-        asked = list(jobs(llm, config, count * config.batch * config.batches))
-        tokens, found = sum(len(canvas) - prompt for canvas, prompt, *_ in asked), {}
-        for name, work in ways.items():
+        found: dict[str, Any] = {}
+        for seed, (name, work) in enumerate(ways.items(), 1):
+            asked = list(jobs(llm, config, count * config.batch * config.batches, seed))
+            tokens = sum(len(canvas) - prompt for canvas, prompt, *_ in asked)
             ended: list[Outcome] = []
             for parts in asked:
                 engines.submit(Job(*parts, partial(keep_outcome, ended)))
@@ -319,7 +326,8 @@ def engine_tasks(llm: LLM, part: str, config: ScalingConfig) -> Iterator[Task]:
             reasons = {event.reason for event in ended}
             if len(ended) != len(asked) or reasons != {"done"}:
                 raise ValueError(f"{len(ended)} of {len(asked)} requests ended: {reasons}")
-        return found | {"requests": len(asked), "tokens": tokens, "columns": columns}
+            found |= {f"tokens_{name}": tokens, "requests": len(asked), "columns": columns}
+        return found
 
     yield Task(part, config.batch, "engine", make, run)
 
@@ -364,7 +372,7 @@ def restore_row(folder: Path, mesh: jax.sharding.Mesh, save_seconds: float) -> d
 
 
 def applies(part: str, mesh: str) -> bool:
-    """Whether a part says something on a mesh: replicas of what shares nothing, experts in parts."""
+    """Whether a part runs on a mesh: what shares nothing on replicas, experts where they split."""
     refused = ("moe",) if mesh.endswith("x1") else ACROSS
     return mesh == "1x1" or part not in refused
 

@@ -8,9 +8,7 @@ from typing import Any
 Row = dict[str, Any]
 Predict = Callable[[Row], float]
 """Milliseconds that a row's block step should take."""
-NOTHING = (
-    "Not measured: `experiments/results/scaling.jsonl` has no such row of a whole model on GPUs."
-)
+NOTHING = "Not measured: `experiments/results/scaling.jsonl` has no row of it on GPUs."
 OTHERS = ("restore",)  # parts whose model has fewer layers by design
 
 
