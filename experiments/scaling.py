@@ -33,7 +33,8 @@ import mesh_check  # noqa: F401  first: it keeps NVLink multicast off
 import jax
 import scaling_tables
 from lora_speed import attempt
-from scaling_parts import GROUPS, TASKS, ScalingConfig, applies, restore_row, shape
+from scaling_parts import GROUPS, TASKS, ScalingConfig, restore_row, shape
+from scaling_tables import applies
 
 from jdllm.llm import LLM
 from jdllm.load import enable_compilation_cache

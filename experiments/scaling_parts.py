@@ -44,7 +44,6 @@ GROUPS = {
     "step": "dense", "requests": "dense", "lora": "dense", "moe": "experts", "engine": "experts",
     "restore": "restore",
 }  # fmt: skip
-ACROSS = ("requests", "lora", "engine")  # parts whose replicas share nothing: model axis 1
 FEW = 2  # masks per block of the shorter request
 
 
@@ -369,12 +368,6 @@ def restore_row(folder: Path, mesh: jax.sharding.Mesh, save_seconds: float) -> d
         "host_growth_gb": peak.growth() / 1e9,
         "save_seconds": save_seconds,
     }
-
-
-def applies(part: str, mesh: str) -> bool:
-    """Whether a part runs on a mesh: what shares nothing on replicas, experts where they split."""
-    refused = ("moe",) if mesh.endswith("x1") else ACROSS
-    return mesh == "1x1" or part not in refused
 
 
 TASKS: dict[str, Callable[[LLM, str, ScalingConfig], Iterator[Task]]] = {

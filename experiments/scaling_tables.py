@@ -9,6 +9,8 @@ Row = dict[str, Any]
 Predict = Callable[[Row], float]
 """Milliseconds that a row's block step should take."""
 NOTHING = "Not measured: `experiments/results/scaling.jsonl` has no row of it on GPUs."
+ACROSS = ("requests", "lora", "engine")  # parts whose replicas share nothing: model axis 1
+WANTED = ("1x1", "2x1", "1x2", "4x1", "2x2", "1x4")
 OTHERS = ("restore",)  # parts whose model has fewer layers by design
 
 
@@ -43,6 +45,12 @@ def latest(rows: Sequence[Row]) -> list[Row]:
 def measured(row: Row) -> bool:
     """Whether it has numbers."""
     return not {"failed", "not_run"} & row.keys()
+
+
+def applies(part: str, mesh: str) -> bool:
+    """Whether a part runs on a mesh: what shares nothing on replicas, experts where they split."""
+    refused = ("moe",) if mesh.endswith("x1") else ACROSS
+    return mesh == "1x1" or part not in refused
 
 
 def axes(row: Row) -> tuple[int, int]:
@@ -159,15 +167,22 @@ def engines(rows: list[Row], _: Predict | None) -> str:
 
 
 def missing(rows: list[Row], _: Predict | None) -> str:
-    """What was asked for and has no numbers, and why."""
-    cells = [
-        [*where(row), row["part"], row.get("failed", row.get("not_run"))]
-        for row in rows
-        if not measured(row)
-    ]
+    """The meshes of up to four devices on which a part has no numbers, and why, where one asked."""
+    cells = []
+    for name, (part, _show) in KINDS.items():
+        own = [row for row in rows if row["part"] == part]
+        there = {row["mesh"] for row in own if measured(row)}
+        gaps = [mesh for mesh in WANTED if part and applies(part, mesh) and mesh not in there]
+        reasons = [
+            f"{row['mesh']}, {row['rows']} rows: {row.get('failed', row.get('not_run'))}"
+            for row in own
+            if not measured(row)
+        ]
+        if gaps or reasons:
+            cells.append([name.removeprefix("run "), ", ".join(gaps), "; ".join(reasons)])
     if not cells:
-        return "Nothing that was asked for is missing."
-    return table("GPUs|mesh|rows per replica|part|why", cells)
+        return "Nothing."
+    return table("part|meshes without numbers|what was asked for, and why there are none", cells)
 
 
 def runs(rows: list[Row], _: Predict | None) -> str:
