@@ -19,7 +19,7 @@ from lora_speed import CASES, abstract_of, advance, batch_of, spread_keys, timed
 from jdllm.decode import Request, Setup
 from jdllm.engine.dials import shared
 from jdllm.engine.engine import EngineConfig
-from jdllm.engine.job import Job, Outcome, Progress, make_canvas
+from jdllm.engine.job import Job, Listener, Outcome, Progress, make_canvas
 from jdllm.engine.replicas import Engines
 from jdllm.llm import LLM
 from jdllm.load import compute_dtype
@@ -270,8 +270,10 @@ def lora_tasks(llm: LLM, part: str, config: ScalingConfig) -> Iterator[Task]:
     yield Task(part, 1, "lora", make, run)
 
 
-def jobs(llm: LLM, config: ScalingConfig, count: int, seed: int) -> Iterator[tuple[Any, ...]]:
-    """What jobs of an engine are made of: canvas, prompt, rules, dials, key; lengths vary.
+def jobs(
+    llm: LLM, config: ScalingConfig, count: int, seed: int, listener: Listener
+) -> Iterator[Job]:
+    """Jobs of an engine, whose lengths vary.
 
     Every seed has prompts of its own: an engine keeps the keys of those that it has read.
     """
@@ -282,7 +284,7 @@ def jobs(llm: LLM, config: ScalingConfig, count: int, seed: int) -> Iterator[tup
         case = Case(1, len(prompt), length, config.block, "block", 1)
         setup: Setup = make_setup(llm.resolve(case.config()), llm.config)
         canvas = make_canvas(prompt, setup, llm.config.mask_id)
-        yield canvas, len(prompt), *shared(setup), jax.random.key(number)
+        yield Job(canvas, len(prompt), *shared(setup), jax.random.key(number), listener)
 
 
 def engine_tasks(llm: LLM, part: str, config: ScalingConfig) -> Iterator[Task]:
@@ -301,8 +303,8 @@ def engine_tasks(llm: LLM, part: str, config: ScalingConfig) -> Iterator[Task]:
         """
         engines = Engines(llm.model, settings)
         for engine in engines.engines:
-            for parts in jobs(llm, config, 2 * config.batch, 0):
-                engine.submit(Job(*parts, lambda _: None))
+            for job in jobs(llm, config, 2 * config.batch, 0, lambda _: None):
+                engine.submit(job)
         threads = [threading.Thread(target=engine.drain) for engine in engines.engines]
         for thread in threads:
             thread.start()
@@ -314,11 +316,12 @@ def engine_tasks(llm: LLM, part: str, config: ScalingConfig) -> Iterator[Task]:
         ways = {"one_thread": engines.drain, "threads": partial(served, engines)}
         found: dict[str, Any] = {}
         for seed, (name, work) in enumerate(ways.items(), 1):
-            asked = list(jobs(llm, config, count * config.batch * config.batches, seed))
-            tokens = sum(len(canvas) - prompt for canvas, prompt, *_ in asked)
             ended: list[Outcome] = []
-            for parts in asked:
-                engines.submit(Job(*parts, partial(keep_outcome, ended)))
+            listener, number = partial(keep_outcome, ended), count * config.batch * config.batches
+            asked = list(jobs(llm, config, number, seed, listener))
+            tokens = sum(job.end - job.prompt for job in asked)
+            for job in asked:
+                engines.submit(job)
             start = time.perf_counter()
             work()
             found[f"tokens_per_second_{name}"] = tokens / (time.perf_counter() - start)
