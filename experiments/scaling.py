@@ -21,6 +21,7 @@ import resource
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
@@ -43,12 +44,27 @@ from jdllm.runtime import cli, sharding
 from jdllm.store.checkpoint import random_model, save_model
 
 
+class Compiling:
+    """Seconds that JAX spends on making programs, by what it does, summed over threads."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        jax.monitoring.register_event_duration_secs_listener(self._note)
+
+    def _note(self, event: str, seconds: float, **_: Any) -> None:
+        kind = event.rpartition("/")[2].removesuffix("_duration")
+        if event.startswith("/jax/core/compile/"):
+            self.seconds[kind] += seconds
+            self.seconds[f"{kind}_calls"] += 1
+
+
 class Run:
     """Where rows go, and what they have in common."""
 
     def __init__(self, config: ScalingConfig):
         self.config, self.start = config, time.perf_counter()
         self.rows: list[dict[str, Any]] = []
+        self.compiling, self.ready = Compiling(), {}
         words = [word for word in sys.argv[1:] if not word.startswith("output=")]
         self.facts = {
             "device": jax.devices()[0].device_kind,
@@ -60,8 +76,11 @@ class Run:
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
 
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.start
+
     def late(self) -> bool:
-        return time.perf_counter() - self.start >= self.config.seconds
+        return self.elapsed() >= self.config.seconds
 
     def add(self, part: str, mesh: str, rows: int, work: Callable[[], dict[str, Any]]) -> None:
         """Measures a row, unless it is late, and appends it; one that fails says why."""
@@ -76,12 +95,13 @@ class Run:
             except Exception as error:
                 row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-        row |= {"host_peak_gb": peak, "at_seconds": time.perf_counter() - self.start}
+        row |= {"host_peak_gb": peak, "at_seconds": self.elapsed(), "ready": self.ready}
         self.rows.append(row | self.facts)
         self.config.output.parent.mkdir(parents=True, exist_ok=True)
         with self.config.output.open("a") as file:
             file.write(json.dumps(row | self.facts) + "\n")
-        print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+        shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
+        print(shown, flush=True)
 
 
 def given(found: Any) -> Any:
@@ -94,7 +114,9 @@ def given(found: Any) -> Any:
 def measure(run: Run, mesh: str, parts: list[str]) -> None:
     """Every row of some parts, which share a model, on one mesh."""
     config = run.config
+    before, begun = run.compiling.seconds.copy(), run.elapsed()
     llm: Any = None if run.late() else attempt(load)((config, mesh, parts[0]))
+    loaded = run.elapsed()
     tasks: dict[str, Any] = {
         part: attempt(lambda part: list(TASKS[part](given(llm), part, config)))(part)
         for part in parts * (llm is not None)
@@ -104,6 +126,8 @@ def measure(run: Run, mesh: str, parts: list[str]) -> None:
         for task in (task for found in tasks.values() if isinstance(found, list) for task in found):
             if task.key not in programs:
                 programs[task.key] = pool.submit(attempt(lambda make: make()), task.compile)
+    run.ready = {"weights": loaded - begun, "programs": run.elapsed() - loaded}
+    run.ready |= run.compiling.seconds - before
     for part in parts:
         for number, rows in enumerate(config.rows_of(part)):
 
@@ -118,7 +142,8 @@ def load(wanted: tuple[ScalingConfig, str, str]) -> LLM:
     """The model of a part, random, on a mesh."""
     config, mesh, part = wanted
     facts = shape(config, GROUPS[part])[1]
-    return LLM(random_model(facts, sharding.parse_mesh(mesh)), None, engine="off")
+    model = jax.block_until_ready(random_model(facts, sharding.parse_mesh(mesh)))
+    return LLM(model, None, engine="off")
 
 
 def restores(run: Run) -> None:

@@ -39,9 +39,9 @@ SHAPES = NAMED | {
         NAMED["tiny"], block_causal=8, moe=MoEConfig(experts=8, top_k=2, expert_mlp=32)
     )
 }
-# Which parts use the same model; those of a group run mesh by mesh.
+# Which parts use the same model and compile side by side; those of a group run mesh by mesh.
 GROUPS = {
-    "step": "dense", "requests": "dense", "lora": "dense", "moe": "experts", "engine": "experts",
+    "step": "dense", "requests": "dense", "lora": "dense", "moe": "experts", "engine": "engine",
     "restore": "restore",
 }  # fmt: skip
 FEW = 2  # masks per block of the shorter request
@@ -130,7 +130,7 @@ class Task:
 
 def shape(config: ScalingConfig, group: str) -> tuple[str, ModelConfig]:
     """The name and the facts of a group's model, in this machine's dtype."""
-    name = config.experts if group == "experts" else config.model
+    name = config.experts if group in ("experts", "engine") else config.model
     facts = SHAPES[name]
     layers = config.layers or facts.layers
     layers = min(layers, config.restore_layers) if group == "restore" else layers
