@@ -101,6 +101,7 @@ class Run:
         with self.config.output.open("a") as file:
             file.write(json.dumps(row | self.facts) + "\n")
         shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
+        shown.pop("ready")
         print(shown, flush=True)
 
 

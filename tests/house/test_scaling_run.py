@@ -38,13 +38,14 @@ def test_every_part_is_measured(script, tmp_path, capsys):
     assert places[:8] == [(part, mesh) for mesh in ("1x1", "2x1") for part in dense]
     assert places[8:12] == [("step", mesh) for mesh in ("1x2", "1x2", "1x3", "1x3")]
     assert places[12:16] == [("restore", mesh) for mesh in ("1x1", "2x1", "1x2", "1x3")]
-    sparse = [("moe", "1x1"), ("engine", "1x1"), ("engine", "2x1"), ("moe", "1x2"), ("moe", "1x3")]
+    sparse = [("moe", "1x1"), ("moe", "1x2"), ("moe", "1x3"), ("engine", "1x1"), ("engine", "2x1")]
     assert places[16:] == sparse
     for row in rows:
         assert ("failed" in row) == (row["mesh"] == "1x3"), row
         assert row["devices"] == 8 and row["platform"] == "cpu" and row["host_peak_gb"] > 0
         assert "output=" not in row["command"] and not row["nvlink_multicast"]
-    assert "cannot be split over the 3 devices" in rows[-1]["failed"]
+    assert "cannot be split over the 3 devices" in rows[18]["failed"]
+    assert rows[0]["ready"]["backend_compile_calls"] > 0 and rows[0]["ready"]["weights"] > 0
     requests = [row for row in rows if row["part"] == "requests"]
     assert [row["requests"] for row in requests] == [2, 4]
     assert all(row["compile_seconds"] == 0 for row in requests)  # step's program
