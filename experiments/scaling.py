@@ -21,7 +21,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
@@ -48,7 +48,7 @@ class Compiling:
     """Seconds that JAX spends on making programs, by what it does, summed over threads."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
         jax.monitoring.register_event_duration_secs_listener(self._note)
 
     def _note(self, event: str, seconds: float, **_: Any) -> None:
@@ -115,7 +115,7 @@ def given(found: Any) -> Any:
 def measure(run: Run, mesh: str, parts: list[str]) -> None:
     """Every row of some parts, which share a model, on one mesh."""
     config = run.config
-    before, begun = run.compiling.seconds.copy(), run.elapsed()
+    before, begun = dict(run.compiling.seconds), run.elapsed()
     llm: Any = None if run.late() else attempt(load)((config, mesh, parts[0]))
     loaded = run.elapsed()
     tasks: dict[str, Any] = {
@@ -128,7 +128,9 @@ def measure(run: Run, mesh: str, parts: list[str]) -> None:
             if task.key not in programs:
                 programs[task.key] = pool.submit(attempt(lambda make: make()), task.compile)
     run.ready = {"weights": loaded - begun, "programs": run.elapsed() - loaded}
-    run.ready |= run.compiling.seconds - before
+    run.ready |= {
+        kind: spent - before.get(kind, 0) for kind, spent in run.compiling.seconds.items()
+    }
     for part in parts:
         for number, rows in enumerate(config.rows_of(part)):
 
