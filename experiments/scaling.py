@@ -51,10 +51,10 @@ class Compiling:
         self.seconds: dict[str, float] = defaultdict(float)
         jax.monitoring.register_event_duration_secs_listener(self._note)
 
-    def _note(self, event: str, seconds: float, **_: Any) -> None:
+    def _note(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         kind = event.rpartition("/")[2].removesuffix("_duration")
         if event.startswith("/jax/core/compile/"):
-            self.seconds[kind] += seconds
+            self.seconds[kind] += duration_secs
             self.seconds[f"{kind}_calls"] += 1
 
 
