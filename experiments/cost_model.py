@@ -5,7 +5,8 @@ python experiments/cost_model.py output=docs/scaling.md
 Products take the longer of reading their weights and of multiplying; caches, activations and
 logits are read and written besides, a layer's small kernels take their time whatever they do, and
 all-reduces wait for all that. Fitted are one GPU's passes, and all-reduces by themselves, as
-experiments/mesh_check.py measured them; the passes of two GPUs check what follows.
+experiments/mesh_check.py measured them; the passes of two GPUs check what follows, and so do the
+rows of experiments/scaling.py, as far as there are any.
 """
 
 import dataclasses
@@ -18,10 +19,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scaling_tables
 from scipy.optimize import least_squares
 
 from jdllm.kernels.head.reference import CHUNK
-from jdllm.model.config import LLADA2_FLASH, LLADA_8B, ModelConfig, count_parameters
+from jdllm.model.config import LLADA2_FLASH, LLADA_8B, NAMED, ModelConfig, count_parameters
 from jdllm.model.head import Special, best
 from jdllm.runtime import cli
 
@@ -94,8 +96,8 @@ class Cost:
 def layer_weights(config: ModelConfig, layer: int, tokens: int, grouped: bool) -> Any:
     """Weights of a layer that split over the model axis: those read, and those times tokens.
 
-    All experts work for all tokens, as today's kernel does it; with `grouped`, only experts that
-    some token picked are read, and a token pays for its own.
+    All experts work for all tokens; with `grouped`, as that kernel does it, only experts that some
+    token picked are read, and a token pays for its own.
     """
     attention = config.embed * config.head_dim * 2 * (config.heads + config.kv_heads)
     moe = config.moe_layer(layer)
@@ -287,7 +289,7 @@ def predicted(machine: Machine) -> str:
 
 
 def predicted_experts(machine: Machine) -> str:
-    """Block steps of LLaDA2.0-flash with today's dense experts and with grouped ones."""
+    """Block steps of LLaDA2.0-flash with dense experts and with grouped ones."""
     rows = []
     for (data, model), count in SPARSE:
         step = Pass(count, BLOCK, CONTEXT, BLOCK)
@@ -298,6 +300,13 @@ def predicted_experts(machine: Machine) -> str:
         ]
         rows.append([f"{data}x{model}", count, f"{weights:.0f}", *(f"{t:.1f}" for t in times)])
     return table("mesh|batch|GB of weights a GPU|ms, dense experts|ms, grouped experts", rows)
+
+
+def step_milliseconds(machine: Machine, row: dict[str, Any]) -> float:
+    """What a block step that experiments/scaling.py measured should take; experts are grouped."""
+    data, model = scaling_tables.axes(row)
+    step = Pass(row["rows"] * data, row["block"], row["columns"], row["block"])
+    return 1e3 * cost(NAMED[row["model"]], step, data, model, True).seconds(machine, data, model)
 
 
 def constants(machine: Machine) -> str:
@@ -329,6 +338,8 @@ def tables(results: Path = RESULTS) -> dict[str, str]:
     found = json.loads((results / "mesh_check.json").read_text())
     points = measured(found)
     machine = fit(points, found["all_reduce_microseconds"])
+    layers = {name: facts.layers for name, facts in NAMED.items()}
+    rows = scaling_tables.shown(scaling_tables.read(results / "scaling.jsonl"), layers)
     return {
         "scaled": scaled(found),
         "where": where(found),
@@ -338,6 +349,7 @@ def tables(results: Path = RESULTS) -> dict[str, str]:
         "predicted": predicted(machine),
         "predicted experts": predicted_experts(machine),
         "head": head_memory(),
+        **scaling_tables.tables(rows, partial(step_milliseconds, machine)),
     }
 
 
