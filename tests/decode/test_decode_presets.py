@@ -10,6 +10,7 @@ from jdllm.decode.presets import PRESETS, preset_settings
 from jdllm.evaluation.harness import read_settings
 from jdllm.generation import GenerateConfig
 from jdllm.runtime import cli
+from tests.support.marks import quick
 
 # Some of every kind; the others differ from these in numbers, or are decoded elsewhere.
 DECODED = [
@@ -51,7 +52,7 @@ def tiny() -> LLM:
     return LLM.load("random:tiny", "1x1")
 
 
-@pytest.mark.parametrize("name", DECODED)
+@pytest.mark.parametrize("name", quick(DECODED, "dinfer-hierarchy", "llada2", "dream", "d3llm"))
 def test_a_preset_decodes(name: str, tiny: LLM):
     """On a small canvas every column gets a token, in a bounded number of calls."""
     block = min(PRESETS[name]["block_length"], 8)

@@ -5,6 +5,7 @@ ends are. The marker slow runs MORE of them, and searches the settings too.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,16 @@ def plain_maps(llm: LLM, config: DecodeConfig) -> dict[str, np.ndarray]:
         name: np.linalg.norm(found[name], axis=1, keepdims=True) if paper else found[name]
         for name in names
     }
+
+
+ALIKE = {4, 5, 9, 14, 18, 20, 21, 25, 28, 31}
+"""Numbers of cases that are slow ones: others by default are like them, or recorded runs are."""
+
+
+def marked(cases: list[tuple[str, dict[str, Any]]], alike: set[int]) -> Iterator[Any]:
+    """The cases by number, some of them marked slow."""
+    for i, case in enumerate(cases):
+        yield pytest.param(*case, id=str(i), marks=[pytest.mark.slow] if i in alike else [])
 
 
 MEANT = pytest.mark.filterwarnings("ignore:steps=")  # a floor beside a threshold
@@ -147,7 +158,7 @@ MORE: list[tuple[str, dict[str, Any]]] = [
 
 
 @MEANT
-@pytest.mark.parametrize(("kind", "options"), CASES, ids=range(len(CASES)))
+@pytest.mark.parametrize(("kind", "options"), [*marked(CASES, ALIKE)])
 @settings(max_examples=4, derandomize=True, **LOOSE)
 @given(**VALUES)
 def test_loop_equals_twin(kind: str, options: dict[str, Any], **values):

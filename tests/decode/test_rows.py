@@ -17,6 +17,7 @@ from jdllm.decode.step import block_step
 from jdllm.decode.work import State, Work
 from jdllm.llm import LLM
 from jdllm.parity import make_setup
+from tests.support.marks import quick
 from tests.support.tiny_models import TINY, canvases, random_prompts, tiny
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -76,7 +77,7 @@ def staggered(llm: LLM, config: DecodeConfig, prompts: list[list[int]]):
     return rows, state.rows.nfe.tolist(), blocks
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", quick(CASES, "dual", "no cache, sampled", "block"))
 def test_rows_at_different_blocks_get_their_own_tokens(case: str):
     kind, options = CASES[case]
     config = DecodeConfig.of({"gen_length": 12, "block_length": 4} | options)

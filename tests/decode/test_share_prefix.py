@@ -133,7 +133,7 @@ OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize(
     "options", [OPTIONS[0], *(pytest.param(o, marks=pytest.mark.slow) for o in OPTIONS[1:])]
 )
-@settings(max_examples=4, **SETTINGS)
+@settings(max_examples=2, **SETTINGS)
 @given(
     seed=st.integers(0, 10_000),
     common=st.sampled_from([[40], [36, 35]]),
@@ -151,6 +151,7 @@ def test_completions_and_nfe_are_the_same(options: dict[str, Any], seed, common,
     assert all(batch.shared_tokens == 0 for batch in plain)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("eager")
 def test_a_prompt_that_ends_with_a_block():
     """Its first block holds no prompt: the prefill has one block to itself, or two."""
@@ -198,6 +199,7 @@ def test_the_program_does_less_work():
 
 
 @pytest.mark.usefixtures("eager")
+@pytest.mark.slow
 def test_programs_stay_few():
     """One for the prefix, and one per bucket, as without it; a second call compiles nothing."""
     llm, prompts = fresh(tiny("blocks")), prompts_of(8, [33], range(1, 60, 3))

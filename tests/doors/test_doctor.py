@@ -15,6 +15,7 @@ from jdllm import checkup
 from jdllm.checkup import Finding, Machine, Probe
 from jdllm.runtime import machine
 from jdllm.runtime.machine import Folder, HuggingFace, Packages
+from tests.support.marks import quick
 
 ROOT = Path(__file__).parents[2]
 GOOD = Packages(
@@ -164,7 +165,7 @@ def test_a_child_that_dies_says_why():
     assert found.error == "the process ended with status 1: RuntimeError: no kernel image"
 
 
-@pytest.mark.parametrize("home", ["writable", "a file"])
+@pytest.mark.parametrize("home", quick(["writable", "a file"], "writable"))
 def test_the_command(tmp_path: Path, home: str):
     """It really generates; without a place to write, the status says so."""
     if home == "a file":

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from jdllm.kernels import choose, triton_call
 from jdllm.kernels.experts import dense, grouped, grouped_grad
 from jdllm.kernels.experts.grouped_grad import PLAIN, backward, forward, sort, work
+from tests.support.marks import quick
 
 # T tokens, D, M, E experts, P picks.
 SHAPES = [(1, 2, 3, 2, 1), (5, 4, 3, 3, 2), (4, 3, 2, 1, 3)]
@@ -27,11 +28,11 @@ def draw(shape: tuple[int, ...], seed: int) -> Any:
     return *floats, jnp.array(picks, jnp.int32), jnp.array(rng.random((T, P)), jnp.float32)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", quick(range(3), 1))
 @settings(max_examples=2, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
-def test_value_and_all_gradients_equal_the_dense_ones(shape: tuple[int, ...], seed: int):
-    x, gate_up, down, picks, weights = arrays = draw(shape, seed)
+def test_value_and_all_gradients_equal_the_dense_ones(shape: int, seed: int):
+    x, gate_up, down, picks, weights = arrays = draw(SHAPES[shape], seed)
     change = jnp.array(np.random.default_rng(seed + 1).normal(size=x.shape), jnp.float32)
 
     def plain(x: jax.Array, gate_up: jax.Array, down: jax.Array, weights: jax.Array) -> jax.Array:

@@ -71,6 +71,7 @@ def test_dynamics_of_a_constant_rate_are_what_the_weights_did(finished, adapted:
     assert set(cosines) == set(adapted.maps.factors) and max(cosines.values()) < -0.8
 
 
+@pytest.mark.slow
 def test_dynamics_of_a_killed_run_are_the_same_bits(finished, tmp_path, monkeypatch):
     config = dataclasses.replace(finished, output=tmp_path / "run")
     with monkeypatch.context() as patch:
@@ -159,6 +160,7 @@ def test_dynamics_decide_alike_on_every_mesh(base, finished, adapted: LLM, mesh:
     assert other.generate(prompts, config) == adapted.generate(prompts, config)
 
 
+@pytest.mark.slow
 def test_dynamics_are_no_part_of_a_memory_plan(adapted: LLM):
     """A plan knows no adapter, and leaves out what an exit keeps."""
     config = adapted.resolve(DecodeConfig.of(CANVAS | {"exit.mode": "code"}))

@@ -182,6 +182,7 @@ def test_a_checkpoint_holds_factors_their_moments_and_what_they_belong_to(finish
     assert (facts["rank"], facts["alpha"]) == (4, 8)
 
 
+@pytest.mark.slow
 def test_a_plan_is_said_before_the_start(base, tmp_path, capsys):
     """Parts are what the arrays hold; the total with XLA's scratch is what the program takes."""
     config = settings(base, tmp_path / "run", recipe=Recipe(steps=1), lora=LoraConfig(rank=4))
@@ -231,6 +232,7 @@ def dies_at(step: int):
     return stepped
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_in_the_same_bits(finished, base, tmp_path, monkeypatch):
     """Killed after step 3, and a save of step 4 was torn: factors and metrics are the same."""
     config = dataclasses.replace(finished, output=tmp_path / "run")
@@ -290,6 +292,7 @@ def test_kills_in_the_middle_of_a_save(base, tmp_path):
     assert saved(output) == saved(whole)
 
 
+@pytest.mark.slow
 def test_a_changed_run_is_refused_by_name(finished, base, tmp_path):
     def changed(**settings: Any) -> str:
         lora = dataclasses.replace(LORA, **settings)

@@ -22,6 +22,7 @@ from jdllm.store import checkpoint
 from jdllm.train import objective as objectives
 from jdllm.train import step as train
 from jdllm.train.objective import HIDDEN, OBJECTIVES, Batch, Noisy, Objective
+from tests.support.marks import quick
 
 PLAIN = dataclasses.replace(
     NAMED["tiny"],
@@ -298,11 +299,7 @@ def test_confidence_adds_the_doubt_of_right_tokens(plain):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "llada",
-        "llada2",
-        *(pytest.param(k, marks=pytest.mark.slow) for k in ("dream", "llada-examples", "blocks")),
-    ],
+    quick(["llada", "llada2", "dream", "llada-examples", "blocks"], "llada2"),
 )
 def test_a_packed_row_is_the_sum_of_its_documents(name):
     """The loss, the divisor and the gradient, to 1e-5 of the largest entry."""
