@@ -68,7 +68,7 @@ def measured(model: str, config: CompileConfig):
             "model": model, "rows": config.rows, "cache": decoding.cache, "layers": facts.layers,
             "setting": name, "lowering_seconds": lowering,
             "compile_seconds": time.perf_counter() - start,
-            "instructions": compiled.as_text().count(" = "),
+            "instructions": (compiled.as_text() or "").count(" = "),
         }  # fmt: skip
 
 

@@ -165,10 +165,11 @@ class Device:
         Nothing runs on the device meanwhile but what XLA tries.
         """
         config, slots = self.config, self._empty(setup, names)
-        none_B, no_B = np.zeros(config.slots, np.int32), np.zeros(config.slots, bool)
-        table = np.zeros((config.slots, width // config.page), np.int32)
+        none_B: Any = np.zeros(config.slots, np.int32)
+        no_B: Any = np.zeros(config.slots, bool)
+        table: Any = np.zeros((config.slots, width // config.page), np.int32)
         orders = Orders(table, none_B, no_B, no_B, width)
-        none_F = np.zeros(min(config.lanes, config.slots), np.int32)
+        none_F: Any = np.zeros(min(config.lanes, config.slots), np.int32)
         given = self.model, setup, slots, self._pool
         if setup.plan.kind == "block":
             chunks = Chunks(none_F, none_F, none_F, config.chunk)
