@@ -17,8 +17,8 @@ from gpu_loop import Case, prepare
 from lora_speed import CASES, abstract_of, advance, batch_of, spread_keys, timed
 
 from jdllm.decode import Request, Setup
-from jdllm.engine.dials import shared
 from jdllm.engine.config import EngineConfig
+from jdllm.engine.dials import shared
 from jdllm.engine.job import Job, Listener, Outcome, Progress, make_canvas
 from jdllm.engine.replicas import Engines
 from jdllm.llm import LLM

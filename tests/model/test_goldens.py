@@ -179,6 +179,7 @@ def assert_keys_and_values(cache: Cache, stored: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("case", supported("checkpoint", moe=True))
+@pytest.mark.slow
 def test_expert_checkpoint_in_parts(case: Case):
     """Positions that do not begin at 0; a block against stale keys, and against an exact cache."""
     checkpoint, stored = load(case.path), np.load(case.path / "logits.npz")

@@ -132,7 +132,7 @@ def test_a_model_axis_sums_twice_a_layer(name: str, mesh: str):
         ("multi-head", {}),
         pytest.param("experts", {}, marks=pytest.mark.slow),
         pytest.param("grouped", {"cache": "prefix", "cfg_scale": 1.0}, marks=pytest.mark.slow),
-        ("grouped", {"cache": "none", "temperature": 0.5}),
+        pytest.param("grouped", {"cache": "none", "temperature": 0.5}, marks=pytest.mark.slow),
     ],
 )
 def test_a_data_axis_exchanges_a_done_flag(name: str, options: dict[str, Any]):
@@ -144,6 +144,7 @@ def test_a_data_axis_exchanges_a_done_flag(name: str, options: dict[str, Any]):
         assert [(x.kind, x.shape) for x in sent] == [("all-reduce", "pred[]")]
 
 
+@pytest.mark.slow
 def test_a_block_cache_asks_once_a_block_whether_to_write():
     """Another flag: whether any row's finished block is not in the cache yet."""
     options = DecodeConfig(gen_length=16, block_length=8).resolve(model=MODELS["blocks"])
@@ -177,8 +178,6 @@ QUICK = {
     "decode-fast_llada-prefix_gqa_thr0.6-2x4",
     "decode-llada-cfg_batch2_leftpad-4x2",
     "decode-dream-entropy_batch2-2x4",
-    "decode-dinfer-itersmooth_dual-4x2",
-    "llada_moe-traces_llada_loop-steps6_b24-2x4",
     "llada2_moe-traces_official-p3_bl8_t30-4x2",
 }
 
@@ -276,9 +275,8 @@ def gaps(model: Any, canvases_FT: np.ndarray, length: int, options: DecodeConfig
     return smallest
 
 
-@pytest.mark.parametrize(
-    "mesh", [m if m == "2x4" else pytest.param(m, marks=pytest.mark.slow) for m in MESHES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
 def test_the_bundled_model_differs_in_near_ties_only(mesh: str):
     """Every row whose decisions are all wider than 1e-4 has the same tokens and NFE."""
     one = LLM.load("bundled", "1x1")

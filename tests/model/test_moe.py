@@ -265,6 +265,7 @@ def test_attention_under_a_mask_for_each_query(name: str, monkeypatch: pytest.Mo
         np.testing.assert_allclose(whole[:, t : t + 1], alone, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_later_blocks_do_not_reach_earlier_ones():
     config = dataclasses.replace(SPARSE, block_causal=4)
     model = random_model(config, sharding.parse_mesh("1x1"))

@@ -287,6 +287,7 @@ def test_masters_of_bfloat16_weights_are_float32(model):
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.trained))
 
 
+@pytest.mark.slow
 def test_remat_gives_the_same_gradients(model):
     params = model.params
     batch = micro(make_batch(), 0)

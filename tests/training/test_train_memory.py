@@ -71,6 +71,7 @@ def test_the_plan_is_what_the_real_step_needs(settings, remat, layers, monkeypat
     assert plan.total == pytest.approx(found.total, rel=0.1)
 
 
+@pytest.mark.slow
 def test_the_command_plans_training(capsys, monkeypatch):
     monkeypatch.setattr(commands, "enable_compilation_cache", lambda: None)  # keep the tests' own
     words = ["plan", "tiny", "train=true", "mesh=2x2", "batch=4", "length=32", "memory=0.05"]

@@ -81,6 +81,7 @@ def stopped(config: SFTConfig, step: int, monkeypatch) -> None:
             run.fine_tune(config)
 
 
+@pytest.mark.slow
 def test_all_that_watches_goes_on_after_a_kill(tiny, tmp_path, chats, monkeypatch):
     """A mixture of packed rows, held-out losses, samples and a logger: as if nothing happened."""
     calls: list[tuple[Any, ...]] = []
@@ -172,6 +173,7 @@ def refusal(config: SFTConfig) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_changed_text_is_refused_by_name(tiny, tmp_path, chats, monkeypatch):
     own = tmp_path / "own.jsonl"
     own.write_text(chats.read_text())
