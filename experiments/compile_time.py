@@ -65,7 +65,7 @@ def measured(model: str, config: CompileConfig):
     traced = trace_program(facts, setup, config.rows, config.length)
     tracing, start = time.perf_counter() - start, time.perf_counter()
     lowered = traced.lower()
-    lowering, text = time.perf_counter() - start, lowered.as_text()
+    lowering, text = time.perf_counter() - start, lowered.as_text() or ""
     seconds = {"tracing_seconds": tracing, "lowering_seconds": lowering}
     row = {"model": model, "rows": config.rows, "cache": decoding.cache, "layers": facts.layers}
     row |= seconds | {"lowered_instructions": text.count(" = "), "lowered_bytes": len(text)}
@@ -78,7 +78,7 @@ def measured(model: str, config: CompileConfig):
         yield row | {
             "setting": name,
             "compile_seconds": time.perf_counter() - start,
-            "instructions": compiled.as_text().count(" = "),
+            "instructions": (compiled.as_text() or "").count(" = "),
         }
 
 

@@ -6,6 +6,7 @@ Blocks are the outer `while_loop`, steps the inner one; a finished row is frozen
 
 import dataclasses
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,20 @@ from jdllm.decode.step import block_step
 from jdllm.decode.trace import COMMIT, FULL, STEP
 from jdllm.decode.work import State, Work
 from jdllm.model.model import Model
+
+
+class Phase(NamedTuple):
+    """What `with_commit` carries from call to call."""
+
+    state: State
+    leaving_B: jax.Array
+    """Rows that have left the block."""
+    commits_B: jax.Array
+    """Those of them whose keys the coming call writes."""
+    steps: jax.Array
+    """Whether the coming call is a step."""
+    writes: jax.Array
+    """Whether it commits."""
 
 
 @partial(jax.jit, static_argnames=("setup", "trace"))
@@ -70,26 +85,29 @@ def with_commit(work: Work, state: State) -> State:
     A program is compiled for as long as it holds layers: so it holds them once for both. The price
     is that a commit also looks for tokens, which nobody asked for, once per block.
     """
-    setup, no_B = work.setup, jnp.zeros_like(state.rows.done)
+    setup = work.setup
 
-    def closed(state: State, leaving_B: jax.Array) -> tuple[State, jax.Array, jax.Array]:
-        """Where no row needs another step the rows leave: these, and those that commit first."""
-        steps_left = jnp.any(active(setup, state.rows)) | jnp.any(leaving_B)
-        new_B = ~state.rows.done & ~steps_left
-        rows, commits_B = closed_block(setup, state.rows, new_B)
-        return dataclasses.replace(state, rows=rows), leaving_B | new_B, commits_B
+    def judged(state: State, leaving_B: jax.Array, left: jax.Array) -> Phase:
+        """Where no row needs another step, and none had left before, the rows leave."""
+        rows, all_B = state.rows, ~state.rows.done
+        closed, dirty_B = closed_block(setup, rows, all_B)
+        # One exchange between devices for both.
+        steps, writes = jnp.any(jnp.stack([active(setup, rows), dirty_B]), axis=1)
+        leave = ~steps & ~left
+        rows = jax.tree.map(partial(jnp.where, leave), closed, rows)
+        state = dataclasses.replace(state, rows=rows)
+        leaving_B = jnp.where(leave, all_B, leaving_B)
+        return Phase(state, leaving_B, dirty_B & leave, steps & ~left, writes & leave)
 
-    def call(carry: tuple[State, jax.Array, jax.Array]) -> tuple[State, jax.Array, jax.Array]:
-        state, leaving_B, commits_B = carry
-        stepping_B = active(setup, state.rows) & ~jnp.any(leaving_B)
-        return closed(step(work, state, False, stepping_B, commits_B), leaving_B)
+    def call(phase: Phase) -> Phase:
+        stepping_B = active(setup, phase.state.rows) & phase.steps
+        state = step(work, phase.state, False, stepping_B, phase.commits_B)
+        return judged(state, phase.leaving_B, ~phase.steps)
 
-    def unfinished(carry: tuple[State, jax.Array, jax.Array]) -> jax.Array:
-        state, leaving_B, commits_B = carry
-        return jnp.any(commits_B) | (jnp.any(active(setup, state.rows)) & ~jnp.any(leaving_B))
-
-    state, leaving_B, _ = jax.lax.while_loop(unfinished, call, closed(state, no_B))
-    return dataclasses.replace(state, rows=left_block(setup, state.rows, leaving_B))
+    begun = judged(state, jnp.zeros_like(state.rows.done), jnp.zeros((), bool))
+    phase = jax.lax.while_loop(lambda phase: phase.steps | phase.writes, call, begun)
+    rows = left_block(setup, phase.state.rows, phase.leaving_B)
+    return dataclasses.replace(phase.state, rows=rows)
 
 
 def enter_block(setup: Setup, rows: Rows, entering_B: jax.Array) -> Rows:
