@@ -146,14 +146,14 @@ def experts(config: PeersConfig) -> list[dict[str, Any]]:
     import numpy as np
 
     from jdllm.kernels.experts import grouped
+    from jdllm.kernels.shapes import PUBLISHED_LAYERS
 
     rate = gpu_loop.copy_rate(config.copy_megabytes, config.repeats)
     setting = tiles.TilesConfig(config.output)
     facts = {"device": jax.devices()[0].device_kind, "versions": versions("jax", "jaxlib")}
-    keys, (E, D, M) = (
-        jax.random.split(jax.random.key(0), setting.layers),
-        (tiles.E, tiles.D, tiles.M),
-    )
+    keys = jax.random.split(jax.random.key(0), setting.layers)
+    shape = PUBLISHED_LAYERS[setting.model]
+    E, D, M = shape.experts, shape.embed, shape.expert_mlp
     ups = [jax.random.normal(k, (E, D, 2, M), jnp.bfloat16) * D**-0.5 for k in keys]
     downs = [jax.random.normal(k, (E, M, D), jnp.bfloat16) * M**-0.5 for k in keys]
 
@@ -163,7 +163,7 @@ def experts(config: PeersConfig) -> list[dict[str, Any]]:
     ways = {"jdllm grouped experts": lambda: grouped.experts, "tokamax ragged_dot": tokamax_layer}
     found = []
     for tokens in config.expert_tokens:
-        x, picks, weights = tiles.inputs(tokens, setting.layers)
+        x, picks, weights = tiles.inputs(tokens, setting.layers, shape)
         touched = len(np.unique(np.asarray(picks[0])))
         floor = 1e3 * touched * 3 * D * M * 2 / rate
         for name, make in ways.items():

@@ -2,9 +2,11 @@
 
 python experiments/compile_time.py                     (a GPU; about two minutes)
 python experiments/compile_time.py models=tiny length=256      (anywhere)
+python experiments/compile_time.py settings= output=FILE       (anywhere, tracing and lowering)
 
 Programs are made from shapes alone: no weights are needed. The persistent cache is off. XLA keeps
-what it has tuned within a process, so settings that tune less come first.
+what it has tuned within a process, so settings that tune less come first. Tracing counts what a
+process does once besides: importing Triton, and the canaries of its kernels.
 """
 
 import dataclasses
@@ -20,7 +22,7 @@ import jax
 
 from jdllm import DecodeConfig
 from jdllm.decode import make_setup
-from jdllm.decode.memory import lower_program
+from jdllm.decode.memory import trace_program
 from jdllm.load import read_facts
 from jdllm.runtime import cli
 
@@ -39,13 +41,14 @@ class CompileConfig:
     output: Path = RESULTS
     models: str = "llada2-mini,llada-8b"
     settings: str = ",".join(SETTINGS)
+    """Several with commas between them; none compiles nothing."""
     rows: int = 1
     length: int = 1024
     gen_length: int = 128
     layers: int | None = None
 
     def __post_init__(self):
-        if unknown := set(self.settings.split(",")) - set(SETTINGS):
+        if unknown := set(self.settings.split(",")) - {"", *SETTINGS}:
             raise ValueError(f"settings={unknown.pop()} is none of {', '.join(SETTINGS)}")
 
 
@@ -59,17 +62,24 @@ def measured(model: str, config: CompileConfig):
     ).resolve(gen_length=config.gen_length, model=facts)
     setup = make_setup(decoding, facts)
     start = time.perf_counter()
-    lowered = lower_program(facts, setup, config.rows, config.length)
-    lowering = time.perf_counter() - start
+    traced = trace_program(facts, setup, config.rows, config.length)
+    tracing, start = time.perf_counter() - start, time.perf_counter()
+    lowered = traced.lower()
+    lowering, text = time.perf_counter() - start, lowered.as_text() or ""
+    seconds = {"tracing_seconds": tracing, "lowering_seconds": lowering}
+    row = {"model": model, "rows": config.rows, "cache": decoding.cache, "layers": facts.layers}
+    row |= seconds | {"lowered_instructions": text.count(" = "), "lowered_bytes": len(text)}
+    if not config.settings:
+        yield row
+        return
     for name in config.settings.split(","):
         start = time.perf_counter()
         compiled = lowered.compile(SETTINGS[name])
-        yield {
-            "model": model, "rows": config.rows, "cache": decoding.cache, "layers": facts.layers,
-            "setting": name, "lowering_seconds": lowering,
+        yield row | {
+            "setting": name,
             "compile_seconds": time.perf_counter() - start,
             "instructions": (compiled.as_text() or "").count(" = "),
-        }  # fmt: skip
+        }
 
 
 def main(config: CompileConfig) -> None:

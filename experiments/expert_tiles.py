@@ -1,7 +1,8 @@
-"""Which tiles serve the grouped experts best: a layer of LLaDA2-mini's, by the number of tokens.
+"""Which tiles serve the grouped experts best: a layer of a published model's, by its tokens.
 
 python experiments/expert_tiles.py output=experiments/results/expert_tiles.json      (two minutes)
 python experiments/expert_tiles.py output=FILE weights=int8
+python experiments/expert_tiles.py output=FILE model=llada-moe
 
 A program runs several layers, each with weights of its own, so that none is in the cache. Beside:
 the dense reference, and the time that the bytes of the touched experts take at the copy rate.
@@ -26,9 +27,9 @@ import numpy as np
 from jdllm.kernels.experts import dense, grouped
 from jdllm.kernels.experts.grouped import Tiles
 from jdllm.kernels.quantised import quantise
+from jdllm.kernels.shapes import PUBLISHED_LAYERS, Experts
 from jdllm.runtime import cli, files
 
-E, D, M, P = 256, 2048, 512, 8
 COPY_RATE = 3.0e12  # bytes per second that an H100 moves
 WIDE = ((64, 64, 4, 4), (128, 64, 4, 3), (64, 64, 8, 4), (64, 64, 4, 5), (64, 128, 4, 3))
 DEEP = ((128, 64, 4, 4), (128, 128, 4, 3), (64, 128, 4, 4), (256, 64, 8, 4), (128, 64, 4, 6))
@@ -41,6 +42,8 @@ class TilesConfig:
     """What is measured."""
 
     output: Path
+    model: str = "llada2-mini"
+    """Whose layer: a name in kernels/shapes.py."""
     tokens: tuple[int, ...] = (8, 32, 128, 256, 1024)
     weights: Literal["bf16", "int8", "fp8"] = "bf16"
     layers: int = 6
@@ -48,10 +51,15 @@ class TilesConfig:
     heights: tuple[int, ...] = (16, 32, 64)
     """Rows of a tile."""
 
+    def __post_init__(self):
+        if self.model not in PUBLISHED_LAYERS:
+            raise ValueError(f"model={self.model} is none of {', '.join(PUBLISHED_LAYERS)}")
 
-def inputs(tokens: int, layers: int) -> tuple[Any, ...]:
+
+def inputs(tokens: int, layers: int, shape: Experts) -> tuple[Any, ...]:
     """Tokens, picks and weights of every layer: all experts are as likely."""
     rng = np.random.default_rng(tokens)
+    D, E, P = shape.embed, shape.experts, shape.picks
     x = jnp.asarray(rng.normal(size=(tokens, D)), jnp.bfloat16)
     picks = np.stack([[rng.permutation(E)[:P] for _ in range(tokens)] for _ in range(layers)])
     return x, jnp.asarray(picks, jnp.int32), jnp.asarray(rng.random(picks.shape), jnp.float32)
@@ -87,6 +95,8 @@ def error_of(best: dict[str, Any], x: jax.Array, *layer: Any) -> float:
 
 def main(config: TilesConfig) -> None:
     """Measures every pair of tiles, and writes all rows, the best first."""
+    shape = PUBLISHED_LAYERS[config.model]
+    E, D, M = shape.experts, shape.embed, shape.expert_mlp
     keys = jax.random.split(jax.random.key(0), 2 * config.layers)
     gate_ups, downs = [], []
     for one, two in itertools.batched(keys, 2):
@@ -97,10 +107,10 @@ def main(config: TilesConfig) -> None:
         downs = [quantise(one, (1,), config.weights) for one in downs]
     found = []
     for tokens in config.tokens:
-        x, picks, weights = inputs(tokens, config.layers)
+        x, picks, weights = inputs(tokens, config.layers, shape)
         arrays = x, list(picks), list(weights), gate_ups, downs
         touched = len(np.unique(np.asarray(picks[0])))
-        row: dict[str, Any] = {"tokens": tokens, "experts_touched": touched}
+        row: dict[str, Any] = {"model": config.model, "tokens": tokens, "experts_touched": touched}
         row["floor_ms"] = 1e3 * touched * 3 * D * M * downs[0].dtype.itemsize / COPY_RATE
         row["reference_ms"] = milliseconds(dense.experts, config, *arrays)
         tiles = []

@@ -12,12 +12,11 @@ dearest kernels of each choice are told. The head is also measured alone, by row
 import contextlib
 import dataclasses
 import datetime
-import re
+import itertools
 import statistics
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -33,7 +32,7 @@ from jdllm.model.cache import Cache
 from jdllm.model.head import Special, best
 from jdllm.model.mask import Mask
 from jdllm.model.model import Model
-from jdllm.runtime import cli, files, sharding
+from jdllm.runtime import cli, files, profiling, sharding
 
 BOTH = "norm:fused,rotary:fused"
 ALL = f"{BOTH},mlp:fused,closing:split"
@@ -115,33 +114,24 @@ def step_row(model: Model, rows: int, config: PartsConfig) -> dict[str, Any]:
 def dearest(run: Callable[[], Any], steps: int, many: int = 30) -> dict[str, Any]:
     """The dearest kernels of a run, microseconds and starts per step; some in their order."""
     with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
+        with profiling.recording(Path(folder)):
             jax.block_until_ready(run())
-        traces = list(Path(folder).rglob("*.xplane.pb"))
-        data = jax.profiler.ProfileData.from_file(str(traces[0]))
-    kernels = [
-        (event.start_ns, event.duration_ns, re.sub(r"[_.]\d+$", "", event.name))
-        for plane in data.planes
-        if "GPU" in plane.name
-        for line in plane.lines
-        if line.name.startswith("Stream")
-        for event in line.events
-    ]
-    spent, starts = Counter[str](), Counter[str]()
-    for _, ns, name in kernels:
-        spent[name] += ns
-        starts[name] += 1
-    whole = {"kernel": "all", "us": spent.total() / 1e3 / steps, "starts": len(kernels) / steps}
-    rows = [
-        {"kernel": name, "us": ns / 1e3 / steps, "starts": starts[name] / steps}
-        for name, ns in spent.most_common(many)
-    ]
-    middle = sorted(kernels)[len(kernels) // 2 :][:many]
+        devices = profiling.read(Path(folder))
+    found, events = profiling.profile(devices), [one for own in devices.values() for one in own]
+
+    def row(kernel: str, seconds: float, calls: int) -> dict[str, Any]:
+        return {"kernel": kernel, "us": 1e6 * seconds / steps, "starts": calls / steps}
+
+    whole = row("all", sum(one.seconds for one in events), len(events))
+    rows = [row(one.name, one.seconds, one.calls) for one in found.kernels[:many]]
+    middle = events[len(events) // 2 :][:many]
     order = [
-        {"kernel": name, "us": ns / 1e3, "after_us": (start - before) / 1e3}
-        for (start, ns, name), before in zip(
-            middle[1:], [start + ns for start, ns, _ in middle], strict=False
-        )
+        {
+            "kernel": one.name,
+            "us": 1e6 * one.seconds,
+            "after_us": 1e6 * (one.start - before.start - before.seconds),
+        }
+        for before, one in itertools.pairwise(middle)
     ]
     return {"dearest": [whole, *rows], "in_order": order}
 

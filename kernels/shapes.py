@@ -56,3 +56,5 @@ PUBLISHED_EXPERTS = (
     Experts(1024, 8, 256, 2048, 512),
     Experts(32, 8, 64, 2048, 1024),
 )
+PUBLISHED_LAYERS = {"llada2-mini": PUBLISHED_EXPERTS[0], "llada-moe": PUBLISHED_EXPERTS[3]}
+"""Of models whose experts experiments/expert_tiles.py measures, by the number of tokens."""

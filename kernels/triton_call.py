@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Run = Callable[..., Any]
 CAPABILITY = 8.0  # Ampere: the first with bfloat16 products and asynchronous copies
@@ -50,6 +51,18 @@ def require_fp8() -> None:
         raise NotImplementedError(f"fp8 needs compute capability {FP8}, not {found}")
 
 
+class Launch(NamedTuple):
+    """All that a call of a kernel is but its arrays."""
+
+    kernel: Any
+    out: Any
+    grid: tuple[int, ...]
+    warps: int
+    stages: int
+    aliases: tuple[tuple[int, int], ...]
+    constants: tuple[tuple[str, float], ...]
+
+
 def call(
     kernel: Any,
     *arrays: jax.Array,
@@ -64,18 +77,25 @@ def call(
 
     `aliases` says which array is the memory of which output.
     """
+    pairs = tuple((aliases or {}).items()), tuple(constants.items())
+    return _launched(arrays, Launch(kernel, out, tuple(grid), warps, stages, *pairs))
+
+
+@functools.partial(jax.jit, static_argnames="launch")
+def _launched(arrays: tuple[jax.Array, ...], launch: Launch) -> Any:
+    """The call. Under jit, so that the equal calls of a model's layers are lowered once."""
     import jax_triton  # pyright: ignore[reportMissingImports]
 
     shapes = "out_type" if jax_triton.__version__ >= "0.4" else "out_shape"
     return jax_triton.triton_call(
         *arrays,
-        kernel=kernel,
-        grid=tuple(grid),
-        num_warps=warps,
-        num_stages=stages,
-        **{shapes: out},
-        **({"input_output_aliases": dict(aliases)} if aliases else {}),
-        **constants,
+        kernel=launch.kernel,
+        grid=launch.grid,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+        **{shapes: launch.out},
+        **({"input_output_aliases": dict(launch.aliases)} if launch.aliases else {}),
+        **dict(launch.constants),
     )
 
 
@@ -92,16 +112,20 @@ _errors: dict[str, float] = {}
 
 
 def _error(name: str, run: Callable, reference: Callable, arrays: Sequence[Any]) -> float:
-    """Computed in a thread, which knows nothing of what is traced while a kernel is wanted."""
+    """Computed in a thread, which knows nothing of what is traced while a kernel is wanted.
 
-    def compute() -> float:
-        found, expected = (jax.jit(one)(*arrays).astype(jnp.float32) for one in (run, reference))
+    It is one program: a start waits for its compilation.
+    """
+
+    @jax.jit
+    def compute(*arrays: Any) -> jax.Array:
+        found, expected = (one(*arrays).astype(jnp.float32) for one in (run, reference))
         wrong = jnp.linalg.norm((found - expected).ravel())
-        return float(wrong / jnp.linalg.norm(expected.ravel()))
+        return wrong / jnp.linalg.norm(expected.ravel())
 
     if name not in _errors:
         with ThreadPoolExecutor(1) as thread:
-            _errors[name] = thread.submit(compute).result()
+            _errors[name] = thread.submit(lambda: float(compute(*arrays))).result()
     return _errors[name]
 
 
@@ -112,7 +136,7 @@ def power_of_2(number: int) -> int:
 
 @functools.cache
 def normal(seed: int, shape: tuple[int, ...], scale: float = 1.0) -> jax.Array:
-    """Random bfloat16 numbers for a canary."""
+    """Random bfloat16 numbers for a canary; NumPy's, for which nothing is compiled."""
+    numbers = np.random.default_rng(seed).standard_normal(shape, np.float32) * scale
     with jax.ensure_compile_time_eval():
-        found = jax.random.normal(jax.random.key(seed), shape, jnp.float32) * scale
-        return found.astype(jnp.bfloat16)
+        return jnp.asarray(numbers.astype(jnp.bfloat16))

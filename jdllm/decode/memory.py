@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
-from jax.stages import Lowered
+from jax.stages import Lowered, Traced
 
 from jdllm.decode import DecodeConfig, Exit, Request, Setup, decode, make_setup
 from jdllm.model.config import ModelConfig
@@ -87,7 +87,7 @@ class Program(NamedTuple):
     """Bytes of everything else."""
 
 
-def lower_program(config: ModelConfig, setup: Setup, rows: int, length: int) -> Lowered:
+def trace_program(config: ModelConfig, setup: Setup, rows: int, length: int) -> Traced:
     """The decode loop for a batch of canvases of `length` columns, from shapes alone."""
     shape: Any = jax.ShapeDtypeStruct
     model = jax.tree.map(lambda leaf: shape(leaf.shape, leaf.dtype), abstract(config))
@@ -97,7 +97,12 @@ def lower_program(config: ModelConfig, setup: Setup, rows: int, length: int) -> 
         keys=jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)),
         idle=shape((rows,), jnp.bool),
     )
-    return decode.lower(model, request, setup)
+    return decode.trace(model, request, setup)
+
+
+def lower_program(config: ModelConfig, setup: Setup, rows: int, length: int) -> Lowered:
+    """The same, ready to be compiled."""
+    return trace_program(config, setup, rows, length).lower()
 
 
 def compile_program(config: ModelConfig, setup: Setup, rows: int, length: int) -> Program:

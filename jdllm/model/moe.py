@@ -5,6 +5,7 @@ those of model.py: E experts, P picks of a token, M expert mlp, J experts of a g
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -44,6 +45,7 @@ def keep_best_groups(scores_BTE: jax.Array, moe: MoEConfig) -> jax.Array:
     return jnp.where(open_[..., None], grouped, -jnp.inf).reshape(scores_BTE.shape)
 
 
+@partial(jax.jit, static_argnames="moe", inline=True)  # traced once for all layers
 def route(logits_BTE: jax.Array, bias_E: jax.Array | None, moe: MoEConfig) -> Routing:
     """Picks and weights for float32 logits [..., E].
 

@@ -1,5 +1,6 @@
 """Rotary embedding of queries and keys, normed before where a model does so, in plain jnp."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -60,6 +61,7 @@ def split(packed: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, jax.Arra
     return packed[0], packed[1][:, :, 0], packed[1][:, :, 1]
 
 
+@partial(jax.jit, static_argnames="facts", inline=True)  # traced once for all layers
 def turn(
     packed: tuple[jax.Array, ...],
     norms: tuple[jax.Array, ...],

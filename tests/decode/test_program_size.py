@@ -32,9 +32,9 @@ def products(cache: str, layers: int) -> int:
     return decode.lower(model, request, setup).as_text().count("dot_general")
 
 
-@pytest.mark.parametrize(("cache", "copies"), [("prefix", 2), ("dual", 2), ("block", 3)])
+@pytest.mark.parametrize(("cache", "copies"), [("prefix", 2), ("dual", 2), ("block", 2)])
 def test_copies_of_a_layer(cache: str, copies: int):
-    """Full pass and step; with a block cache prompt, step and commit."""
+    """Full pass and step; with a block cache the prompt, and one pass for steps and commits."""
     plain = products("none", 2) - products("none", 1)
     assert plain > 0
     assert products(cache, 2) - products(cache, 1) == copies * plain

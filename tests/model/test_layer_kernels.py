@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jdllm.kernels import choose
+from jdllm.kernels import choose, triton_call
 from jdllm.kernels.closing import reference as closing
 from jdllm.kernels.head import reference as head
 from jdllm.kernels.mlp import reference as mlp
+from jdllm.kernels.norm import fused as norm_fused
 from jdllm.kernels.norm import reference as norm
 from jdllm.kernels.rotary import reference as rotary
 from jdllm.kernels.rotary.reference import Facts, Target
@@ -221,3 +222,28 @@ def test_a_model_over_its_cache(operation: str, small: Model, interpreted: None)
     forced = f"{operation}:{OURS[operation]}"
     found, expected = (jax.jit(call, static_argnums=0)(name) for name in (forced, "reference"))
     assert_close(found, expected, 0.05)
+
+
+def test_equal_calls_of_a_kernel_are_lowered_once(interpreted: None):
+    x, scale = normal(0, 1, 3, 384), normal(1, 384)
+
+    def twice(x: jax.Array) -> jax.Array:
+        for _ in range(2):
+            x, _ = norm_fused.add_norm(x, x, scale, 1e-5)
+        return x
+
+    text = jax.jit(twice).lower(x).as_text()
+    assert text.count("stablehlo.custom_call @xla_") == 1
+    assert_close(jax.jit(twice)(x), 4 * x, 0.02)
+
+
+def test_a_canary_is_one_program(monkeypatch: pytest.MonkeyPatch, caplog: Any):
+    monkeypatch.setattr(triton_call, "_errors", {})
+    x = triton_call.normal(0, (4, 128))
+    jax.config.update("jax_log_compiles", True)  # of all threads: a canary has its own
+    try:
+        triton_call.canary("same", lambda x: x @ x.T, lambda x: x @ x.T, x)
+    finally:
+        jax.config.update("jax_log_compiles", False)
+    found = [one for one in caplog.messages if one.startswith("Finished XLA compilation")]
+    assert len(found) == 1

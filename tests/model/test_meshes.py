@@ -145,13 +145,16 @@ def test_a_data_axis_exchanges_a_done_flag(name: str, options: dict[str, Any]):
 
 
 @pytest.mark.slow
-def test_a_block_cache_asks_once_a_block_whether_to_write():
-    """Another flag: whether any row's finished block is not in the cache yet."""
+def test_a_block_cache_exchanges_two_flags_a_step():
+    """Whether any row needs a step, and whether any finished block is not in the cache yet."""
     options = DecodeConfig(gen_length=16, block_length=8).resolve(model=MODELS["blocks"])
     conditions, passes = in_loops(program("blocks", "8x1", options))
-    assert len(conditions) == 2 and len(passes) == 1
-    for sent in conditions + passes:
-        assert [(x.kind, x.shape) for x in sent] == [("all-reduce", "pred[]")]
+    assert [[(x.kind, x.shape) for x in sent] for sent in conditions] == [
+        [("all-reduce", "pred[]")]  # of the loop over blocks
+    ]
+    assert len(passes) == 2  # before the first step, too
+    for sent in passes:
+        assert [(x.kind, x.shape) for x in sent] == [("all-reduce", "pred[2]{0}")]
 
 
 @pytest.mark.slow
