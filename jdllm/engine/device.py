@@ -18,9 +18,9 @@ import numpy as np
 
 from jdllm.decode.setup import Setup
 from jdllm.engine import rounds
+from jdllm.engine.arrays import Arrivals, Chunks, Orders, Report, Slots
 from jdllm.engine.config import EngineConfig
 from jdllm.engine.job import Job
-from jdllm.engine.rounds import Arrivals, Chunks, Orders, Report, Slots
 from jdllm.model.model import Model
 from jdllm.runtime.programs import is_crowded
 

@@ -16,11 +16,11 @@ import numpy as np
 
 from jdllm.batches import bucket
 from jdllm.decode.setup import Setup
+from jdllm.engine.arrays import Chunks, Orders, Report
 from jdllm.engine.config import EngineConfig
 from jdllm.engine.device import Device
 from jdllm.engine.job import Job, Outcome, Progress, State
 from jdllm.engine.pages import PagePool
-from jdllm.engine.rounds import Chunks, Orders, Report
 from jdllm.engine.scheduler import Group, Scheduler, Turn
 from jdllm.model.model import Model
 from jdllm.unmask.speculate import Speculate
