@@ -22,6 +22,7 @@ from jdllm.runtime.journal import Journal
 from jdllm.score.likelihood import LikelihoodConfig
 from jdllm.server.config import ServeConfig
 from tests.cluster.played import PlayedRay
+from tests.support.marks import quick
 from tests.support.tiny_models import tiny
 
 SHARE = {"num_cpus": 1.0}
@@ -200,7 +201,7 @@ class Tiny(Worker):
         return {"fingerprint": self.llm.fingerprint(), "pid": 1, "host": "here"}
 
 
-@pytest.mark.parametrize("lost", [False, True])
+@pytest.mark.parametrize("lost", quick([False, True], True))
 def test_a_fleet_is_its_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lost: bool):
     """The same completions, draws and scores as one LLM, repeated prompts and lost workers
     included, and nothing in the journal is done again."""

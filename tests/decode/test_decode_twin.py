@@ -62,7 +62,7 @@ def plain_maps(llm: LLM, config: DecodeConfig) -> dict[str, np.ndarray]:
     }
 
 
-ALIKE = {4, 5, 9, 14, 18, 20, 21, 25, 28, 31}
+ALIKE = {2, 4, 5, 7, 9, 12, 14, 15, 18, 19, 20, 21, 23, 25, 26, 28, 31}
 """Numbers of cases that are slow ones: others by default are like them, or recorded runs are."""
 
 

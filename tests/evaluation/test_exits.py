@@ -120,6 +120,7 @@ def test_edit_sweep_of_a_small_model(tmp_path: Path, monkeypatch, capsys):
     assert len((tmp_path / "out" / "finished.jsonl").read_text().splitlines()) == done
 
 
+@pytest.mark.slow
 def test_edit_sweep_chooses_thresholds_on_the_other_half(tmp_path: Path, monkeypatch):
     for module in (run, sweeps):
         monkeypatch.setattr(module, "enable_compilation_cache", lambda: None)

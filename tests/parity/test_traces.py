@@ -50,12 +50,12 @@ def draws(stored: Any, canvases: np.ndarray, mask_id: int) -> jax.Array | None:
 
 
 def thinned(cases: list[Any]) -> list[Any]:
-    """Returns the cases, all but every fifth of each family marked slow."""
+    """Returns the cases, all but every eighth of each family marked slow."""
     seen: Counter[str] = Counter()
     kept = []
     for param in cases:
         family = param.values[0].name
-        marks = [] if seen[family] % 5 == 0 else [pytest.mark.slow]
+        marks = [] if seen[family] % 8 == 0 else [pytest.mark.slow]
         kept.append(pytest.param(*param.values, id=param.id, marks=marks))
         seen[family] += 1
     return kept

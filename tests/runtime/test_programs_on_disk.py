@@ -36,6 +36,7 @@ def test_programs_lie_in_the_home_and_old_ones_go(tmp_path: Path):
     assert not (folder / "old-cache").exists() and list(folder.glob("*-cache"))
 
 
+@pytest.mark.slow
 def test_jaxs_own_settings_count_more(tmp_path: Path):
     other = tmp_path / "other"
     other.mkdir()

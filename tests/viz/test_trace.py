@@ -20,6 +20,7 @@ from jdllm.tokenizer import load_tokenizer
 from jdllm.viz import trace
 from jdllm.viz.pieces import Lexicon, Piece, spell, visible
 from jdllm.viz.trace import LOOKS, Record, Run
+from tests.support.marks import quick
 from tests.support.tiny_models import plain
 from tests.support.watched import watched
 
@@ -169,15 +170,16 @@ def llm() -> LLM:
     return LLM(random_model(config, mesh, seed=3))
 
 
-SETTINGS = [
-    DecodeConfig(gen_length=8, block_length=4, threshold=0.02, cache="none", stop="none"),
-    DecodeConfig(gen_length=8, block_length=4, rule="quota", steps=4, cache="none", stop="none"),
-]
+SHORT = DecodeConfig(gen_length=8, block_length=4, cache="none", stop="none")
+SETTINGS = {
+    "threshold": dataclasses.replace(SHORT, threshold=0.02),
+    "quota": dataclasses.replace(SHORT, rule="quota", steps=4),
+}
 
 
-@pytest.mark.parametrize("config", SETTINGS, ids=["threshold", "quota"])
-def test_watching_shows_the_run_of_the_twin_and_changes_nothing(llm: LLM, config: DecodeConfig):
-    prompts, config = [[5, 6, 7], [8]], llm.resolve(config)
+@pytest.mark.parametrize("name", quick(SETTINGS, "threshold"))
+def test_watching_shows_the_run_of_the_twin_and_changes_nothing(llm: LLM, name: str):
+    prompts, config = [[5, 6, 7], [8]], llm.resolve(SETTINGS[name])
     stretches: dict[int, list[Record]] = {0: [], 1: []}
     (batch,) = llm.stream(prompts, config, watch=lambda i, part: stretches[i].append(part))
     found = dict(zip(batch.index, batch.completions, strict=True))
@@ -191,14 +193,14 @@ def test_watching_shows_the_run_of_the_twin_and_changes_nothing(llm: LLM, config
         np.testing.assert_array_equal(record.tokens[busy], wanted.tokens)
         np.testing.assert_array_equal(record.guesses[busy[1:]], wanted.guesses)
         np.testing.assert_allclose(record.sureness[busy], wanted.sureness, atol=1e-5)
-        for name in ("confidence", "entropy"):
-            mine, theirs = (getattr(x, name) for x in (record, wanted))
+        for fact in ("confidence", "entropy"):
+            mine, theirs = (getattr(x, fact) for x in (record, wanted))
             np.testing.assert_allclose(mine[busy[1:]], theirs, atol=1e-5)
         assert found[i].nfe == wanted.calls == busy.sum() - 1
 
 
 def test_every_token_that_the_twin_wrote_was_its_candidate(llm: LLM):
-    config = llm.resolve(SETTINGS[1])
+    config = llm.resolve(SETTINGS["quota"])
     record = watched(plain(llm), config, [5, 6, 7])
     assert record.calls == 4
     assert record.commits[:3].tolist() == [0, 0, 0]
