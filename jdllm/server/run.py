@@ -41,6 +41,7 @@ def server(service: Service) -> uvicorn.Server:
     """The HTTP server of a service."""
     settings = uvicorn.Config(
         make_app(service),
+        log_config=None,  # its own would end the handlers of everybody else in the process
         log_level="warning",
         timeout_graceful_shutdown=max(1, int(service.config.drain)),
         server_header=False,
