@@ -25,6 +25,7 @@ from jdllm.viz.pieces import Lexicon
 from jdllm.viz.show import Player
 
 if TYPE_CHECKING:  # imported when it runs, so that --help is quick
+    from jdllm.completion import Completion
     from jdllm.llm import LLM, Batch, Prompt
 
 
@@ -33,7 +34,8 @@ class GenerateConfig(SpreadArgs):
     """Generation from one prompt, or from a file of them."""
 
     prompt: str = ""
-    """The user's message; needed unless file or replay is given."""
+    """The user's message, needed unless file or replay is given; token ids with spaces between them
+    for a model without a tokenizer."""
     file: Path | None = None
     """Prompts, one per line: text, or in a .jsonl file objects with prompt or messages."""
     output: Path | None = None
@@ -103,9 +105,15 @@ class GenerateConfig(SpreadArgs):
         """How to go on after an interrupt."""
         return going_on(self.output) if self.file else ""
 
-    @property
-    def conversation(self) -> "Prompt":
-        """What the model is asked."""
+    def asked(self, llm: "LLM") -> "Prompt":
+        """What the model is asked; ValueError where it has no tokenizer and this is no ids."""
+        if llm.tokenizer is None:
+            if self.system or not all(word.isdecimal() for word in self.prompt.split()):
+                raise ValueError(
+                    f"{self.model} has no tokenizer: write token ids, prompt='1 2 3', and no system "
+                    f"prompt, got {self.system + self.prompt[:40]!r}"
+                )
+            return [int(word) for word in self.prompt.split()]
         user = {"role": "user", "content": self.prompt}
         return [{"role": "system", "content": self.system}, user] if self.system else self.prompt
 
@@ -141,11 +149,11 @@ def complete(config: GenerateConfig) -> None:
         bar.set_postfix_str("")
         watched = config.viz == "live" or config.outputs
         if not watched:
-            (batch,) = llm.stream([config.conversation], config.decode, chat=config.chat)
+            (batch,) = llm.stream([config.asked(llm)], config.decode, chat=config.chat)
     if watched:
         batch = watch(llm, config)
     elif not config.json:
-        print(batch.completions[0].text)
+        print(shown(batch.completions[0]))
     completion = batch.completions[0]
     tokens = len(completion.ids)
     start = {} if age is None else {"start": age}
@@ -169,20 +177,25 @@ def complete(config: GenerateConfig) -> None:
     )
 
 
+def shown(completion: "Completion") -> str:
+    """A completion's text, or its ids where the model has no tokenizer."""
+    return " ".join(map(str, completion.ids)) if completion.text is None else completion.text
+
+
 def watch(llm: "LLM", config: GenerateConfig) -> "Batch":
     """Completes the prompt with every model call shown and recorded."""
     facts, decode = llm.config, llm.resolve(config.decode)
     pieces = Lexicon(llm.tokenizer, facts.mask_id, (*facts.stop_ids, facts.eos_id))
     with Player(pieces, config.fps, shown=config.viz == "live") as player:
         (batch,) = llm.stream(
-            [config.conversation],
+            [config.asked(llm)],
             decode,
             chat=config.chat,
             watch=lambda _, stretch: player(stretch),
         )
     about = describe(llm, config, decode, batch)
     if not config.json:
-        player.finish(about["completion"])
+        player.finish(shown(batch.completions[0]))
     save(config, trace.Run(player.record, pieces, about))
     return batch
 

@@ -118,6 +118,18 @@ def test_a_system_prompt_is_a_turn_of_its_own(folder: Path, monkeypatch, capsys)
     assert framed[-1] == encode(llm, [turns]) != encode(llm, ["1 2 3"])
 
 
+def test_a_model_without_a_tokenizer_takes_and_gives_ids(capsys):
+    llm = LLM.load("random:tiny", mesh="1x1")
+    (completion,) = llm.generate([[1, 2, 3]], DECODE)
+    asked = GenerateConfig(prompt="1 2 3", model="random:tiny", decode=DECODE, mesh="1x1")
+    for viz in ("none", "live"):
+        generate(dataclasses.replace(asked, viz=viz))
+        assert capsys.readouterr().out.rstrip().endswith(" ".join(map(str, completion.ids)))
+    for wrong in ({"prompt": "1 two"}, {"system": "Be brief."}):
+        with pytest.raises(ValueError, match="token ids"):
+            generate(dataclasses.replace(asked, **wrong))
+
+
 def test_what_is_not_watched_is_not_recorded(folder: Path, monkeypatch, capsys):
     def fail(*_, **__):
         raise AssertionError("nobody asked for a record")
