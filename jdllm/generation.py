@@ -110,8 +110,8 @@ class GenerateConfig(SpreadArgs):
         if llm.tokenizer is None:
             if self.system or not all(word.isdecimal() for word in self.prompt.split()):
                 raise ValueError(
-                    f"{self.model} has no tokenizer: write token ids, prompt='1 2 3', and no system "
-                    f"prompt, got {self.system + self.prompt[:40]!r}"
+                    f"{self.model} has no tokenizer: write token ids, prompt='1 2 3', and no "
+                    f"system prompt, got {self.system + self.prompt[:40]!r}"
                 )
             return [int(word) for word in self.prompt.split()]
         user = {"role": "user", "content": self.prompt}

@@ -13,6 +13,7 @@ from jdllm.decode.layout import off_canvas, put, take, take_rows, visible_end, w
 from jdllm.decode.rows import Rows
 from jdllm.decode.setup import Setup
 from jdllm.model.cache import Cache
+from jdllm.model.head import Sampling
 from jdllm.model.model import Model
 from jdllm.stop import Look, StopView
 from jdllm.unmask.confidence import entropy, margin
@@ -32,6 +33,8 @@ class Call:
     draws: jax.Array | None = None
     """Uniform draws [B, T] or [B, T, V] instead of those of the rows' keys."""
     judge: Judge | None = None
+    logits: bool = False
+    """Whether logits must be in view, whatever the rule reads."""
     aims: Any = None
     """What a stop rule compares activations with."""
     commits_B: jax.Array | None = None
@@ -72,12 +75,24 @@ def look_at(
     inside_BN = jnp.clip(source_BN - window_BW[:, :1], 0, window_BW.shape[1] - 1)
     hidden_BND = take_rows(hidden_BWD, paired(setup, inside_BN))
     view = view_of(setup, rows, columns_BN, call)
-    special = None if setup.cfg_scale or setup.asks.entropy else setup.unmask.special
-    if special is None:
-        view = dataclasses.replace(view, logits=guided(model, setup, hidden_BND))
-    else:
-        view = dataclasses.replace(view, best=model.best(hidden_BND, special))
+    view = dataclasses.replace(view, **predicted(model, setup, rows, call, hidden_BND))
     return Seen(view, columns_BN, window_BW, hidden_BND, hidden_BWD, found.probes), cache
+
+
+def predicted(
+    model: Model, setup: Setup, rows: Rows, call: Call, hidden_BND: jax.Array
+) -> dict[str, Any]:
+    """What a view shows of the predictions: best tokens where these suffice, or logits."""
+    rule, sampling = setup.unmask, None
+    suffices = not (call.logits or setup.cfg_scale or setup.asks.entropy)
+    if suffices and rule.sampled is not None:
+        keys_B = draw_keys(rows, 2)
+        # Recorded draws are given by number, and margins are those of logits without noise.
+        suffices = call.draws is None and not setup.asks.margin and counts_draws(keys_B)
+        sampling = Sampling(keys_B, *rule.sampled)
+    if not suffices or rule.special is None:
+        return {"logits": guided(model, setup, hidden_BND)}
+    return {"best": model.best(hidden_BND, rule.special, sampling=sampling)}
 
 
 def written(rows: Rows, window_BW: jax.Array, call: Call) -> jax.Array:
@@ -115,15 +130,23 @@ def draws(rows: Rows, columns_BN: jax.Array, call: Call) -> unmask.Draw:
     recorded = call.draws
     if recorded is not None:
         return lambda shape: take_rows(recorded, columns_BN)
-    keys_B = jax.vmap(jax.random.fold_in)(rows.keys, rows.nfe)
 
     def fresh(shape: tuple[int, ...]) -> jax.Array:
-        # The rank tells candidates' draws from confidences', which must not share numbers.
-        return jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, len(shape)), shape))(
-            keys_B
-        )
+        return jax.vmap(lambda key: jax.random.uniform(key, shape))(draw_keys(rows, len(shape)))
 
     return fresh
+
+
+def draw_keys(rows: Rows, rank: int) -> jax.Array:
+    """The keys [B] of a call's draws (N,) or (N, V), by their rank: they must not share numbers."""
+    keys_B = jax.vmap(jax.random.fold_in)(rows.keys, rows.nfe)
+    return jax.vmap(lambda key: jax.random.fold_in(key, rank))(keys_B)
+
+
+def counts_draws(keys_B: jax.Array) -> bool:
+    """Whether each of a key's draws is a function of its number, as the head takes them."""
+    threefry = jax.random.key_data(keys_B).shape[1:] == (2,)
+    return threefry and bool(jax.config.jax_threefry_partitionable)
 
 
 def stop_view(rows: Rows, opening: bool = False, closing: bool = False) -> StopView:

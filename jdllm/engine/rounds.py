@@ -248,6 +248,10 @@ def step(
 def called(model: Model, setup: Setup, slots: Slots, cache: Any, call: Call) -> tuple[Slots, Any]:
     """The slots after a block step, with what it has shown noted."""
     before, setup = slots.rows, turned(setup, slots.dials)
+    noise = setup.unmask.sampled
+    if noise is not None and not (isinstance(noise.heat, float) and noise.heat == 1):
+        # The chances that are noted are those of logits before they are divided.
+        call = dataclasses.replace(call, logits=True)
     rows, cache, seen, decision = block_step(model, setup, before, cache, call)
     hidden = seen.hidden_BND.reshape(len(call.active_B), -1)
     bad_B = call.active_B & ~jnp.all(jnp.isfinite(hidden), axis=1)

@@ -1,4 +1,4 @@
-"""What greedy rules read of logits [B, N, V], without making them: best token, its logit, the rest.
+"""What rules read of logits [B, N, V], without making them: best token, its logit, the rest.
 
 Every device searches its own slice of the vocabulary (kernels/head); the best tokens of slices
 combine into the best of all, and only a few numbers per position ever leave a device.
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jdllm.kernels.choose import head as search
-from jdllm.kernels.head.reference import Found, combine, of_logits
+from jdllm.kernels.head.reference import Found, Noise, combine, of_logits
 from jdllm.runtime import sharding
 
 
@@ -29,6 +29,33 @@ class Special:
 NOTHING = Special()
 
 
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Makes the best token a sample: noise is added to the logits that tokens are ranked by."""
+
+    keys_B: jax.Array
+    """A threefry key of every row: draws are those of jax.random.uniform(key, (N, V))."""
+    scale: float | jax.Array
+    """Of the noise, of all rows or [B]."""
+    heat: float | jax.Array = 1.0
+    """What logits are divided by before all else, of all rows or [B]."""
+
+    def noise(self, positions: int, vocab: int) -> Noise:
+        """What the kernels take, for every position [B, N]."""
+        data = jax.random.key_data(self.keys_B)
+        shape = len(data), positions
+
+        def spread(x: float | jax.Array) -> jax.Array:
+            return jnp.broadcast_to(jnp.asarray(x, jnp.float32).reshape(-1, 1), shape)
+
+        return Noise(
+            keys=jnp.broadcast_to(data[:, None], (*shape, 2)),
+            offset=jnp.broadcast_to(jnp.arange(positions, dtype=jnp.uint32) * vocab, shape),
+            scale=spread(self.scale),
+            heat=spread(self.heat),
+        )
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Best:
@@ -37,13 +64,13 @@ class Best:
     ids: jax.Array
     """int32 [B, N]: the lowest of equally good ones."""
     score: jax.Array
-    """float32 [B, N]: its logit."""
+    """float32 [B, N]: its logit, with its noise where it is a sample."""
     own: jax.Array
-    """float32 [B, N]: the same, or -inf where the token is no part of the softmax."""
+    """float32 [B, N]: its logit alone, or -inf where the token is no part of the softmax."""
     rest: jax.Array
     """float32 [B, N]: logsumexp of all other logits of the softmax."""
     second: jax.Array
-    """float32 [B, N]: the logit of the second best token; -inf where there is none."""
+    """float32 [B, N]: the score of the second best token; -inf where there is none."""
 
     @property
     def odds(self) -> jax.Array:
@@ -51,10 +78,11 @@ class Best:
         return jnp.where(self.own == -jnp.inf, -jnp.inf, self.own - self.rest)
 
 
-def reference(logits_BNV: jax.Array, special: Special) -> Best:
+def reference(logits_BNV: jax.Array, special: Special, sampling: Sampling | None = None) -> Best:
     """The best tokens of float32 logits [B, N, V], by definition."""
     columns_V = jnp.arange(logits_BNV.shape[-1])
-    return Best(*of_logits(logits_BNV, *_flags(columns_V, special), columns_V))
+    noise = sampling.noise(*logits_BNV.shape[1:]) if sampling else None
+    return Best(*of_logits(logits_BNV, *_flags(columns_V, special), columns_V, noise))
 
 
 def best(
@@ -64,25 +92,33 @@ def best(
     tied: bool = False,
     chunk: int | None = None,
     kernel: str = "auto",
+    sampling: Sampling | None = None,
 ) -> Best:
     """The best token of every position, as `reference` finds it in the logits of `hidden_BND`.
 
     `head` is [D, V], or the embedding [V, D] where `tied`. Where logits exist at all, they do for
     `chunk` tokens of the vocabulary at a time (default: kernels/head/reference.py says). Where the
     vocabulary lies in slices on a mesh, every device searches its own, and one all-reduce of 20
-    bytes per position and slice settles it.
+    bytes per position and slice settles it. A sample's noise is a function of row, position and
+    id, so neither chunks nor slices change it.
     """
     axes = ("vocab", None) if tied else (None, "vocab")
+    vocab, noise = head.shape[axes.index("vocab")], ()
+    if sampling is not None:
+        noise = sampling.noise(hidden_BND.shape[1], vocab)
 
-    def own(hidden_BND: jax.Array, head: jax.Array) -> jax.Array:
+    def own(hidden_BND: jax.Array, head: jax.Array, *noise: jax.Array) -> jax.Array:
         V = head.shape[axes.index("vocab")]
         first = sharding.shard_index("vocab") * V
         flags = _flags(first + jnp.arange(V), special)
-        found = search(hidden_BND, head, *flags, None, tied, chunk, kernel)
+        drawn = Noise(*noise) if noise else None
+        if drawn is not None:
+            drawn = drawn._replace(offset=drawn.offset + jnp.asarray(first, jnp.uint32))
+        found = search(hidden_BND, head, *flags, drawn, tied, chunk, kernel)
         return _pack(_exchange(found._replace(ids=first + found.ids)))
 
-    inputs = (("batch", None, None), axes)
-    packed = sharding.per_shard(own, head, inputs, (None, "batch", None))(hidden_BND, head)
+    inputs = (("batch", None, None), axes, *(("batch", None, None)[: x.ndim] for x in noise))
+    packed = sharding.per_shard(own, head, inputs, (None, "batch", None))(hidden_BND, head, *noise)
     return Best(*_unpack(packed))
 
 

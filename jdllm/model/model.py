@@ -17,7 +17,7 @@ from jdllm.kernels.choose import forcing
 from jdllm.kernels.quantised import Quantised
 from jdllm.model.cache import Cache
 from jdllm.model.config import ModelConfig
-from jdllm.model.head import NOTHING, Best, Special
+from jdllm.model.head import NOTHING, Best, Sampling, Special
 from jdllm.model.lora import Adapter, joined
 from jdllm.model.mask import Mask
 from jdllm.model.quantise import quantise_params
@@ -81,10 +81,14 @@ class Model:
         return self.net.logits(hidden_BND, dtype)
 
     def best(
-        self, hidden_BND: jax.Array, special: Special = NOTHING, chunk: int | None = None
+        self,
+        hidden_BND: jax.Array,
+        special: Special = NOTHING,
+        chunk: int | None = None,
+        sampling: Sampling | None = None,
     ) -> Best:
-        """What greedy rules read of the logits, without making all of them: see `head`."""
-        return self.net.best(hidden_BND, special, chunk, self.kernel)
+        """What rules read of the logits, without making all of them: see `head`."""
+        return self.net.best(hidden_BND, special, chunk, self.kernel, sampling)
 
     def empty_cache(self, rows: int, length: int) -> Cache:
         """A cache of `length` columns, in the compute dtype, that holds nothing yet."""

@@ -20,7 +20,7 @@ from jdllm.kernels.norm.reference import rms_norm
 from jdllm.kernels.rotary.reference import Facts, Target, normed, rotate, split
 from jdllm.model.cache import Cache
 from jdllm.model.config import ModelConfig
-from jdllm.model.head import NOTHING, Best, Special, best
+from jdllm.model.head import NOTHING, Best, Sampling, Special, best
 from jdllm.model.mask import Mask
 from jdllm.model.moe import Experts, gated
 from jdllm.model.weights import array, bias, probing, product, weight
@@ -358,8 +358,9 @@ class Transformer(nnx.Module):
         special: Special = NOTHING,
         chunk: int | None = None,
         kernel: str = "auto",
+        sampling: Sampling | None = None,
     ) -> Best:
-        """What greedy rules read of the logits, without making all of them: see `head`."""
+        """What rules read of the logits, without making all of them: see `head`."""
         with jax.named_scope("head"):
             weights = self.embedding[...] if self.tied else self.head[...]
-            return best(hidden_BND, weights, special, self.tied, chunk, kernel)
+            return best(hidden_BND, weights, special, self.tied, chunk, kernel, sampling)

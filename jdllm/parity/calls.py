@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jdllm.model.head import Special
-from jdllm.unmask import Carry, Decision, Rule, View
+from jdllm.unmask import Carry, Decision, Noise, Rule, View
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +18,10 @@ class Around:
     @property
     def special(self) -> Special | None:
         return self.inner.special
+
+    @property
+    def sampled(self) -> Noise | None:
+        return self.inner.sampled
 
     def start(self, rows: int, columns: int, calls: int) -> Carry:
         return self.inner.start(rows, columns, calls)

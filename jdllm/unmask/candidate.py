@@ -62,9 +62,19 @@ class Warp:
     top_k_first: bool = False
     excluded: tuple[int, ...] = ()
 
+    @property
+    def heat(self) -> float | jax.Array:
+        """What logits are divided by; 1 where the temperature is 0."""
+        off = isinstance(self.temperature, float | int) and not self.temperature
+        return 1.0 if off else self.temperature
+
+    @property
+    def filters(self) -> bool:
+        """Whether it may drop tokens."""
+        return self.top_k is not None or not _is_all(self.top_p)
+
     def __call__(self, logits_BNV: jax.Array) -> jax.Array:
-        if not isinstance(self.temperature, float | int) or self.temperature:
-            logits_BNV = logits_BNV / self.temperature
+        logits_BNV = logits_BNV / self.heat
         if self.top_k_first:
             kept = _keep_mass(_keep_best(logits_BNV, self.top_k), self.top_p)
         else:
@@ -73,12 +83,16 @@ class Warp:
         return jnp.where(logits_BNV < jnp.max(allowed, axis=-1, keepdims=True), kept, logits_BNV)
 
 
+def _is_all(top_p: float | jax.Array | None) -> bool:
+    return top_p is None or (isinstance(top_p, float | int) and top_p >= 1)
+
+
 def _keep_mass(logits_BNV: jax.Array, top_p: float | jax.Array | None) -> jax.Array:
     """Returns the logits with all but the top_p mass dropped.
 
     The token that crosses the limit stays, and so do tokens tied with it.
     """
-    if top_p is None or (isinstance(top_p, float | int) and top_p >= 1):
+    if top_p is None or _is_all(top_p):
         return logits_BNV
     ordered = jnp.sort(logits_BNV, axis=-1, descending=True)
     mass = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)

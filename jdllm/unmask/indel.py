@@ -51,6 +51,11 @@ class InDel:
         """Returns None: this rule reads logits."""
         return None
 
+    @property
+    def sampled(self) -> None:
+        """Returns None, as it reads logits."""
+        return None
+
     def start(self, rows: int, columns: int, calls: int) -> Carry:
         zero_B, no_B = jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool)
         none_BSN = jnp.full((rows, calls, columns), -1, jnp.int32)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jdllm.model.head import Special
-from jdllm.unmask.candidate import Argmax, Candidate, Warp
+from jdllm.unmask.candidate import Argmax, Candidate, Gumbel, Warp
 from jdllm.unmask.confidence import Confidence
 from jdllm.unmask.credit import Credit
 from jdllm.unmask.edit import Edit
@@ -32,6 +32,15 @@ class Decision(NamedTuple):
     """The confidence in that token, as thresholds are compared with it."""
 
 
+class Noise(NamedTuple):
+    """Gumbel noise on the logits that best tokens are ranked by."""
+
+    scale: float | jax.Array
+    """What it is multiplied with; of all rows or [B, 1, 1]."""
+    heat: float | jax.Array
+    """What logits are divided by before; of all rows or [B, 1, 1]."""
+
+
 class Rule(Protocol):
     """What the decode loop needs of a rule. Rows never depend on each other."""
 
@@ -41,6 +50,11 @@ class Rule(Protocol):
 
         None means that the rule reads logits.
         """
+        ...
+
+    @property
+    def sampled(self) -> Noise | None:
+        """Returns what makes the best tokens samples; None for those of greedy rules."""
         ...
 
     def start(self, rows: int, columns: int, calls: int) -> Carry:
@@ -72,11 +86,20 @@ class Unmasker:
 
     @property
     def special(self) -> Special | None:
-        changes = self.credit or self.warp or self.klass or (self.edit and self.edit.penalty)
-        if changes or not isinstance(self.candidate, Argmax) or self.confidence.reads_logits:
+        if self.credit or self.klass or (self.edit and self.edit.penalty):
+            return None
+        if self.warp and (self.warp.filters or self.sampled is None):
+            return None
+        if not isinstance(self.candidate, Argmax | Gumbel) or self.confidence.reads_logits:
             return None
         suppressed = getattr(self.confidence, "suppressed", ())
         return Special(self.candidate.excluded, suppressed, self.forbidden)
+
+    @property
+    def sampled(self) -> Noise | None:
+        if not isinstance(self.candidate, Gumbel):
+            return None
+        return Noise(self.candidate.temperature, self.warp.heat if self.warp else 1.0)
 
     def start(self, rows: int, columns: int, calls: int) -> Carry:
         carry: Carry = {}

@@ -33,6 +33,11 @@ class Speculate:
         """Returns None: this rule reads logits."""
         return None
 
+    @property
+    def sampled(self) -> None:
+        """Returns None, as it reads logits."""
+        return None
+
     def start(self, rows: int, columns: int, calls: int) -> Carry:
         return {}
 

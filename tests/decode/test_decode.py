@@ -91,6 +91,19 @@ def test_repeated_prompts_draw_differently_and_runs_repeat():
     assert first != tiny().generate([prompt] * 4, other)
 
 
+@pytest.mark.parametrize("kind", quick(["plain", "shifted", "blocks"], "plain"))
+@pytest.mark.parametrize("sampling", ["gumbel", "categorical"])
+def test_samples_of_the_head_are_those_of_logits(kind: str, sampling: str):
+    """A top_k of the whole vocabulary drops nothing, but its rule reads logits."""
+    asked = {"temperature": 0.8, "threshold": 0.3, "sampling": sampling}
+    config = DecodeConfig.of(SHORT | asked)
+    through = dataclasses.replace(config, top_k=TINY.vocab)
+    llm, prompts = tiny(kind), random_prompts(8, LENGTHS)
+    rules = [make_setup(llm.resolve(c), llm.config).unmask for c in (config, through)]
+    assert [rule.special is None for rule in rules] == [False, True]
+    assert canvases(llm, config, prompts)[:2] == canvases(llm, through, prompts)[:2]
+
+
 def test_stopping_early_never_changes_the_completion():
     llm, config = settled("default")
     prompts = random_prompts(6, LENGTHS)

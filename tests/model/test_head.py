@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jdllm import unmask
 from jdllm.kernels.head.reference import CHUNK
 from jdllm.model.config import NAMED
-from jdllm.model.head import Best, Special, best, reference
+from jdllm.model.head import Best, Sampling, Special, best, reference
 from jdllm.runtime import sharding
 from jdllm.unmask.view import without
 from tests.support.collectives import collectives, computations
@@ -102,6 +102,41 @@ def test_it_says_what_the_greedy_rule_reads(seed: int, ends: tuple[int, ...], fo
     found = reference(logits, Special((mask_id,), ends, forbidden))
     np.testing.assert_array_equal(found.ids, ids)
     np.testing.assert_allclose(found.odds, odds, atol=1e-5)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    seed=st.integers(0, 999),
+    heats=st.sampled_from([1.0, 0.5, (0.7, 1.3)]),
+    scale=st.sampled_from([1.0, (0.4, 2.0)]),
+    ends=IDS,
+    chunk=st.sampled_from([None, 7, 48]),
+    tied=st.booleans(),
+    mesh=st.sampled_from(["1x1", "2x2", "1x8"]),
+)
+def test_samples_are_those_of_the_rule_on_whole_logits(
+    seed: int, heats, scale, ends: tuple[int, ...], chunk: int | None, tied: bool, mesh: str
+):
+    """The draws are those of jax.random for [N, V], whatever the slices and chunks."""
+    hidden, head = inputs(seed, 3)
+    grid = sharding.parse_mesh(mesh)
+    table, axes = (head.T, ("vocab", "embed")) if tied else (head, ("embed", "vocab"))
+    place = NamedSharding(grid, sharding.spec("head", table.shape, axes, grid))
+    keys_B = jax.random.split(jax.random.key(seed), B)
+    scale_B11, heat_B11 = (jnp.broadcast_to(jnp.array(x), B)[:, None, None] for x in (scale, heats))
+
+    @jax.jit
+    def run(hidden: jax.Array, table: jax.Array) -> Best:
+        sampling = Sampling(keys_B, scale_B11, heat_B11)
+        return best(hidden, table, Special((9,), ends), tied, chunk, sampling=sampling)
+
+    found = run(jax.device_put(hidden, sharding.by_row(grid)), jax.device_put(table, place))
+    logits = unmask.Warp(heat_B11, excluded=(9,))(jnp.array(hidden @ head))
+    drawn = jax.vmap(lambda key: jax.random.uniform(key, (N, V)))(keys_B)
+    ids = unmask.Gumbel((9,), scale_B11)(logits, lambda shape: drawn)
+    np.testing.assert_array_equal(found.ids, ids)
+    odds = unmask.Probability(ends)(logits, ids, jnp.zeros)
+    np.testing.assert_allclose(found.odds, odds, atol=1e-4)
 
 
 def test_random_logits_of_a_large_vocabulary():

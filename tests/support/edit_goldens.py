@@ -58,7 +58,7 @@ class TinyModel:
     def logits(self, hidden_BND: jax.Array) -> jax.Array:
         return hidden_BND @ self.weights["head.weight"].T + self.weights["head.bias"]
 
-    def best(self, hidden_BND: jax.Array, special: Special) -> Best:
+    def best(self, hidden_BND: jax.Array, special: Special, sampling: None = None) -> Best:
         bias = self.weights["head.bias"]
         one = jnp.ones((*hidden_BND.shape[:2], 1))
         head = jnp.concatenate([self.weights["head.weight"].T, bias[None]])
