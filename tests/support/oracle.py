@@ -228,7 +228,7 @@ class Row:
         self.before: dict[int, int] = {}
         self.streak = 0
         self.shake = lambda logits: logits
-        self.slack = 0.0
+        self.decimals: int | None = None
         self.story: list[list[int]] = []
         """The canvas after every call that unmasks."""
 
@@ -299,9 +299,11 @@ class Row:
             own[i, old[i - 1]] -= config.edit.penalty
         ids = candidates(own, config, mask_id)
         c = confidences(own, ids, config, self.facts.stop_ids)
+        if self.decimals is not None:
+            c = np.round(c, self.decimals)
         if config.verify.lookahead:
             open_ = [i for i in open_ if i < open_[0] + config.verify.lookahead]
-        floor = 1 - n * config.smooth.decay - self.slack if config.smooth.weight else -np.inf
+        floor = 1 - n * config.smooth.decay if config.smooth.weight else -np.inf
         quota = block.quotas(block.calls, len(open_))
         if block.exit and block.exit.due > 0:
             quota = math.ceil(len(open_) / block.exit.due)
@@ -501,8 +503,8 @@ def is_close(
     for seed in range(runs):
         rng, shaken = np.random.default_rng(seed), Row(model, config, prompt, verifier, maps)
         shaken.shake = lambda logits, rng=rng: logits + rng.uniform(-1e-4, 1e-4, logits.shape)
-        # A floor of 1 is met by a confidence that float32 rounds to 1, and no shaking shows that.
-        shaken.slack = 1e-6 * (seed % 2)
+        # Confidences that float32 rounds to 1 are ties and meet a floor of 1: no shaking shows it.
+        shaken.decimals = 6 if seed % 2 else None
         if shaken.run().story != row.story:
             return True
     return False
