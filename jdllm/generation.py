@@ -226,7 +226,7 @@ def describe(
     return {
         "prompt": config.prompt,
         "system": config.system,
-        "completion": completion.text,
+        "completion": shown(completion),
         "finish_reason": completion.finish_reason,
         "nfe": completion.nfe,
         "seconds": round(batch.seconds, 6),

@@ -36,9 +36,9 @@ class Sampling:
     keys_B: jax.Array
     """A threefry key of every row: draws are those of jax.random.uniform(key, (N, V))."""
     scale: float | jax.Array
-    """Of the noise, of all rows or [B]."""
+    """Of the noise: one for all rows, or one of each, [B] or [B, 1, 1]."""
     heat: float | jax.Array = 1.0
-    """What logits are divided by before all else, of all rows or [B]."""
+    """What logits are divided by before all else, likewise."""
 
     def noise(self, positions: int, vocab: int) -> Noise:
         """What the kernels take, for every position [B, N]."""

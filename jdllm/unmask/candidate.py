@@ -71,7 +71,7 @@ class Warp:
     @property
     def filters(self) -> bool:
         """Whether it may drop tokens."""
-        return self.top_k is not None or not _is_all(self.top_p)
+        return self.top_k is not None or (self.top_p is not None and not _is_all(self.top_p))
 
     def __call__(self, logits_BNV: jax.Array) -> jax.Array:
         logits_BNV = logits_BNV / self.heat
@@ -83,8 +83,8 @@ class Warp:
         return jnp.where(logits_BNV < jnp.max(allowed, axis=-1, keepdims=True), kept, logits_BNV)
 
 
-def _is_all(top_p: float | jax.Array | None) -> bool:
-    return top_p is None or (isinstance(top_p, float | int) and top_p >= 1)
+def _is_all(top_p: float | jax.Array) -> bool:
+    return isinstance(top_p, float | int) and top_p >= 1
 
 
 def _keep_mass(logits_BNV: jax.Array, top_p: float | jax.Array | None) -> jax.Array:

@@ -125,6 +125,8 @@ def test_a_model_without_a_tokenizer_takes_and_gives_ids(capsys):
     for viz in ("none", "live"):
         generate(dataclasses.replace(asked, viz=viz))
         assert capsys.readouterr().out.rstrip().endswith(" ".join(map(str, completion.ids)))
+    generate(dataclasses.replace(asked, json=True))
+    assert json.loads(capsys.readouterr().out)["completion"] == " ".join(map(str, completion.ids))
     for wrong in ({"prompt": "1 two"}, {"system": "Be brief."}):
         with pytest.raises(ValueError, match="token ids"):
             generate(dataclasses.replace(asked, **wrong))
