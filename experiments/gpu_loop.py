@@ -141,16 +141,18 @@ def median_seconds(run: Callable[[], Any], repeats: int) -> float:
 def bare_loop(model: Model, request: Request, setup: Setup):
     """The model calls of a request with one token per step, and next to nothing besides.
 
-    Every call writes one column, by a sign of its hidden states, so that none can be left out.
+    Every call writes one column, by the odds of its best token, so that none can be left out, nor
+    the search for tokens, which is part of it.
     """
     work = Work(model, setup, request)
 
     def call(state: State, full: bool) -> State:
         rows = state.rows
         seen, cache = look_at(work.model, setup, rows, state.cache, Call(~rows.done, full))
-        hidden_B1D = jnp.take_along_axis(seen.hidden_BND, rows.step[:, None, None], axis=1)
-        sign_B1 = (jnp.max(hidden_B1D, axis=-1) > 0).astype(jnp.int32)
-        tokens_BT = put(rows.tokens, sign_B1, (rows.first + rows.step)[:, None])
+        assert seen.view.best is not None, "a rule that reads best tokens alone"
+        odds_B1 = jnp.take_along_axis(seen.view.best.odds, rows.step[:, None], axis=1)
+        likely_B1 = (odds_B1 > 0).astype(jnp.int32)
+        tokens_BT = put(rows.tokens, likely_B1, (rows.first + rows.step)[:, None])
         rows = dataclasses.replace(rows, tokens=tokens_BT, step=rows.step + 1)
         return dataclasses.replace(state, rows=rows, cache=cache, forwards=state.forwards + 1)
 

@@ -24,6 +24,7 @@ from jdllm.kernels.closing import split
 from jdllm.kernels.head import fused as head
 from jdllm.kernels.mlp import fused as mlp
 from jdllm.load import enable_compilation_cache
+from jdllm.model.head import Sampling
 from jdllm.runtime import cli, files
 
 D, F, V = 4096, 12288, 126464
@@ -49,7 +50,7 @@ class TilesConfig:
 
     output: Path
     rows: int = 32
-    parts: tuple[str, ...] = ("mlp", "out", "down", "head")
+    parts: tuple[str, ...] = ("mlp", "out", "down", "head", "sampled head")
     gigabytes: float = 1.5
     """Of weights that a product goes through."""
     repeats: int = 3
@@ -103,9 +104,9 @@ def best(kernel: str) -> Callable[..., Any]:
     """The head, and a little of what it finds in the next one's inputs."""
 
     def one(carry: Any, weight: jax.Array) -> Any:
-        x, usable, counted = carry
-        found = choose.head(x, weight, usable, counted, kernel=kernel)
-        return x + (1e-3 * found.rest[..., None]).astype(x.dtype), usable, counted
+        x, *flags_and_noise = carry
+        found = choose.head(x, weight, *flags_and_noise, kernel=kernel)
+        return x + (1e-3 * found.rest[..., None]).astype(x.dtype), *flags_and_noise
 
     return one
 
@@ -118,7 +119,10 @@ def cases(config: TilesConfig) -> Iterator[tuple[Any, ...]]:
     yield "mlp", gated, mlp, GATED, (D, 2, F), x
     yield "out", closed, split, CLOSING, (D, D), (x, x, ones)
     yield "down", closed, split, CLOSING, (F, D), (rows, x, ones)
-    yield "head", best, head, HEAD, (D, V), (x, all_V.at[5].set(False), all_V)
+    flags = all_V.at[5].set(False), all_V
+    yield "head", best, head, HEAD, (D, V), (x, *flags)
+    noise = Sampling(jax.random.split(jax.random.key(2), 1), 1.0).noise(config.rows, V)
+    yield "sampled head", best, head, HEAD, (D, V), (x, *flags, noise)
 
 
 def main(config: TilesConfig) -> None:
@@ -136,7 +140,7 @@ def main(config: TilesConfig) -> None:
             continue
         size = 2 * math.prod(shape)
         given = weights(max(int(config.gigabytes * 1e9 / size), 1), *shape)
-        operation = "closing" if module is split else name
+        operation = "closing" if module is split else name.removeprefix("sampled ")
         fused = "split" if module is split else "fused"
         for tile in (None, *tiles):
             row: dict[str, Any] = {"part": name, "rows": config.rows, "tiles": tile}

@@ -5,6 +5,7 @@ numbers when a process first wants it: compilers have made wrong programs of rig
 """
 
 import functools
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -86,17 +87,46 @@ def _launched(arrays: tuple[jax.Array, ...], launch: Launch) -> Any:
     """The call. Under jit, so that the equal calls of a model's layers are lowered once."""
     import jax_triton  # pyright: ignore[reportMissingImports]
 
-    shapes = "out_type" if jax_triton.__version__ >= "0.4" else "out_shape"
+    if jax_triton.__version__ < "0.4":
+        return _as_command(arrays, launch)
     return jax_triton.triton_call(
         *arrays,
         kernel=launch.kernel,
+        out_type=launch.out,
         grid=launch.grid,
         num_warps=launch.warps,
         num_stages=launch.stages,
-        **{shapes: launch.out},
         **({"input_output_aliases": dict(launch.aliases)} if launch.aliases else {}),
         **dict(launch.constants),
     )
+
+
+def _as_command(arrays: tuple[jax.Array, ...], launch: Launch) -> Any:
+    """The call by way of jaxlib's handler that XLA may record in its command buffers (CUDA graphs).
+
+    jax-triton 0.4 goes this way, too. What 0.3 hands to XLA by itself is kept out of them: each
+    call ends one graph and begins another, at a price of several microseconds.
+    """
+    from jax_triton import triton_lib as lib  # pyright: ignore[reportMissingImports]
+
+    every = (*arrays, *jax.tree.leaves(launch.out))
+    shaped = [jax.core.ShapedArray(x.shape, x.dtype) for x in every]
+    kernel, attributes = lib.get_or_create_triton_kernel(
+        lib.get_cuda_backend, "cuda", launch.kernel, [lib.get_triton_type(x) for x in shaped], [],
+        num_warps=launch.warps, num_stages=launch.stages, num_ctas=1, compute_capability=None,
+        enable_fp_fusion=True, metaparams=dict(launch.constants), dump=False,
+    )  # fmt: skip
+    library = lib.triton_kernel_call_lib
+    parameters = [
+        library.create_array_parameter(0, 16 * (["tt.divisibility", 16] in attributes[i,]))
+        for i in range(len(shaped))
+    ]
+    grid = (*launch.grid, 1, 1)[:3]
+    proto = library.TritonKernelCall(kernel, *grid, parameters).to_proto("", b"")
+    run = jax.ffi.ffi_call(
+        "triton_kernel_call_ffi", launch.out, input_output_aliases=dict(launch.aliases)
+    )
+    return run(*arrays, opaque=zlib.compress(proto))
 
 
 def canary(

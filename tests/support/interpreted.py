@@ -56,7 +56,7 @@ def triton_call(
     *arrays: jax.Array,
     kernel: Any,
     grid: tuple[int, ...],
-    out_shape: Any,
+    out_type: Any,
     num_warps: int,
     num_stages: int,
     input_output_aliases: dict[int, int] | None = None,
@@ -64,7 +64,7 @@ def triton_call(
 ) -> Any:
     """What jax_triton.triton_call does, by Triton's interpreter."""
     assert num_warps & (num_warps - 1) == 0 and num_stages > 0
-    shapes = out_shape if isinstance(out_shape, tuple) else (out_shape,)
+    shapes = out_type if isinstance(out_type, tuple) else (out_type,)
     aliases = {to: source for source, to in (input_output_aliases or {}).items()}
 
     def run(*given: Any) -> tuple[np.ndarray, ...]:
@@ -78,7 +78,7 @@ def triton_call(
         return tuple(outputs)
 
     found = jax.pure_callback(run, shapes, *arrays)
-    return found if isinstance(out_shape, tuple) else found[0]
+    return found if isinstance(out_type, tuple) else found[0]
 
 
 def cast(handle: Any, kind: Any) -> Any:
@@ -101,7 +101,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from jdllm.kernels import triton_call as ours
 
     module: Any = ModuleType("jax_triton")
-    module.__version__, module.triton_call = "0.3.1", triton_call
+    module.__version__, module.triton_call = "0.4.1", triton_call
     monkeypatch.setitem(sys.modules, "jax_triton", module)
     monkeypatch.setattr(ours, "_errors", {})
     device = SimpleNamespace(platform_version="cuda 13000")
