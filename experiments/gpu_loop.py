@@ -44,6 +44,7 @@ from jdllm.model.config import count_parameters
 from jdllm.model.model import Model
 from jdllm.model.quantise import quantise_params
 from jdllm.runtime import cli, sharding
+from jdllm.runtime.programs import LOOPS
 from jdllm.store.checkpoint import random_model
 
 RESULTS = Path(__file__).resolve().parent / "results" / "gpu.jsonl"
@@ -226,8 +227,8 @@ def compile_ahead(llm: LLM, config: LoopConfig) -> None:
     chosen = cases * ("step" in config.parts) + [request_case(config)] * ("request" in config.parts)
     with ThreadPoolExecutor(config.threads) as pool:
         jobs = [
-            pool.submit(lambda case: decode.lower(llm.model, *prepare(llm, case)).compile(), case)
-            for case in (chosen if config.threads > 1 else [])
+            pool.submit(lambda given: decode.lower(llm.model, *given).compile(LOOPS), given)
+            for given in map(partial(prepare, llm), chosen if config.threads > 1 else [])
         ]
     for job in jobs:
         if failed := job.exception():
@@ -246,7 +247,7 @@ def request_row(llm: LLM, config: LoopConfig, rate: float) -> dict[str, Any]:
     case = request_case(config)
     row = measure(llm, case, config, rate)
     request, setup = prepare(llm, case)
-    bare = bare_loop.lower(llm.model, request, setup).compile()
+    bare = bare_loop.lower(llm.model, request, setup).compile(LOOPS)
     _, forwards = bare(llm.model, request)
     if int(forwards) != row["forwards"]:
         raise ValueError(f"the bare loop makes {forwards} calls, the loop {row['forwards']}")

@@ -38,7 +38,7 @@ from jdllm.model.config import ModelConfig
 from jdllm.model.model import Model
 from jdllm.parity import make_setup
 from jdllm.runtime import processes, sharding
-from jdllm.runtime.programs import Programs
+from jdllm.runtime.programs import LOOPS, Programs
 from jdllm.runtime.progress import Bar
 from jdllm.score.likelihood import LikelihoodConfig
 from jdllm.score.scoring import Ids, Likelihood, score
@@ -382,7 +382,8 @@ class LLM:
         def make() -> Any:
             if watched:
                 return compile_blocks(self.model, request, setup, self.verifier)
-            return decode.lower(self.model, request, setup, False, self.verifier).compile()
+            lowered = decode.lower(self.model, request, setup, False, self.verifier)
+            return lowered.compile(LOOPS)
 
         return self._programs.get((request.tokens.shape, shared, setup, watched), make)
 

@@ -70,9 +70,9 @@ TABLES: dict[str, dict[str, Callable[..., Any]]] = {
         "ragged": ragged.experts,
     },
     "norm": {"reference": norm_reference.add_norm, "fused": norm_fused.add_norm},
-    "mlp": {"reference": mlp_reference.gated, "fused": mlp_fused.gated},
-    "closing": {"reference": closing_reference.close, "split": closing_split.close},
-    "rotary": {"reference": rotary_reference.turn, "fused": rotary_fused.turn},
+    "mlp": {"fused": mlp_fused.gated, "reference": mlp_reference.gated},
+    "closing": {"split": closing_split.close, "reference": closing_reference.close},
+    "rotary": {"fused": rotary_fused.turn, "reference": rotary_reference.turn},
     "head": {"reference": head_reference.search, "fused": head_fused.search},
     "product": {
         "reference": plain.product,

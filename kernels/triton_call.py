@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import ShapedArray
 
 Run = Callable[..., Any]
 CAPABILITY = 8.0  # Ampere: the first with bfloat16 products and asynchronous copies
@@ -110,7 +111,7 @@ def _as_command(arrays: tuple[jax.Array, ...], launch: Launch) -> Any:
     from jax_triton import triton_lib as lib  # pyright: ignore[reportMissingImports]
 
     every = (*arrays, *jax.tree.leaves(launch.out))
-    shaped = [jax.core.ShapedArray(x.shape, x.dtype) for x in every]
+    shaped = [ShapedArray(x.shape, x.dtype) for x in every]
     kernel, attributes = lib.get_or_create_triton_kernel(
         lib.get_cuda_backend, "cuda", launch.kernel, [lib.get_triton_type(x) for x in shaped], [],
         num_warps=launch.warps, num_stages=launch.stages, num_ctas=1, compute_capability=None,

@@ -19,6 +19,7 @@ from jdllm.decode.work import State, Work
 from jdllm.model.cache import Cache
 from jdllm.model.model import Model
 from jdllm.runtime import processes, sharding
+from jdllm.runtime.programs import LOOPS
 
 Blocks = Callable[[Model, Request, Model | None], Iterator[State]]
 
@@ -54,7 +55,7 @@ def compile_blocks(
     placed = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
     )
-    following = again.lower(placed, *given).compile()
+    following = again.lower(placed, *given).compile(LOOPS)
 
     def run(*inputs) -> Iterator[State]:
         yield (state := first(*inputs))

@@ -25,6 +25,7 @@ from jdllm.engine.dials import turned
 from jdllm.model.cache import PagedCache
 from jdllm.model.model import Model
 from jdllm.runtime import sharding
+from jdllm.runtime.programs import LOOPS
 from jdllm.unmask import Decision
 
 
@@ -99,7 +100,12 @@ def wipe(pool: Pool, pages_F: jax.Array) -> Pool:
     return jax.tree.map(lambda x: x.at[pages_F].set(0), pool)
 
 
-@partial(jax.jit, static_argnames=("setup", "rounds", "lanes"), donate_argnames=("slots", "pool"))
+@partial(
+    jax.jit,
+    static_argnames=("setup", "rounds", "lanes"),
+    donate_argnames=("slots", "pool"),
+    compiler_options=LOOPS,
+)
 def run(
     model: Model, setup: Setup, slots: Slots, pool: Pool, orders: Orders, rounds: int, lanes: int
 ) -> tuple[Slots, Pool, Report]:

@@ -5,6 +5,7 @@ where there are none left, the compiler ends the process.
 """
 
 import gc
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,21 @@ from typing import Any
 import jax
 
 from jdllm.runtime.progress import doing
+
+GRAPHS = "xla_gpu_enable_command_buffer"
+LOOPS = (
+    {}
+    if GRAPHS in os.environ.get("XLA_FLAGS", "")
+    else {
+        GRAPHS: "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION"  # by default, too
+        ",WHILE,CONDITIONAL"
+    }
+)
+"""Compiler options with which a GPU runs loops and branches by itself, as parts of a CUDA graph.
+
+Without them it waits at every turn, while the host reads whether there is another one. Whoever says
+something else in XLA_FLAGS is heard.
+"""
 
 MOST = 64  # programs kept: more than a task of many prompt lengths needs at once
 MAPS, LIMIT = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")

@@ -31,8 +31,8 @@ class Tiles(NamedTuple):
 
 # Up to so many rows and so many inner numbers.
 TILES: tuple[tuple[int, float, Tiles], ...] = (
-    (32, 4096, Tiles(32, 64, 64, 4, 4, 4)),
-    (32, float("inf"), Tiles(32, 64, 64, 8, 4, 4)),
+    (32, 4096, Tiles(32, 64, 64, 2, 4, 6)),
+    (32, float("inf"), Tiles(32, 64, 128, 4, 4, 3)),
     (64, 4096, Tiles(64, 64, 64, 4, 4, 4)),
     (64, float("inf"), Tiles(64, 64, 64, 8, 4, 4)),
 )

@@ -23,7 +23,7 @@ class Tiles(NamedTuple):
 # Up to so many rows.
 TILES: tuple[tuple[float, Tiles], ...] = (
     (16, Tiles(16, 128, 64, 4, 4)),
-    (32, Tiles(32, 128, 64, 4, 4)),
+    (32, Tiles(32, 128, 64, 8, 4)),
     (64, Tiles(64, 128, 64, 4, 4)),
     (float("inf"), Tiles(128, 128, 64, 8, 3)),
 )

@@ -24,7 +24,7 @@ class Tiles(NamedTuple):
 # Up to so many rows; beyond them products bind, and XLA's are better at those.
 TILES: tuple[tuple[int, Tiles], ...] = (
     (16, Tiles(16, 64, 64, 4, 4)),
-    (32, Tiles(32, 64, 64, 4, 4)),
+    (32, Tiles(32, 64, 32, 4, 6)),
     (64, Tiles(64, 64, 64, 4, 4)),
 )
 MOST = max(row[0] for row in TILES)
