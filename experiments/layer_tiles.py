@@ -34,9 +34,9 @@ GATED = (
     (64, 32, 4, 6), (128, 64, 8, 3), (64, 64, 8, 4), (32, 64, 2, 5),
 )  # fmt: skip
 CLOSING = (
-    (64, 64, 4, 4, 4), (64, 64, 8, 4, 4), (128, 64, 8, 4, 4), (32, 128, 4, 4, 4),
-    (32, 128, 2, 4, 5), (64, 128, 4, 4, 3), (64, 128, 8, 4, 3), (128, 64, 8, 8, 4),
-    (64, 64, 2, 4, 6), (32, 64, 4, 2, 6),
+    (64, 64, 256, 4, 4), (64, 64, 512, 4, 4), (128, 64, 256, 4, 4), (32, 128, 512, 4, 4),
+    (32, 128, 256, 4, 5), (64, 128, 256, 4, 3), (64, 128, 512, 4, 3), (128, 64, 256, 8, 4),
+    (64, 64, 128, 4, 6), (32, 64, 512, 2, 6), (64, 64, 256, 4, 6),
 )  # fmt: skip
 HEAD = (
     (128, 64, 4, 4), (64, 64, 4, 5), (256, 64, 8, 3), (128, 128, 4, 3), (64, 128, 4, 4),
@@ -147,8 +147,8 @@ def main(config: TilesConfig) -> None:
             row["floor_us"] = 1e6 * size / COPY_RATE
             try:
                 if tile is not None:
-                    limits = (float("inf"),) * (2 if module is split else 1)
-                    module.TILES = ((*limits, module.Tiles(max(config.rows, 16), *tile)),)
+                    chosen = module.Tiles(max(config.rows, 16), *tile)
+                    module.TILES = ((math.inf, chosen),) if module is head else chosen
                 kernel = f"{operation}:{fused if tile else 'reference'}"
                 row["us"] = microseconds(make(kernel), config, given, carry)
             except Exception as error:  # one that fails says why; the others go on

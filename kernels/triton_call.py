@@ -88,7 +88,7 @@ def _launched(arrays: tuple[jax.Array, ...], launch: Launch) -> Any:
     """The call. Under jit, so that the equal calls of a model's layers are lowered once."""
     import jax_triton  # pyright: ignore[reportMissingImports]
 
-    if jax_triton.__version__ < "0.4":
+    if jax_triton.__version__.startswith("0.3."):
         return _as_command(arrays, launch)
     return jax_triton.triton_call(
         *arrays,

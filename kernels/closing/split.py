@@ -1,6 +1,6 @@
 """A closing product split over its inner numbers, whose parts are summed where the sum is normed.
 
-Two Triton kernels, for the few rows of a block step: XLA makes a product, the sum of its parts, the
+Two Triton kernels, for the block step of one row: XLA makes a product, the sum of its parts, the
 residual sum and the norm of it.
 """
 
@@ -18,25 +18,21 @@ WIDTH = 256  # what the inner width must be a multiple of
 
 
 class Tiles(NamedTuple):
-    """Sizes of a kernel's work: rows, columns, inner numbers at a time, parts of all of those;
-    warps, loads in flight."""
+    """Sizes of a kernel's work: rows, columns, inner numbers at a time; how many programs there are
+    at least, for which inner numbers are cut into parts; warps, loads in flight."""
 
     rows: int
     columns: int
     inner: int
-    parts: int
+    programs: int
     warps: int
     stages: int
 
 
-# Up to so many rows and so many inner numbers.
-TILES: tuple[tuple[int, float, Tiles], ...] = (
-    (32, 4096, Tiles(32, 64, 64, 2, 4, 6)),
-    (32, float("inf"), Tiles(32, 64, 128, 4, 4, 3)),
-    (64, 4096, Tiles(64, 64, 64, 4, 4, 4)),
-    (64, float("inf"), Tiles(64, 64, 64, 8, 4, 4)),
-)
-MOST = max(row[0] for row in TILES)
+TILES = Tiles(32, 64, 64, 128, 4, 6)  # the best of experiments/layer_tiles.py for LLaDA-8B
+# Columns at which it is measured to pay. Narrower layers need more parts to keep all processors
+# busy, which are written and read again.
+FEWEST = 4096
 
 
 def close(
@@ -56,8 +52,10 @@ def close(
     (B, T, F), D = x_BTF.shape, weight_FD.shape[1]
     if F % WIDTH or D % 128 or D > WIDEST:
         raise NotImplementedError(f"it serves widths in multiples of {WIDTH}, not {F} and {D}")
-    if B * T > MOST:
-        raise NotImplementedError(f"{B * T} rows are more than {MOST}")
+    if TILES.rows < B * T:
+        raise NotImplementedError(f"{B * T} rows are more than {TILES.rows}")
+    if D < FEWEST:
+        raise NotImplementedError(f"{D} columns are fewer than {FEWEST}")
     check()
     return _split(x_BTF, weight_FD.astype(x_BTF.dtype), total_BTD, scale_D, eps)
 
@@ -81,15 +79,14 @@ def _split(
     from jdllm.kernels.closing import split_triton as kernels
 
     (B, T, F), D, R = x.shape, weight.shape[1], x.shape[0] * x.shape[1]
-    tiles = next(tiles for most, inner, tiles in TILES if most >= R and inner >= F)
-    parts = tiles.parts
-    while F % (parts * tiles.inner):
+    parts = triton.power_of_2(-(-TILES.programs * TILES.columns // D))
+    while F % (parts * TILES.inner):
         parts //= 2
     found = triton.call(
         kernels.product, x, weight, out=jax.ShapeDtypeStruct((parts, R, D), jnp.float32),
-        grid=(-(-R // tiles.rows), D // tiles.columns, parts),
-        warps=tiles.warps, stages=tiles.stages,
-        R=R, D=D, F=F, PART=F // parts, BM=tiles.rows, BN=tiles.columns, BK=tiles.inner,
+        grid=(-(-R // TILES.rows), D // TILES.columns, parts),
+        warps=TILES.warps, stages=TILES.stages,
+        R=R, D=D, F=F, PART=F // parts, BM=TILES.rows, BN=TILES.columns, BK=TILES.inner,
     )  # fmt: skip
     out, block = jax.ShapeDtypeStruct((B, T, D), x.dtype), triton.power_of_2(D)
     return triton.call(

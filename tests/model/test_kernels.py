@@ -1,5 +1,8 @@
 """Every attention implementation against the reference, over one list of shapes."""
 
+import sys
+import zlib
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import jax
@@ -159,6 +162,46 @@ def test_a_kernel_whose_canary_is_wrong_is_not_used(monkeypatch):
     with pytest.raises(NotImplementedError, match="canary is off by 0.1: wrong numbers"):
         triton_call.canary("wrong", lambda x: x * 1.1, lambda x: x, x)
     assert list(triton_call._errors) == ["right", "wrong"]
+
+
+def test_triton_calls_go_where_xla_can_record_them(monkeypatch):
+    """Of jax-triton 0.3: the handler of jaxlib by its typed interface, not the old custom call."""
+    kernel, made = object(), []
+
+    def compiled(backend: Any, platform: str, function: Any, kinds: Any, scalars: Any, **facts):
+        made.append((platform, function, kinds, facts["num_warps"], facts["metaparams"]))
+        return "compiled", {(i,): [["tt.divisibility", 16]] for i in range(len(kinds))}
+
+    def launch(compiled: str, *rest: Any) -> Any:
+        return SimpleNamespace(to_proto=lambda name, metadata: f"{compiled} {rest}".encode())
+
+    calls = SimpleNamespace(
+        create_array_parameter=lambda zeros, divisor: (zeros, divisor), TritonKernelCall=launch
+    )
+    library: Any = ModuleType("jax_triton.triton_lib")
+    library.triton_kernel_call_lib, library.get_or_create_triton_kernel = calls, compiled
+    library.get_cuda_backend, library.get_triton_type = None, lambda x: f"*{x.dtype}"
+    module: Any = ModuleType("jax_triton")
+    module.__version__, module.triton_lib = "0.3.1", library
+    monkeypatch.setitem(sys.modules, "jax_triton", module)
+    monkeypatch.setitem(sys.modules, "jax_triton.triton_lib", library)
+    x = jnp.ones((4, 8), jnp.bfloat16)
+
+    def run(x: jax.Array, y: jax.Array) -> Any:
+        out = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return triton_call.call(
+            kernel, x, y, out=(out, out), grid=(3, 2), warps=4, stages=2, aliases={1: 0}, WIDTH=8
+        )
+
+    text = jax.jit(run).trace(x, x).lower(lowering_platforms=("cuda",)).as_text()
+    assert "custom_call @triton_kernel_call_ffi" in text
+    assert "mhlo.backend_config = {opaque = " in text, "attributes by name: the typed interface"
+    assert "output_tuple_indices = [0], operand_index = 1" in text
+    assert made == [("cuda", kernel, ["*bfloat16"] * 4, 4, {"WIDTH": 8})]
+    (closed,) = jax.make_jaxpr(run)(x, x).eqns
+    (handed,) = (e for e in closed.params["jaxpr"].eqns if e.primitive.name == "ffi_call")
+    opaque = dict(handed.params["attributes"])["opaque"]
+    assert zlib.decompress(bytes(opaque)) == f"compiled {(3, 2, 1, [(0, 16)] * 4)}".encode()
 
 
 def test_a_row_that_sees_nothing_is_finite():

@@ -11,7 +11,9 @@ import pytest
 
 from jdllm.kernels import choose, triton_call
 from jdllm.kernels.closing import reference as closing
+from jdllm.kernels.closing import split as closing_split
 from jdllm.kernels.head import reference as head
+from jdllm.kernels.mlp import fused as mlp_fused
 from jdllm.kernels.mlp import reference as mlp
 from jdllm.kernels.norm import fused as norm_fused
 from jdllm.kernels.norm import reference as norm
@@ -180,7 +182,7 @@ def test_gradients_are_the_references(operation: str, interpreted: None):
     ("operation", "given", "reason"),
     [
         ("norm", ((1, 2, 32768), (1, 2, 32768), (32768,)), "more than 16384"),
-        ("mlp", ((1, 80, 128), (128, 2, 128)), "80 rows are more than 64"),
+        ("mlp", ((1, 80, 128), (128, 2, 128)), "80 rows are more than 32"),
         ("mlp", ((1, 8, 96), (96, 2, 128)), "multiples of 128, not 96"),
         ("closing", ((1, 8, 128), (128, 128), (1, 8, 128), (128,)), "multiples of 256, not 128"),
         ("head", ((1, 2, 48), (48, 100), (100,), (100,)), "multiples of 64, not 48"),
@@ -193,6 +195,30 @@ def test_what_they_do_not_serve(operation: str, given: Any, reason: str, interpr
         ours(operation, *arrays, **facts)
     with pytest.raises(ValueError, match="16-bit numbers, not float32"):
         ours(operation, *(x.astype(jnp.float32) for x in arrays), **facts)
+
+
+@pytest.mark.parametrize(
+    ("operation", "given", "facts"),
+    [
+        ("mlp", ((1, 8, 128), (128, 2, 512)), {}),
+        ("closing", ((1, 8, 256), (256, 512), (1, 8, 512), (512,)), {"eps": 1e-5}),
+    ],
+)
+def test_layers_too_narrow_to_go_round_are_left_to_xla(
+    operation: str, given: Any, facts: Any, interpreted: None, monkeypatch: pytest.MonkeyPatch
+):
+    """Where they serve they come first; where they do not, the reference is what is left."""
+    arrays = [jnp.ones(shape, jnp.bfloat16) for shape in given]
+    module = {"mlp": mlp_fused, "closing": closing_split}[operation]
+    monkeypatch.setattr(choose, "_made", {})
+    for fewest in (0, 4096):
+        monkeypatch.setattr(module, "FEWEST", fewest)
+        choose.run(operation, "auto", *arrays, **facts)
+    first, second = choose._made
+    assert first.chosen == OURS[operation] and not first.refused
+    (name, reason), *_ = second.refused
+    assert (second.chosen, name) == ("reference", OURS[operation])
+    assert "8 tiles of columns" in reason or "512 columns are fewer" in reason
 
 
 @pytest.fixture(scope="module")
