@@ -16,20 +16,19 @@ import jax
 from jdllm.runtime.progress import doing
 
 GRAPHS = "xla_gpu_enable_command_buffer"
-LOOPS = (
-    {}
-    if GRAPHS in os.environ.get("XLA_FLAGS", "")
-    else {
-        GRAPHS: "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION"  # by default, too
-        ",WHILE,CONDITIONAL"
-    }
-)
-"""Compiler options with which a GPU runs loops and branches by itself, as parts of a CUDA graph.
+BY_DEFAULT = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION"
 
-Without them it waits at every turn, while the host reads whether there is another one. Whoever says
-something else in XLA_FLAGS is heard.
-"""
 
+def loop_options(flags: str) -> dict[str, str]:
+    """Compiler options with which a GPU runs loops and branches by itself, within a CUDA graph.
+
+    Without them it waits at every turn, while the host reads whether there is another one. Other
+    devices do not mind. Whoever says something else in XLA's `flags` is heard.
+    """
+    return {} if GRAPHS in flags else {GRAPHS: f"{BY_DEFAULT},WHILE,CONDITIONAL"}
+
+
+LOOPS = loop_options(os.environ.get("XLA_FLAGS", ""))
 MOST = 64  # programs kept: more than a task of many prompt lengths needs at once
 MAPS, LIMIT = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
 SHARE = 0.5  # of the limit; what is compiled next may take a tenth at once

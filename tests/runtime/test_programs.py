@@ -7,13 +7,21 @@ import jax.numpy as jnp
 import pytest
 
 from jdllm.runtime import programs
-from jdllm.runtime.programs import MAPS, Programs
+from jdllm.runtime.programs import LOOPS, MAPS, Programs, loop_options
 from jdllm.runtime.progress import Bar, doing
 
 
 def compiled(number: int):
     """A program of its own."""
     return jax.jit(lambda x: jnp.sin(x) * number).lower(jnp.zeros(3)).compile()
+
+
+def test_loops_are_compiled_for_the_device_unless_flags_say_otherwise():
+    options = loop_options("--xla_cpu_max_isa=AVX2")
+    assert {"WHILE", "CONDITIONAL", "FUSION"} < set(options.popitem()[1].split(","))
+    assert loop_options("--xla_gpu_enable_command_buffer=") == {}
+    count = jax.jit(lambda n: jax.lax.while_loop(lambda x: x < n, lambda x: 2 * x, 1))
+    assert count.lower(0).compile(LOOPS)(100) == 128, "XLA knows the options"
 
 
 def test_the_oldest_go_first():
