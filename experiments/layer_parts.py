@@ -2,7 +2,9 @@
 
 python experiments/layer_parts.py output=FILE                       (about four minutes, one GPU)
 python experiments/layer_parts.py output=FILE model=random:llada2-mini rows=1 profile=True \
-  kernels=experts:grouped/experts:grouped,norm:fused,rotary:fused
+  kernels=auto/norm:fused/rotary:reference
+XLA_FLAGS=--xla_gpu_enable_command_buffer=+CUDNN python experiments/layer_parts.py \
+  output=FILE kernels=auto                              (the host turns the loop)
 
 A step is a call of the model for one block of every row, over a cache, and the head; steps run in
 one loop on the device, and the time of one is that of many more, divided. With profile=True the
@@ -33,9 +35,18 @@ from jdllm.model.head import Special, best
 from jdllm.model.mask import Mask
 from jdllm.model.model import Model
 from jdllm.runtime import cli, files, profiling, sharding
+from jdllm.runtime.programs import LOOPS
 
-BOTH = "norm:fused,rotary:fused"
-ALL = f"{BOTH},mlp:fused,closing:split"
+PLAIN = "norm:reference,rotary:reference,mlp:reference,closing:reference,head:reference"
+KERNELS = (
+    PLAIN,
+    PLAIN.replace("rotary:reference", "rotary:fused"),
+    "closing:reference",
+    "mlp:reference",
+    "auto",
+    "head:fused",
+    "norm:fused,head:fused",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +55,8 @@ class PartsConfig:
 
     output: Path
     model: str = "random:llada-8b"
-    kernels: str = (
-        f"norm:reference/norm:fused/rotary:fused/{BOTH}/{BOTH},mlp:fused/{ALL}/{ALL},head:fused"
-    )
-    """What `kernel=` says, several with / between them."""
+    kernels: str = "/".join(KERNELS)
+    """What `kernel=` says, several with / between them; what it does not name is chosen."""
     rows: tuple[int, ...] = (1, 8)
     columns: int = 1024
     block: int = 32
@@ -61,7 +70,7 @@ class PartsConfig:
     head_vocab: int = 126464
 
 
-@partial(jax.jit, donate_argnums=(2,))
+@partial(jax.jit, donate_argnums=(2,), compiler_options=LOOPS)
 def steps(model: Model, tokens_BT: jax.Array, cache: Cache, count: jax.Array) -> Any:
     """So many calls for the last block, each of the tokens that the one before thinks best."""
     (B, T), S = tokens_BT.shape, cache.length
