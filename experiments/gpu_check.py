@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -29,9 +29,12 @@ from jdllm.kernels import choose, shapes
 from jdllm.kernels.attention import reference
 from jdllm.kernels.attention.split import in_pages
 from jdllm.kernels.experts import dense, grouped
+from jdllm.kernels.quantised import quantise
+from jdllm.kernels.rotary.reference import Facts, Target
 from jdllm.llm import LLM
 from jdllm.load import weight_bytes
 from jdllm.model.config import NAMED
+from jdllm.model.head import Sampling
 from jdllm.runtime import cli, sharding
 from jdllm.tasks import TASKS
 
@@ -45,7 +48,7 @@ class CheckConfig:
     output: Path
     model: str = "random:llada-8b"
     """The large model whose memory is planned and measured."""
-    parts: tuple[str, ...] = ("plans", "goldens", "kernels", "bundled", "named_shapes")
+    parts: tuple[str, ...] = ("plans", "goldens", "kernels", "blocks", "bundled", "named_shapes")
     """What to check. The replay of the recorded runs (goldens) takes minutes."""
 
     def __post_init__(self):
@@ -126,6 +129,74 @@ def kernels() -> list[dict[str, Any]]:
         found += compared("experts", shape, expected, (x, gate_up, down, picks, weights))
         found += gradients(shape, [x, gate_up, down], picks, weights)
     return found
+
+
+def blocks() -> list[dict[str, Any]]:
+    """What surrounds attention, in bfloat16, against the references in float32: by field of what an
+    implementation returns its relative error, or for ids the share that is the same."""
+    return [
+        row
+        for shape in shapes.PUBLISHED_BLOCKS
+        for operation, arrays, facts in block_cases(shape)
+        for row in held(operation, shape, arrays, facts)
+    ]
+
+
+def block_cases(shape: shapes.Block) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
+    """Every operation of a block with random numbers, and what it takes besides arrays."""
+    B, T, D, F, H, G, K, V, head_norms = shape
+    keys = iter(jax.random.split(jax.random.key(7), 32))
+
+    def normal(*size: int, scale: float = 1.0) -> jax.Array:
+        return (jax.random.normal(next(keys), size) * scale).astype(jnp.bfloat16)
+
+    x, branch, scale, eps = normal(B, T, D), normal(B, T, D), normal(D), {"eps": 1e-5}
+    yield "norm", (x, branch, scale), eps
+    yield "mlp", (x, normal(D, 2, F, scale=D**-0.5)), {}
+    yield "closing", (normal(B, T, F), normal(F, D, scale=F**-0.5), x, scale), eps
+    narrow = quantise(normal(D, F, scale=D**-0.5), (0,), "int8")
+    yield "product", (x.reshape(-1, D), narrow.values.reshape(F, D), narrow.scale.reshape(F)), {}
+    packed = (normal(B, T, 3, H, K),) if H == G else (normal(B, T, H, K), normal(B, T, 2, G, K))
+    norms = (normal(K), normal(K)) if head_norms else ()
+    cache = normal(B, 1024, G, K), normal(B, 1024, G, K)
+    places = jnp.broadcast_to(jnp.arange(512, 512 + T, dtype=jnp.int32), (B, T))
+    facts = Facts(1e4, None, 1e-6 if head_norms else None)
+    yield "rotary", (packed, norms, places, Target(*cache, places)), {"facts": facts}
+    head, all_V = normal(D, V, scale=D**-0.5), jnp.ones(V, bool)
+    noise = Sampling(jax.random.split(next(keys), B), 0.7, 1.3).noise(T, V)
+    for drawn in (None, noise):
+        yield "head", (x, head, all_V.at[3].set(False), all_V.at[5].set(False), drawn), {}
+
+
+def held(
+    operation: str, shape: shapes.Block, arrays: tuple[Any, ...], facts: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """A row for each implementation of an operation; its reason if it declines."""
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, arrays)
+    with jax.default_matmul_precision("highest"):
+        run = partial(choose.TABLES[operation]["reference"], **facts)
+        expected = [np.asarray(x) for x in jax.tree.leaves(jax.jit(run)(*wide))]
+    for name in choose.TABLES[operation]:
+        row: dict[str, Any] = {"operation": operation, "name": name, "shapes": shape._asdict()}
+        row["sampled"] = operation == "head" and arrays[-1] is not None
+        try:
+            run = partial(choose.run, operation, f"{operation}:{name}", **facts)
+            found = jax.tree.leaves(jax.jit(run)(*arrays))
+        except ValueError as error:
+            yield row | {"declined": str(error)[-160:]}
+            continue
+        pairs = zip(found, expected, strict=True)
+        yield row | {"errors": [difference(np.asarray(x, y.dtype), y) for x, y in pairs]}
+
+
+def difference(found: np.ndarray, expected: np.ndarray) -> float:
+    """Relative error of numbers that are finite in both; of ids the share that differs."""
+    if np.issubdtype(expected.dtype, np.integer):
+        return float(np.mean(found != expected))
+    if not np.array_equal(finite := np.isfinite(expected), np.isfinite(found)):
+        return math.inf
+    wrong, right = found[finite] - expected[finite], expected[finite]
+    return float(np.linalg.norm(wrong) / np.linalg.norm(right))
 
 
 def gradients(
@@ -279,6 +350,7 @@ PARTS: dict[str, Callable[[CheckConfig], Any]] = {
     "plans": lambda config: plans(config.model),
     "goldens": lambda _: goldens(),
     "kernels": lambda _: kernels(),
+    "blocks": lambda _: blocks(),
     "bundled": lambda _: bundled(),
     "named_shapes": lambda _: named_shapes(),
 }

@@ -58,3 +58,28 @@ PUBLISHED_EXPERTS = (
 )
 PUBLISHED_LAYERS = {"llada2-mini": PUBLISHED_EXPERTS[0], "llada-moe": PUBLISHED_EXPERTS[3]}
 """Of models whose experts experiments/expert_tiles.py measures, by the number of tokens."""
+
+
+class Block(NamedTuple):
+    """What surrounds attention in a block of B rows of T tokens: D numbers of a token, F inner ones
+    of its MLP, H query heads, G key/value heads, K head dim, V tokens of the vocabulary."""
+
+    rows: int
+    queries: int
+    embed: int
+    mlp: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    head_norms: bool
+    """Whether queries and keys are normed."""
+
+
+# One row and several of LLaDA-8B, one of Dream-7B, one of LLaDA2-mini (its dense layer).
+PUBLISHED_BLOCKS = (
+    Block(1, 32, 4096, 12288, 32, 32, 128, 126464, False),
+    Block(8, 32, 4096, 12288, 32, 32, 128, 126464, False),
+    Block(1, 32, 3584, 18944, 28, 4, 128, 152064, False),
+    Block(1, 32, 2048, 5120, 16, 4, 128, 157184, True),
+)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jdllm.model.head import Special
-from jdllm.unmask import Carry, Decision, Noise, Rule, View
+from jdllm.unmask import Carry, Decision, Rule, Sampled, View
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Around:
         return self.inner.special
 
     @property
-    def sampled(self) -> Noise | None:
+    def sampled(self) -> Sampled | None:
         return self.inner.sampled
 
     def start(self, rows: int, columns: int, calls: int) -> Carry:

@@ -18,7 +18,7 @@ from jdllm.unmask.confidence import (
 from jdllm.unmask.credit import Credit
 from jdllm.unmask.edit import Edit
 from jdllm.unmask.klass import Klass
-from jdllm.unmask.rule import Carry, Decision, Noise, Rule, Unmasker
+from jdllm.unmask.rule import Carry, Decision, Rule, Sampled, Unmasker
 from jdllm.unmask.schedule import (
     CarryOver,
     Columns,
@@ -45,7 +45,7 @@ from jdllm.unmask.view import Draw, Verify, View
 __all__ = [
     "Allowance", "Argmax", "Carry", "CarryOver", "Columns", "Confidence", "Credit", "Decision",
     "Draw", "Each", "Edit", "EntropyBound", "Factor", "Gaussian", "Gumbel", "Hierarchy",
-    "Klass", "Leftmost", "Margin", "Masks", "NegativeEntropy", "Noise", "Pace", "Probability",
-    "Quota", "Random", "Rule", "Schedule", "Selection", "Share", "Tempered", "Threshold",
+    "Klass", "Leftmost", "Margin", "Masks", "NegativeEntropy", "Pace", "Probability",
+    "Quota", "Random", "Rule", "Sampled", "Schedule", "Selection", "Share", "Tempered", "Threshold",
     "Timesteps", "Unmasker", "Verify", "View", "Warp", "split_quota",
 ]  # fmt: skip

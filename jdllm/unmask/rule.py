@@ -32,8 +32,8 @@ class Decision(NamedTuple):
     """The confidence in that token, as thresholds are compared with it."""
 
 
-class Noise(NamedTuple):
-    """Gumbel noise on the logits that best tokens are ranked by."""
+class Sampled(NamedTuple):
+    """What makes the best token a sample: Gumbel noise on the logits that tokens are ranked by."""
 
     scale: float | jax.Array
     """What it is multiplied with; of all rows or [B, 1, 1]."""
@@ -53,7 +53,7 @@ class Rule(Protocol):
         ...
 
     @property
-    def sampled(self) -> Noise | None:
+    def sampled(self) -> Sampled | None:
         """Returns what makes the best tokens samples; None for those of greedy rules."""
         ...
 
@@ -96,10 +96,10 @@ class Unmasker:
         return Special(self.candidate.excluded, suppressed, self.forbidden)
 
     @property
-    def sampled(self) -> Noise | None:
+    def sampled(self) -> Sampled | None:
         if not isinstance(self.candidate, Gumbel):
             return None
-        return Noise(self.candidate.temperature, self.warp.heat if self.warp else 1.0)
+        return Sampled(self.candidate.temperature, self.warp.heat if self.warp else 1.0)
 
     def start(self, rows: int, columns: int, calls: int) -> Carry:
         carry: Carry = {}

@@ -117,12 +117,10 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return dot(self, cast(a, tl.float32), cast(b, tl.float32), *rest)
 
     def rounded(self: Any, handle: Any, kind: Any) -> Any:
-        floats = {handle.dtype.scalar, kind.scalar}
-        return (
-            cast(handle, kind)
-            if floats == {tl.float32, tl.bfloat16}
-            else others(self, handle, kind)
-        )
+        source, to = handle.dtype.scalar, kind.scalar
+        whole = source.is_int() and to == tl.bfloat16  # as bits it would be another number
+        floats = {source, to} == {tl.float32, tl.bfloat16}
+        return cast(handle, kind) if whole or floats else others(self, handle, kind)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", product)
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", rounded)
