@@ -94,7 +94,7 @@ def error_of(best: dict[str, Any], x: jax.Array, *layer: Any) -> float:
 
 
 def main(config: TilesConfig) -> None:
-    """Measures every pair of tiles, and writes all rows, the best first."""
+    """Measures every pair of tiles, the best first, and writes the file anew after each row."""
     shape = PUBLISHED_LAYERS[config.model]
     E, D, M = shape.experts, shape.embed, shape.expert_mlp
     keys = jax.random.split(jax.random.key(0), 2 * config.layers)
@@ -105,7 +105,13 @@ def main(config: TilesConfig) -> None:
     if config.weights != "bf16":
         gate_ups = [quantise(one, (1,), config.weights) for one in gate_ups]
         downs = [quantise(one, (1,), config.weights) for one in downs]
-    found = []
+    facts: dict[str, Any] = {
+        "device": jax.devices()[0].device_kind,
+        "versions": {name: version(name) for name in ("jax", "jax-triton", "triton")},
+        "command": " ".join(["python experiments/expert_tiles.py", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "rows": [],
+    }
     for tokens in config.tokens:
         x, picks, weights = inputs(tokens, config.layers, shape)
         arrays = x, list(picks), list(weights), gate_ups, downs
@@ -127,15 +133,8 @@ def main(config: TilesConfig) -> None:
         row["grouped"] = sorted(tiles, key=lambda one: one["ms"])
         row["error"] = error_of(row["grouped"][0], x, gate_ups[0], downs[0], picks[0], weights[0])
         print({k: v for k, v in row.items() if k != "grouped"}, row["grouped"][0], flush=True)
-        found.append(row)
-    facts = {
-        "device": jax.devices()[0].device_kind,
-        "versions": {name: version(name) for name in ("jax", "jax-triton", "triton")},
-        "command": " ".join(["python experiments/expert_tiles.py", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "rows": found,
-    }
-    files.write_json(config.output, facts)
+        facts["rows"].append(row)
+        files.write_json(config.output, facts)
 
 
 if __name__ == "__main__":

@@ -159,9 +159,12 @@ def block_cases(shape: shapes.Block) -> Iterator[tuple[str, tuple[Any, ...], dic
     packed = (normal(B, T, 3, H, K),) if H == G else (normal(B, T, H, K), normal(B, T, 2, G, K))
     norms = (normal(K), normal(K)) if head_norms else ()
     cache = normal(B, 1024, G, K), normal(B, 1024, G, K)
+    pages = [x.reshape(-1, shapes.PAGE, G, K) for x in cache]
     places = jnp.broadcast_to(jnp.arange(512, 512 + T, dtype=jnp.int32), (B, T))
     facts = Facts(1e4, None, 1e-6 if head_norms else None)
     yield "rotary", (packed, norms, places, Target(*cache, places)), {"facts": facts}
+    target = Target(*pages, places + 1024 * jnp.arange(B - 1, -1, -1, dtype=jnp.int32)[:, None])
+    yield "rotary", (packed, norms, places, target), {"facts": facts._replace(by_row=False)}
     head, all_V = normal(D, V, scale=D**-0.5), jnp.ones(V, bool)
     noise = Sampling(jax.random.split(next(keys), B), 0.7, 1.3).noise(T, V)
     for drawn in (None, noise):
@@ -178,7 +181,10 @@ def held(
         expected = [np.asarray(x) for x in jax.tree.leaves(jax.jit(run)(*wide))]
     for name in choose.TABLES[operation]:
         row: dict[str, Any] = {"operation": operation, "name": name, "shapes": shape._asdict()}
-        row["sampled"] = operation == "head" and arrays[-1] is not None
+        if operation == "head":
+            row["sampled"] = arrays[-1] is not None
+        if operation == "rotary":
+            row["pages"] = not facts["facts"].by_row
         try:
             run = partial(choose.run, operation, f"{operation}:{name}", **facts)
             found = jax.tree.leaves(jax.jit(run)(*arrays))
