@@ -158,13 +158,13 @@ def block_cases(shape: shapes.Block) -> Iterator[tuple[str, tuple[Any, ...], dic
     yield "product", (x.reshape(-1, D), narrow.values.reshape(F, D), narrow.scale.reshape(F)), {}
     packed = (normal(B, T, 3, H, K),) if H == G else (normal(B, T, H, K), normal(B, T, 2, G, K))
     norms = (normal(K), normal(K)) if head_norms else ()
-    cache = normal(B, 1024, G, K), normal(B, 1024, G, K)
-    pages = [x.reshape(-1, shapes.PAGE, G, K) for x in cache]
+    k, v, paged = normal(B, 1024, G, K), normal(B, 1024, G, K), (-1, shapes.PAGE, G, K)
     places = jnp.broadcast_to(jnp.arange(512, 512 + T, dtype=jnp.int32), (B, T))
-    facts = Facts(1e4, None, 1e-6 if head_norms else None)
-    yield "rotary", (packed, norms, places, Target(*cache, places)), {"facts": facts}
-    target = Target(*pages, places + 1024 * jnp.arange(B - 1, -1, -1, dtype=jnp.int32)[:, None])
-    yield "rotary", (packed, norms, places, target), {"facts": facts._replace(by_row=False)}
+    through = places + 1024 * jnp.arange(B - 1, -1, -1, dtype=jnp.int32)[:, None]
+    by_page = Target(k.reshape(paged), v.reshape(paged), through)
+    for by_row, target in ((True, Target(k, v, places)), (False, by_page)):
+        facts = Facts(1e4, None, 1e-6 if head_norms else None, by_row)
+        yield "rotary", (packed, norms, places, target), {"facts": facts}
     head, all_V = normal(D, V, scale=D**-0.5), jnp.ones(V, bool)
     noise = Sampling(jax.random.split(next(keys), B), 0.7, 1.3).noise(T, V)
     for drawn in (None, noise):
