@@ -82,6 +82,8 @@ class LoopConfig:
     then compile_seconds tells how long it takes to read them."""
     copy_megabytes: int = 2048
     """Size of the array whose copying tells the memory's rate."""
+    product_width: int = 8192
+    """Of the square matrices whose product tells the rate of arithmetic."""
 
     def __post_init__(self):
         if unknown := set(self.parts.split(",")) - set(PARTS):
@@ -296,15 +298,15 @@ def full_row(llm: LLM, config: LoopConfig, rate: float) -> dict[str, Any]:
         "kernel": llm.model.kernel,
         "ms_per_step": 1e3 * seconds,
         "teraflops": done / 1e12,
-        "share_of_product": done / product_rate(config.repeats),
+        "share_of_product": done / product_rate(config.product_width, config.repeats),
     }
 
 
-def product_rate(repeats: int) -> float:
+def product_rate(width: int, repeats: int) -> float:
     """Operations per second of products of large bfloat16 matrices."""
-    x = jax.random.normal(jax.random.key(0), (8192, 8192), jnp.bfloat16)
+    x = jax.random.normal(jax.random.key(0), (width, width), jnp.bfloat16)
     multiply = jax.jit(lambda x: jax.lax.fori_loop(0, 10, lambda _, y: (x @ y) * 0.01, x))
-    return 10 * 2 * 8192**3 / median_seconds(lambda: multiply(x), repeats)
+    return 10 * 2 * width**3 / median_seconds(lambda: multiply(x), repeats)
 
 
 Timings = Iterator[tuple[str, Callable[[], dict[str, Any]]]]

@@ -12,6 +12,7 @@ SCRIPT = Path(__file__).parents[2] / "experiments" / "gpu_loop.py"
 WORDS = [
     "model=random:tiny", "block=8", "positions=64", "gen_length=32", "prompt=32", "batches=2",
     "schedules=4", "repeats=1", "copy_megabytes=1",
+    "product_width=64",
 ]  # fmt: skip
 KEYS = {
     "name", "device", "shapes", "ms_per_step", "forwards_per_second", "floor_ms", "versions",
@@ -26,8 +27,11 @@ def test_every_row_is_measured(tmp_path: Path):
     path.write_text('{"name": "older"}\n')
     script["main"](cli.parse(script["LoopConfig"], [*WORDS, f"output={path}"]))
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    names = ["loop step", "loop request", "schedule vanilla", "schedule prefix", "schedule dual"]
+    caches = ["schedule vanilla", "schedule prefix", "schedule dual"]
+    names = ["loop step", "full pass", "loop request", *caches]
     assert [row["name"] for row in rows] == ["older", *names]
+    full = rows.pop(2)
+    assert full["teraflops"] > 0 and full["share_of_product"] > 0
     assert all(set(row) >= KEYS for row in rows[1:])
     assert all(row["peak_gb"] > 0 and row["floor_ms"] > 0 for row in rows[1:])
     step, request, *schedules = rows[1:]
