@@ -1,7 +1,7 @@
-"""Compiled programs by key, so few of them that a process never runs out of memory maps.
+"""How programs with loops are compiled, and those that are kept, by key.
 
-A program for a CPU takes hundreds of maps of the 65,530 that Linux gives a process by default;
-where there are none left, the compiler ends the process.
+They are so few that a process never runs out of memory maps. A program for a CPU takes hundreds of
+the 65,530 that Linux gives a process by default; where none is left, the compiler ends the process.
 """
 
 import gc
@@ -16,7 +16,7 @@ import jax
 from jdllm.runtime.progress import doing
 
 GRAPHS = "xla_gpu_enable_command_buffer"
-BY_DEFAULT = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION"
+BY_DEFAULT = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION"  # XLA's
 
 
 def loop_options(flags: str) -> dict[str, str]:
