@@ -243,7 +243,6 @@ def copy_rate(repeats: int, megabytes: int = 1024) -> float:
 
 def rows(config: TilesConfig, rate: float) -> Iterator[dict[str, Any]]:
     """A row for each case and way; one that fails says why."""
-    cudnn.PROCESSORS = 0  # it is measured everywhere
     begun = time.perf_counter()
     for T, S, model, B in itertools.product(
         config.queries, config.keys, config.models.split(","), config.rows

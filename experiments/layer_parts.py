@@ -37,16 +37,8 @@ from jdllm.model.model import Model
 from jdllm.runtime import cli, files, profiling, sharding
 from jdllm.runtime.programs import LOOPS
 
-PLAIN = "norm:reference,rotary:reference,mlp:reference,closing:reference,head:reference"
-KERNELS = (
-    PLAIN,
-    PLAIN.replace("rotary:reference", "rotary:fused"),
-    "closing:reference",
-    "mlp:reference",
-    "auto",
-    "head:fused",
-    "norm:fused,head:fused",
-)
+OURS = ("norm:reference", "rotary:reference", "mlp:reference", "closing:reference")
+KERNELS = (",".join(("attention:xla", *OURS)), "attention:xla", *OURS, "auto", "head:fused")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Which implementation does an operation: one table per operation, and a record of the choices.
 
 An implementation raises NotImplementedError, with its reason, where it does not serve a case; the
-next one in the table is tried.
+next one in the table is tried. So it is where it serves, but others are quicker: see PREFERRED.
 """
 
 import contextlib
@@ -69,7 +69,7 @@ TABLES: dict[str, dict[str, Callable[..., Any]]] = {
         "reference": dense.experts,
         "ragged": ragged.experts,
     },
-    "norm": {"reference": norm_reference.add_norm, "fused": norm_fused.add_norm},
+    "norm": {"fused": norm_fused.add_norm, "reference": norm_reference.add_norm},
     "mlp": {"fused": mlp_fused.gated, "reference": mlp_reference.gated},
     "closing": {"split": closing_split.close, "reference": closing_reference.close},
     "rotary": {"fused": rotary_fused.turn, "reference": rotary_reference.turn},
@@ -78,6 +78,16 @@ TABLES: dict[str, dict[str, Callable[..., Any]]] = {
         "reference": plain.product,
         "narrow": narrow.product,
     },
+}
+
+
+# NotImplementedError, with the reason, for cases that an implementation serves by name alone: what
+# others do as quickly, or was not measured.
+PREFERRED: dict[str, Callable[..., None]] = {
+    "attention:cudnn": cudnn.prefer,
+    "norm:fused": norm_fused.prefer,
+    "mlp:fused": mlp_fused.prefer,
+    "closing:split": closing_split.prefer,
 }
 
 
@@ -235,6 +245,8 @@ def run(operation: str, kernel: str, *arrays: Any, **facts: Any) -> Any:
     shapes = " ".join(f"{x.dtype}[{','.join(map(str, x.shape))}]" for x in leaves)
     for name in [forced] if forced else table:
         try:
+            if not forced and (prefer := PREFERRED.get(f"{operation}:{name}")):
+                prefer(*arrays)
             found = table[name](*arrays, **facts)
         except NotImplementedError as error:
             refused[name] = str(error)

@@ -35,10 +35,9 @@ def require() -> None:
     """NotImplementedError, with the reason, where Triton kernels cannot run."""
     if jax.default_backend() != "gpu":
         raise NotImplementedError("it needs a GPU")
-    device = jax.local_devices()[0]
-    if "cuda" not in device.client.platform_version.lower():
+    if "cuda" not in jax.local_devices()[0].client.platform_version.lower():
         raise NotImplementedError("it is for NVIDIA's GPUs")
-    if (found := float(device.compute_capability)) < CAPABILITY:
+    if (found := capability()) < CAPABILITY:
         raise NotImplementedError(f"it needs compute capability {CAPABILITY}, not {found}")
     try:
         import jax_triton  # noqa: F401 # pyright: ignore[reportMissingImports]
@@ -46,10 +45,14 @@ def require() -> None:
         raise NotImplementedError(f"jax-triton cannot be imported: {error}") from error
 
 
+def capability() -> float:
+    """The compute capability of the first device."""
+    return float(jax.local_devices()[0].compute_capability)
+
+
 def require_fp8() -> None:
     """NotImplementedError where Triton kernels cannot widen fp8."""
-    found = float(jax.local_devices()[0].compute_capability)
-    if found < FP8:
+    if (found := capability()) < FP8:
         raise NotImplementedError(f"fp8 needs compute capability {FP8}, not {found}")
 
 

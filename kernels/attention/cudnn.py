@@ -23,7 +23,7 @@ def attention(
     q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, visible: jax.Array
 ) -> jax.Array:
     """Attention as the reference defines it."""
-    (B, T, H, _), S = q_BTHK.shape, k_BSGK.shape[1]
+    T, S = q_BTHK.shape[1], k_BSGK.shape[1]
     if jax.default_backend() != "gpu":
         raise NotImplementedError("it needs a GPU")
     if q_BTHK.dtype.itemsize != 2:
@@ -34,8 +34,6 @@ def attention(
         raise NotImplementedError(
             f"under masks per query it serves whole canvases of even width, not {T} of {S} columns"
         )
-    if B * H * -(-T // QUERIES) < PROCESSORS:
-        raise NotImplementedError("too little work to go round")
     seen: dict[str, Any] = {"key_value_seq_lengths": jnp.minimum(visible, S)}
     if visible.ndim == 3:
         seen = {"mask": by_query(visible, S)[:, None]}
@@ -43,3 +41,10 @@ def attention(
         return jax.nn.dot_product_attention(q_BTHK, k_BSGK, v_BSGK, implementation="cudnn", **seen)
     except RuntimeError as error:
         raise NotImplementedError("cuDNN is not installed") from error
+
+
+def prefer(q_BTHK: jax.Array, *_: object) -> None:
+    """NotImplementedError where there are too few tiles for all processors."""
+    B, T, H = q_BTHK.shape[:3]
+    if B * H * -(-T // QUERIES) < PROCESSORS:
+        raise NotImplementedError("too little work to go round")

@@ -3,7 +3,8 @@
 The query heads that share a key head are one tile, so that its keys are read once. Keys are taken
 in parts of a fixed number of columns, which are combined in their order: what a row gets depends
 neither on the batch nor on how long the others are. Few tiles work on their parts side by side;
-many go through them one after the other, which gives the same bits without writing parts down.
+many, or those of a short cache, go through them one after the other, which gives the same bits
+without writing parts down.
 """
 
 import functools
@@ -32,9 +33,7 @@ class Tiles(NamedTuple):
 TILES = Tiles()
 QUERIES = 64  # of a row: two blocks of 32; canvases are others' work
 LARGEST = 256  # query rows per key head: beyond, products bind and not memory
-# Tiles, by experiments/attention_tiles.py on an H200:
-LEAST = 64  # with fewer of them XLA's own attention is as quick, unless keys lie in pages
-ENOUGH = 192  # from here on each goes through all parts of its keys
+ENOUGH = 192  # tiles: from here on each goes through all parts of its keys (attention_tiles.py)
 
 
 def attention(
@@ -46,11 +45,6 @@ def attention(
     """
     require(q_BTHK, k_BSGK, v_BSGK)
     ranges = as_ranges(visible)
-    (_, _, H, _), G = q_BTHK.shape, k_BSGK.shape[2]
-    if (found := _tiles(q_BTHK, G, TILES.rows)) < LEAST:
-        raise NotImplementedError("too little work to go round")
-    if H == G and found < ENOUGH:
-        raise NotImplementedError("where no heads share keys, others are as quick with few rows")
     check()
     return _differentiable(q_BTHK, k_BSGK, v_BSGK, ranges)
 
@@ -108,7 +102,8 @@ def attend(
     tiles = tiles or TILES
     places = -(-T * (H // G) // tiles.rows)
     parts = -(-S // tiles.part)
-    whole = _tiles(q, G, tiles.rows) >= ENOUGH if whole is None else whole
+    if whole is None:
+        whole = parts == 1 or _tiles(q, G, tiles.rows) >= ENOUGH
     kind = array((1, *q.shape), q.dtype) if whole else array((parts, *q.shape), jnp.float32)
     found, sums = triton.call(
         kernels.attend, q, k, v, ranges, ranges if table is None else table,

@@ -32,7 +32,7 @@ class Tiles(NamedTuple):
 TILES = Tiles(32, 64, 64, 128, 4, 6)  # the best of experiments/layer_tiles.py for LLaDA-8B
 # Columns at which it is measured to pay. Narrower layers need more parts to keep all processors
 # busy, which are written and read again.
-FEWEST = 4096
+FEWEST = 3584
 
 
 def close(
@@ -49,15 +49,21 @@ def close(
     for array in (x_BTF, weight_FD, total_BTD):
         if array.dtype not in (jnp.bfloat16, jnp.float16):
             raise NotImplementedError(f"it serves 16-bit numbers, not {array.dtype}")
-    (B, T, F), D = x_BTF.shape, weight_FD.shape[1]
+    F, D = weight_FD.shape
     if F % WIDTH or D % 128 or D > WIDEST:
         raise NotImplementedError(f"it serves widths in multiples of {WIDTH}, not {F} and {D}")
+    check()
+    return _split(x_BTF, weight_FD.astype(x_BTF.dtype), total_BTD, scale_D, eps)
+
+
+def prefer(x_BTF: jax.Array, weight_FD: jax.Array, *_: object) -> None:
+    """NotImplementedError, with the reason, where XLA's product is as quick."""
+    triton.require()
+    (B, T), D = x_BTF.shape[:2], weight_FD.shape[1]
     if TILES.rows < B * T:
         raise NotImplementedError(f"{B * T} rows are more than {TILES.rows}")
     if D < FEWEST:
         raise NotImplementedError(f"{D} columns are fewer than {FEWEST}")
-    check()
-    return _split(x_BTF, weight_FD.astype(x_BTF.dtype), total_BTD, scale_D, eps)
 
 
 def check() -> None:

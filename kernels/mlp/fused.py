@@ -22,8 +22,9 @@ class Tiles(NamedTuple):
 
 
 TILES = Tiles(32, 64, 32, 4, 6)  # the best of experiments/layer_tiles.py at LLaDA-8B's widths
-# A layer's columns make so many tiles, or XLA's kernels serve: one to two for each of a Hopper's
-# 132 processors. LLaDA-8B's 192 are measured to pay; a shared expert's 8 would leave most idle.
+# A layer's columns make so many tiles, or XLA's kernels are as quick: one to two for each of a
+# Hopper's 132 processors. LLaDA-8B's 192 are measured to pay; a shared expert's 8 would leave most
+# idle.
 FEWEST, MOST = 128, 264
 
 
@@ -33,15 +34,21 @@ def gated(x_BTD: jax.Array, gate_up_DCF: jax.Array) -> jax.Array:
     for array in (x_BTD, gate_up_DCF):
         if array.dtype not in (jnp.bfloat16, jnp.float16):
             raise NotImplementedError(f"it serves 16-bit numbers, not {array.dtype}")
-    (B, T, D), F = x_BTD.shape, gate_up_DCF.shape[2]
+    D, F = x_BTD.shape[2], gate_up_DCF.shape[2]
     if D % WIDTH or F % WIDTH:
         raise NotImplementedError(f"it serves widths in multiples of {WIDTH}, not {D} and {F}")
+    check()
+    return _fused(x_BTD, gate_up_DCF.astype(x_BTD.dtype))
+
+
+def prefer(x_BTD: jax.Array, gate_up_DCF: jax.Array) -> None:
+    """NotImplementedError, with the reason, where XLA's product is as quick."""
+    triton.require()
+    (B, T, _), F = x_BTD.shape, gate_up_DCF.shape[2]
     if TILES.rows < B * T:
         raise NotImplementedError(f"{B * T} rows are more than {TILES.rows}")
     if not FEWEST <= (found := F // TILES.columns) <= MOST:
         raise NotImplementedError(f"{found} tiles of columns are not {FEWEST} to {MOST}")
-    check()
-    return _fused(x_BTD, gate_up_DCF.astype(x_BTD.dtype))
 
 
 def check() -> None:

@@ -11,6 +11,7 @@ from jdllm.kernels import triton_call as triton
 from jdllm.kernels.norm import reference
 
 WIDEST = 16384  # numbers of a row that one program holds
+ROWS = 32  # up to which it is measured to pay (LLaDA2-mini)
 
 
 def add_norm(
@@ -27,6 +28,13 @@ def add_norm(
         raise NotImplementedError(f"{x_BTD.shape[-1]} numbers of a row are more than {WIDEST}")
     check()
     return _fused(x_BTD, branch_BTD, scale_D, eps)
+
+
+def prefer(x_BTD: jax.Array, *_: object) -> None:
+    """NotImplementedError where XLA's kernels, which it makes one with others, are as quick."""
+    triton.require()
+    if (rows := x_BTD.size // x_BTD.shape[-1]) > ROWS:
+        raise NotImplementedError(f"{rows} rows are more than {ROWS}")
 
 
 def check() -> None:

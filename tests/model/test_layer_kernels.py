@@ -182,7 +182,6 @@ def test_gradients_are_the_references(operation: str, interpreted: None):
     ("operation", "given", "reason"),
     [
         ("norm", ((1, 2, 32768), (1, 2, 32768), (32768,)), "more than 16384"),
-        ("mlp", ((1, 80, 128), (128, 2, 128)), "80 rows are more than 32"),
         ("mlp", ((1, 8, 96), (96, 2, 128)), "multiples of 128, not 96"),
         ("closing", ((1, 8, 128), (128, 128), (1, 8, 128), (128,)), "multiples of 256, not 128"),
         ("head", ((1, 2, 48), (48, 100), (100,), (100,)), "multiples of 64, not 48"),
@@ -207,18 +206,37 @@ def test_what_they_do_not_serve(operation: str, given: Any, reason: str, interpr
 def test_layers_too_narrow_to_go_round_are_left_to_xla(
     operation: str, given: Any, facts: Any, interpreted: None, monkeypatch: pytest.MonkeyPatch
 ):
-    """Where they serve they come first; where they do not, the reference is what is left."""
+    """Where they pay they come first; where they do not, the reference does, unless by name."""
     arrays = [jnp.ones(shape, jnp.bfloat16) for shape in given]
     module = {"mlp": mlp_fused, "closing": closing_split}[operation]
     monkeypatch.setattr(choose, "_made", {})
-    for fewest in (0, 4096):
+    name = OURS[operation]
+    for fewest, kernel in ((0, "auto"), (4096, "auto"), (4096, f"{operation}:{name}")):
         monkeypatch.setattr(module, "FEWEST", fewest)
-        choose.run(operation, "auto", *arrays, **facts)
-    first, second = choose._made
-    assert first.chosen == OURS[operation] and not first.refused
-    (name, reason), *_ = second.refused
-    assert (second.chosen, name) == ("reference", OURS[operation])
+        choose.run(operation, kernel, *arrays, **facts)
+    found = [made for made in choose._made if made.operation == operation]
+    first, second = found  # the third is the first once more
+    assert first.chosen == name and not first.refused
+    (refused, reason), *_ = second.refused
+    assert (second.chosen, refused) == ("reference", name)
     assert "8 tiles of columns" in reason or "512 columns are fewer" in reason
+
+
+@pytest.mark.parametrize("operation", ["norm", "mlp", "closing"])
+def test_many_rows_are_left_to_xla_unless_by_name(operation: str, interpreted: None):
+    """They are served by name, and rightly: more rows than a tile has, and some left over."""
+    x, total, scale = normal(0, 3, 15, 256), normal(1, 3, 15, 128), normal(2, 128)
+    given: dict[str, tuple[Any, ...]] = {
+        "norm": (total, normal(3, 3, 15, 128), scale),
+        "mlp": (x, normal(4, 256, 2, 128, scale=256**-0.5)),
+        "closing": (x, normal(5, 256, 128, scale=256**-0.5), total, scale),
+    }
+    with pytest.raises(NotImplementedError, match="45 rows are more than 32"):
+        choose.PREFERRED[f"{operation}:{OURS[operation]}"](*given[operation])
+    facts = {} if operation == "mlp" else {"eps": 1e-5}
+    found = ours(operation, *given[operation], **facts)
+    expected = choose.TABLES[operation]["reference"](*given[operation], **facts)
+    assert_close(found, expected, 0.02)
 
 
 @pytest.fixture(scope="module")
