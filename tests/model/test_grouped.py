@@ -1,5 +1,6 @@
 """The grouped experts' Triton kernels, interpreted, against the dense reference."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -38,13 +39,14 @@ def wide(arrays: Any) -> Any:
 def test_every_token_gets_its_own_experts(tokens: int, kind: str | None, interpreted: None):
     """20 tokens have more pairs of an expert than a tile has rows."""
     x, gate_up, down, picks, weights = draw(tokens)
-    given: Any = gate_up, down
+    held: Any = gate_up, down
     if kind:
-        given = quantise(gate_up, (1,), kind), quantise(down, (1,), kind)
-        gate_up, down = (weight.dense() for weight in given)
-    found = choose.experts(x, *given, picks, weights, "experts:grouped")
+        held = quantise(gate_up, (1,), kind), quantise(down, (1,), kind)
+        gate_up, down = (weight.dense() for weight in held)
+    found = choose.experts(x, held[0], held[1], picks, weights, kernel="experts:grouped")
     assert found.dtype == x.dtype
-    assert_near(found, dense.experts(*wide((x, gate_up, down, picks, weights))))
+    exact = wide((x, gate_up, down, picks, weights))
+    assert_near(found, dense.experts(exact[0], exact[1], exact[2], exact[3], exact[4]))
 
 
 def test_gradients(interpreted: None):
@@ -56,7 +58,7 @@ def test_gradients(interpreted: None):
 
         return jax.grad(total, (0, 1, 2, 3))
 
-    forced = loss(lambda *given: choose.experts(*given, "experts:grouped"))
+    forced = loss(partial(choose.experts, kernel="experts:grouped"))
     exact = wide(arrays)
     expected = loss(dense.experts)(*exact[:3], exact[4])
     for one, two in zip(forced(x, gate_up, down, weights), expected, strict=True):
