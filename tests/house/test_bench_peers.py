@@ -8,6 +8,7 @@ import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -83,8 +84,31 @@ def test_tokamaxs_layer_is_the_reference():
     )
     picks = jnp.asarray([rng.permutation(E)[:P] for _ in range(T)], jnp.int32)
     given = x, gate_up, down, picks, jnp.asarray(rng.random((T, P)), jnp.float32)
-    layer = script["by_ragged_dot"](SimpleNamespace(ragged_dot=jax.lax.ragged_dot))
+    layer = script["by_ragged_dot"](jax.lax.ragged_dot)
     np.testing.assert_allclose(layer(*given), dense.experts(*given), rtol=1e-5, atol=1e-5)
+
+
+def test_the_best_of_tokamaxs_tiles_counts(script: dict, monkeypatch: pytest.MonkeyPatch):
+    """Those that cannot run are left out; with none left the reason is told."""
+
+    def made(config: Any) -> int:
+        if config.block_m > 64:
+            raise NotImplementedError("too many rows")
+        return config.block_m
+
+    own = SimpleNamespace(Config=SimpleNamespace, PallasMosaicGpuRaggedDot=made)
+    tokamax = SimpleNamespace(ragged_dot=lambda *, implementation: implementation[0])
+    monkeypatch.setitem(sys.modules, "tokamax", tokamax)
+    monkeypatch.setitem(sys.modules, "tokamax._src.ops.ragged_dot.pallas_mosaic_gpu", own)
+    monkeypatch.setitem(script["quickest"].__globals__, "by_ragged_dot", lambda dot: dot)
+    tiles = [{"block_m": rows} for rows in (32, 128, 16)]
+    found = script["quickest"](lambda layer: float(layer()), tiles)
+    assert found == {
+        "ms": 16.0,
+        "tiles": [{"block_m": 16, "ms": 16.0}, {"block_m": 32, "ms": 32.0}],
+    }
+    with pytest.raises(NotImplementedError, match="too many rows"):
+        script["quickest"](float, tiles[1:2])
 
 
 @pytest.mark.slow
