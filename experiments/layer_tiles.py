@@ -1,6 +1,7 @@
-"""Which tiles serve the products of a layer and the head best: LLaDA-8B's widths, few rows.
+"""Which tiles serve the products of a layer and the head best: a model's widths, few rows.
 
 python experiments/layer_tiles.py output=FILE                       (about four minutes, one GPU)
+python experiments/layer_tiles.py output=FILE model=dream-7b rows=33 parts=out,down
 
 Products run one after the other over weights that no cache holds, each waiting for the one before.
 Beside: the reference, and the time that the weights take at the copy rate.
@@ -23,11 +24,12 @@ from jdllm.kernels import choose
 from jdllm.kernels.closing import split
 from jdllm.kernels.head import fused as head
 from jdllm.kernels.mlp import fused as mlp
+from jdllm.kernels.triton_call import power_of_2
 from jdllm.load import enable_compilation_cache
+from jdllm.model.config import NAMED
 from jdllm.model.head import Sampling
 from jdllm.runtime import cli, files
 
-D, F, V = 4096, 12288, 126464
 COPY_RATE = 3.0e12  # bytes per second that an H100 moves
 GATED = (
     (64, 64, 4, 4), (64, 64, 4, 3), (32, 64, 4, 6), (32, 128, 4, 4), (64, 128, 4, 3),
@@ -49,6 +51,8 @@ class TilesConfig:
     """What is measured."""
 
     output: Path
+    model: str = "llada-8b"
+    """Whose widths: a name in model/config.py."""
     rows: int = 32
     parts: tuple[str, ...] = ("mlp", "out", "down", "head", "sampled head")
     gigabytes: float = 1.5
@@ -113,6 +117,7 @@ def best(kernel: str) -> Callable[..., Any]:
 
 def cases(config: TilesConfig) -> Iterator[tuple[Any, ...]]:
     """Name, how it is made, the module and the form of its tiles, the tiles, weights and carry."""
+    D, F, V = (getattr(NAMED[config.model], name) for name in ("embed", "mlp", "vocab"))
     rows = jax.random.normal(jax.random.key(1), (1, config.rows, F), jnp.bfloat16)
     ones, all_V = jnp.ones(D, jnp.bfloat16), jnp.ones(V, bool)
     x = rows[..., :D]
@@ -147,8 +152,8 @@ def main(config: TilesConfig) -> None:
             row["floor_us"] = 1e6 * size / COPY_RATE
             try:
                 if tile is not None:
-                    chosen = module.Tiles(max(config.rows, 16), *tile)
-                    module.TILES = ((math.inf, chosen),) if module is head else chosen
+                    height = max(power_of_2(config.rows), 16)
+                    module.TILES = ((math.inf, module.Tiles(height, *tile)),)
                 kernel = f"{operation}:{fused if tile else 'reference'}"
                 row["us"] = microseconds(make(kernel), config, given, carry)
             except Exception as error:  # one that fails says why; the others go on

@@ -29,7 +29,12 @@ class Tiles(NamedTuple):
     stages: int
 
 
-TILES = Tiles(32, 64, 64, 128, 4, 6)  # the best of experiments/layer_tiles.py for LLaDA-8B
+# Up to so many rows: for 32 the best of experiments/layer_tiles.py at LLaDA-8B's widths.
+TILES: tuple[tuple[float, Tiles], ...] = (
+    (32, Tiles(32, 64, 64, 128, 4, 6)),
+    (float("inf"), Tiles(64, 64, 64, 128, 4, 4)),
+)
+ROWS = 32  # up to which it is measured to pay
 # Columns at which it is measured to pay. Narrower layers need more parts to keep all processors
 # busy, which are written and read again.
 FEWEST = 3584
@@ -60,8 +65,8 @@ def prefer(x_BTF: jax.Array, weight_FD: jax.Array, *_: object) -> None:
     """NotImplementedError, with the reason, where XLA's product is as quick."""
     triton.require()
     (B, T), D = x_BTF.shape[:2], weight_FD.shape[1]
-    if TILES.rows < B * T:
-        raise NotImplementedError(f"{B * T} rows are more than {TILES.rows}")
+    if ROWS < B * T:
+        raise NotImplementedError(f"{B * T} rows are more than {ROWS}")
     if D < FEWEST:
         raise NotImplementedError(f"{D} columns are fewer than {FEWEST}")
 
@@ -85,14 +90,15 @@ def _split(
     from jdllm.kernels.closing import split_triton as kernels
 
     (B, T, F), D, R = x.shape, weight.shape[1], x.shape[0] * x.shape[1]
-    parts = triton.power_of_2(-(-TILES.programs * TILES.columns // D))
-    while F % (parts * TILES.inner):
+    tiles = next(tiles for most, tiles in TILES if most >= R)
+    parts = triton.power_of_2(-(-tiles.programs * tiles.columns // D))
+    while F % (parts * tiles.inner):
         parts //= 2
     found = triton.call(
         kernels.product, x, weight, out=jax.ShapeDtypeStruct((parts, R, D), jnp.float32),
-        grid=(-(-R // TILES.rows), D // TILES.columns, parts),
-        warps=TILES.warps, stages=TILES.stages,
-        R=R, D=D, F=F, PART=F // parts, BM=TILES.rows, BN=TILES.columns, BK=TILES.inner,
+        grid=(-(-R // tiles.rows), D // tiles.columns, parts),
+        warps=tiles.warps, stages=tiles.stages,
+        R=R, D=D, F=F, PART=F // parts, BM=tiles.rows, BN=tiles.columns, BK=tiles.inner,
     )  # fmt: skip
     out, block = jax.ShapeDtypeStruct((B, T, D), x.dtype), triton.power_of_2(D)
     return triton.call(

@@ -1,27 +1,21 @@
 """Gate, up and their product in one Triton kernel, for the block step of one row."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
 from jdllm.kernels import triton_call as triton
 from jdllm.kernels.mlp import reference
+from jdllm.kernels.triton_call import Tiles
 
 WIDTH = 128  # what widths must be multiples of
 
 
-class Tiles(NamedTuple):
-    """Sizes of a kernel's work: rows, columns, inner numbers at a time; warps, loads in flight."""
-
-    rows: int
-    columns: int
-    inner: int
-    warps: int
-    stages: int
-
-
-TILES = Tiles(32, 64, 32, 4, 6)  # the best of experiments/layer_tiles.py at LLaDA-8B's widths
+# Up to so many rows: for 32 the best of experiments/layer_tiles.py at LLaDA-8B's widths.
+TILES: tuple[tuple[float, Tiles], ...] = (
+    (32, Tiles(32, 64, 32, 4, 6)),
+    (float("inf"), Tiles(64, 64, 64, 4, 4)),
+)
+ROWS = 32  # up to which it is measured to pay
 # A layer's columns make so many tiles, or XLA's kernels are as quick: one to two for each of a
 # Hopper's 132 processors. LLaDA-8B's 192 are measured to pay; a shared expert's 8 would leave most
 # idle.
@@ -45,10 +39,15 @@ def prefer(x_BTD: jax.Array, gate_up_DCF: jax.Array) -> None:
     """NotImplementedError, with the reason, where XLA's product is as quick."""
     triton.require()
     (B, T, _), F = x_BTD.shape, gate_up_DCF.shape[2]
-    if TILES.rows < B * T:
-        raise NotImplementedError(f"{B * T} rows are more than {TILES.rows}")
-    if not FEWEST <= (found := F // TILES.columns) <= MOST:
+    if ROWS < B * T:
+        raise NotImplementedError(f"{B * T} rows are more than {ROWS}")
+    if not FEWEST <= (found := F // tiles_of(B * T).columns) <= MOST:
         raise NotImplementedError(f"{found} tiles of columns are not {FEWEST} to {MOST}")
+
+
+def tiles_of(rows: int) -> Tiles:
+    """The tiles for so many rows."""
+    return next(tiles for most, tiles in TILES if most >= rows)
 
 
 def check() -> None:
@@ -63,10 +62,11 @@ def _fused(x_BTD: jax.Array, gate_up_DCF: jax.Array) -> jax.Array:
     from jdllm.kernels.mlp import fused_triton as kernels
 
     (B, T, D), F = x_BTD.shape, gate_up_DCF.shape[2]
+    tiles = tiles_of(B * T)
     return triton.call(
         kernels.gated, x_BTD, gate_up_DCF, out=jax.ShapeDtypeStruct((B, T, F), x_BTD.dtype),
-        grid=(-(-B * T // TILES.rows), F // TILES.columns), warps=TILES.warps, stages=TILES.stages,
-        R=B * T, D=D, F=F, BM=TILES.rows, BN=TILES.columns, BK=TILES.inner,
+        grid=(-(-B * T // tiles.rows), F // tiles.columns), warps=tiles.warps, stages=tiles.stages,
+        R=B * T, D=D, F=F, BM=tiles.rows, BN=tiles.columns, BK=tiles.inner,
     )  # fmt: skip
 
 

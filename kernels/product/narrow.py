@@ -29,8 +29,11 @@ class Tiles(NamedTuple):
 
 
 # Up to so many rows: the best of experiments/narrow_tiles.py on LLaDA-8B's products (H200). At 256
-# rows XLA's own product of qkv was quicker.
-TILES: tuple[tuple[int, Tiles], ...] = ((32, Tiles(32, 128, 128, 4, 4, False, 1)),)
+# rows XLA's own products were quicker.
+TILES: tuple[tuple[float, Tiles], ...] = (
+    (32, Tiles(32, 128, 128, 4, 4, False, 1)),
+    (float("inf"), Tiles(128, 128, 64, 4, 4, False, 1)),
+)
 SPLITS = (1, 2, 3, 4, 6, 8)
 PROGRAMS = 250  # at least so many, where the inner axis can be split for it: two per processor
 
@@ -53,10 +56,8 @@ def product(x_MK: jax.Array, values_NK: jax.Array, scale_N: jax.Array) -> jax.Ar
 
 
 def tiles_of(M: int, K: int, N: int) -> Tiles:
-    """The tiles for M rows of K inner numbers and N columns; NotImplementedError for none."""
-    one = next((tiles for limit, tiles in TILES if limit >= M), None)
-    if one is None:
-        raise NotImplementedError(f"it serves up to {TILES[-1][0]} rows, not {M}")
+    """The tiles for M rows of K inner numbers and N columns; NotImplementedError for odd widths."""
+    one = next(tiles for most, tiles in TILES if most >= M)
     if N % one.columns or K % one.inner:
         raise NotImplementedError(
             f"it serves {one.columns} columns and {one.inner} inner numbers at a time, not {N}, {K}"
