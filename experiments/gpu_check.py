@@ -29,6 +29,7 @@ from jdllm.kernels import choose, shapes
 from jdllm.kernels.attention import reference
 from jdllm.kernels.attention.split import in_pages
 from jdllm.kernels.experts import dense, grouped
+from jdllm.kernels.opening.reference import Map
 from jdllm.kernels.quantised import quantise
 from jdllm.kernels.rotary.reference import Facts, Target
 from jdllm.llm import LLM
@@ -157,6 +158,8 @@ def block_cases(shape: shapes.Block) -> Iterator[tuple[str, tuple[Any, ...], dic
     narrow = quantise(normal(D, F, scale=D**-0.5), (0,), "int8")
     yield "product", (x.reshape(-1, D), narrow.values.reshape(F, D), narrow.scale.reshape(F)), {}
     packed = (normal(B, T, 3, H, K),) if H == G else (normal(B, T, H, K), normal(B, T, 2, G, K))
+    sizes = [one.shape[2:] for one in packed]
+    maps = tuple(Map(normal(D, *size, scale=D**-0.5), normal(*size)) for size in sizes)
     norms = (normal(K), normal(K)) if head_norms else ()
     k, v, paged = normal(B, 1024, G, K), normal(B, 1024, G, K), (-1, shapes.PAGE, G, K)
     places = jnp.broadcast_to(jnp.arange(512, 512 + T, dtype=jnp.int32), (B, T))
@@ -165,6 +168,7 @@ def block_cases(shape: shapes.Block) -> Iterator[tuple[str, tuple[Any, ...], dic
     for by_row, target in ((True, Target(k, v, places)), (False, by_page)):
         facts = Facts(1e4, None, 1e-6 if head_norms else None, by_row)
         yield "rotary", (packed, norms, places, target), {"facts": facts}
+        yield "opening", (x, maps, norms, places, target), {"facts": facts}
     head, all_V = normal(D, V, scale=D**-0.5), jnp.ones(V, bool)
     noise = Sampling(jax.random.split(next(keys), B), 0.7, 1.3).noise(T, V)
     for drawn in (None, noise):
@@ -183,7 +187,7 @@ def held(
         row: dict[str, Any] = {"operation": operation, "name": name, "shapes": shape._asdict()}
         if operation == "head":
             row["sampled"] = arrays[-1] is not None
-        if operation == "rotary":
+        if operation in ("rotary", "opening"):
             row["pages"] = not facts["facts"].by_row
         try:
             run = partial(choose.run, operation, f"{operation}:{name}", **facts)

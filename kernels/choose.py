@@ -25,6 +25,9 @@ from jdllm.kernels.mlp import fused as mlp_fused
 from jdllm.kernels.mlp import reference as mlp_reference
 from jdllm.kernels.norm import fused as norm_fused
 from jdllm.kernels.norm import reference as norm_reference
+from jdllm.kernels.opening import reference as opening_reference
+from jdllm.kernels.opening import split as opening_split
+from jdllm.kernels.opening.reference import Map
 from jdllm.kernels.product import narrow
 from jdllm.kernels.product import reference as plain
 from jdllm.kernels.quantised import Quantised
@@ -72,6 +75,7 @@ TABLES: dict[str, dict[str, Callable[..., Any]]] = {
     "norm": {"fused": norm_fused.add_norm, "reference": norm_reference.add_norm},
     "mlp": {"fused": mlp_fused.gated, "reference": mlp_reference.gated},
     "closing": {"split": closing_split.close, "reference": closing_reference.close},
+    "opening": {"reference": opening_reference.project, "split": opening_split.project},
     "rotary": {"fused": rotary_fused.turn, "reference": rotary_reference.turn},
     "head": {"reference": head_reference.search, "fused": head_fused.search},
     "product": {
@@ -110,6 +114,7 @@ CHECKS = {
     "paged_attention:mosaic": mosaic.check_paged,
     "experts:grouped": grouped.check,
     "norm:fused": norm_fused.check,
+    "opening:split": opening_split.check,
     "rotary:fused": rotary_fused.check,
     "mlp:fused": mlp_fused.check,
     "closing:split": closing_split.check,
@@ -199,6 +204,20 @@ def turn(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries [B, T, H, K] and a cache with new keys and values: kernels/rotary/reference.py."""
     return run("rotary", kernel, packed, norms, positions_BT, target, facts=facts)
+
+
+def project(
+    x_BTD: jax.Array,
+    maps: tuple[Map, ...],
+    norms: tuple[jax.Array, ...],
+    positions_BT: jax.Array,
+    target: Target,
+    facts: Facts,
+    kernel: str = "auto",
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [B, T, H, K] and a cache with new columns: see kernels/opening/reference.py."""
+    arrays, own = (x_BTD, maps, norms, positions_BT, target), partial(turn, kernel=kernel)
+    return run("opening", kernel, *arrays, facts=facts, turn=own)
 
 
 def head(

@@ -17,6 +17,7 @@ from flax import nnx
 from jdllm.kernels import choose
 from jdllm.kernels.choose import attention, paged_attention
 from jdllm.kernels.norm.reference import rms_norm
+from jdllm.kernels.opening.reference import Map
 from jdllm.kernels.rotary.reference import Facts, Target, normed, rotate, split
 from jdllm.model.cache import Cache
 from jdllm.model.config import ModelConfig
@@ -130,6 +131,19 @@ class Attention(nnx.Module):
             kv += self.kv_bias[...].astype(kind)
         return q, kv
 
+    def maps(self) -> tuple[Map, ...]:
+        """The same products, for a kernel that makes more of them; none where it cannot."""
+        names = ("qkv",) if self.fused else ("q", "kv")
+        weights = [array(getattr(self, name)) for name in names]
+        biases = [getattr(self, f"{name}_bias")[...] if self.biased else None for name in names]
+        pairs = zip(weights, biases, strict=True)
+        found = tuple(Map(weight, one) for weight, one in pairs if weight is not None)
+        return found if len(found) == len(names) else ()
+
+    def facts_of(self, cache: Cache) -> Facts:
+        """What is known of heads, and of how this cache lies."""
+        return self.facts._replace(by_row=cache.axes[0] == "batch")
+
     def __call__(
         self,
         x_BTD: jax.Array,
@@ -139,14 +153,20 @@ class Attention(nnx.Module):
         kernel: str = "auto",
     ) -> tuple[Branch | jax.Array, Cache | None]:
         """The attention branch, and the cache after this layer's update."""
-        packed = self.project(x_BTD)
         norms = (self.q_norm[...], self.k_norm[...]) if self.facts.eps is not None else ()
+        maps = None if cache is None else self.maps()
         if cache is None:
-            q, k, v = split(packed)
+            q, k, v = split(self.project(x_BTD))
             q, k = normed(q, k, norms, self.facts)
             q, k = (rotate(x, positions_BT, self.facts.theta, self.facts.width) for x in (q, k))
+        elif maps:
+            target, facts = cache.target(self.number), self.facts_of(cache)
+            given = x_BTD, maps, norms, positions_BT, target, facts, kernel
+            q, keys, values = choose.project(*given)
+            cache = cache.holding(self.number, keys, values)
         else:
-            q, cache = self.store(packed, norms, positions_BT, cache, kernel)
+            q, cache = self.store(self.project(x_BTD), norms, positions_BT, cache, kernel)
+        if cache is not None:
             k, v = cache.view(self.number)
         table = cache and cache.table
         mixed = self.attend(q, k.astype(q.dtype), v.astype(q.dtype), visible, kernel, table)
@@ -161,8 +181,7 @@ class Attention(nnx.Module):
         kernel: str,
     ) -> tuple[jax.Array, Cache]:
         """Queries, turned, and the cache after this layer's update; every device its own heads."""
-        target = cache.target(self.number)
-        facts = self.facts._replace(by_row=cache.axes[0] == "batch")
+        target, facts = cache.target(self.number), self.facts_of(cache)
 
         def turn(*arrays: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
             keys, values, places, positions, *rest = arrays

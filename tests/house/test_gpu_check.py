@@ -21,7 +21,7 @@ def test_every_operation_of_a_block_is_held_against_its_reference(
 ):
     monkeypatch.setattr(shapes, "PUBLISHED_BLOCKS", TINY)
     found = runpy.run_path(str(SCRIPT))["blocks"]()
-    operations = {"norm", "rotary", "mlp", "closing", "head", "product"}
+    operations = {"norm", "opening", "rotary", "mlp", "closing", "head", "product"}
     assert {(row["operation"], row["name"]) for row in found} == {
         (operation, name) for operation in operations for name in choose.TABLES[operation]
     }

@@ -17,6 +17,8 @@ from jdllm.kernels.mlp import fused as mlp_fused
 from jdllm.kernels.mlp import reference as mlp
 from jdllm.kernels.norm import fused as norm_fused
 from jdllm.kernels.norm import reference as norm
+from jdllm.kernels.opening import reference as opening
+from jdllm.kernels.opening.reference import Map
 from jdllm.kernels.rotary import reference as rotary
 from jdllm.kernels.rotary.reference import Facts, Target
 from jdllm.model.config import NAMED, ModelConfig
@@ -28,7 +30,8 @@ from tests.support.interpreted import interpreted
 
 __all__ = ["interpreted"]
 OURS = {
-    "norm": "fused", "rotary": "fused", "mlp": "fused", "closing": "split", "head": "fused",
+    "norm": "fused", "opening": "split", "rotary": "fused", "mlp": "fused", "closing": "split",
+    "head": "fused",
 }  # fmt: skip
 
 
@@ -91,6 +94,29 @@ def test_heads_are_normed_turned_and_written(
     fresh = np.unique(rows[(rows < len(flat)) & (jnp.array(places) < (8 if by_row else 12))])
     old = np.delete(np.asarray(target.keys).reshape(-1, G, K), fresh, axis=0)
     np.testing.assert_array_equal(np.delete(flat, fresh, axis=0), old)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_inputs_become_queries_and_columns(
+    rows: int, grouped: bool, biased: bool, interpreted: None
+):
+    """Parts are rounded as one product is; more rows than a tile has; in pages, too."""
+    B, T, D, H, G, K = rows, 9, 256, 4, 2 if grouped else 4, 64
+    shapes = [(D, H, K), (D, 2, G, K)] if grouped else [(D, 3, H, K)]
+    maps = tuple(
+        Map(normal(i, *size, scale=D**-0.5), normal(i + 2, *size[1:]) if biased else None)
+        for i, size in enumerate(shapes)
+    )
+    norms = (normal(5, K), normal(6, K)) if grouped else ()
+    x, positions = normal(7, B, T, D), jnp.broadcast_to(jnp.arange(3, 3 + T), (B, T))
+    facts = Facts(1e4, None, 1e-5 if grouped else None, by_row=not biased)
+    rows_or_pages = (B, 16, G, K) if facts.by_row else (4 * B, 4, G, K)
+    places = positions + (0 if facts.by_row else 16 * jnp.arange(B)[::-1, None])
+    target = Target(normal(8, *rows_or_pages), normal(9, *rows_or_pages), places)
+    found = ours("opening", x, maps, norms, positions, target, facts=facts)
+    assert_close(found, opening.project(x, maps, norms, positions, target, facts), 0.03)
 
 
 def test_gate_and_up(interpreted: None):

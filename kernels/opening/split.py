@@ -1,0 +1,93 @@
+"""The opening products in one Triton kernel, whose parts are summed where heads are turned.
+
+XLA makes one or two products, the sums of their parts, and the sums with biases.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jdllm.kernels import triton_call as triton
+from jdllm.kernels.closing.split import Tiles
+from jdllm.kernels.opening import reference
+from jdllm.kernels.opening.reference import Map
+from jdllm.kernels.rotary import fused
+from jdllm.kernels.rotary.reference import Facts, Target
+
+WIDTH = 128  # what the inner width must be a multiple of
+# Up to so many rows: those of closing; not tuned.
+TILES: tuple[tuple[float, Tiles], ...] = (
+    (32, Tiles(32, 64, 64, 128, 4, 6)),
+    (float("inf"), Tiles(64, 64, 64, 128, 4, 4)),
+)
+
+
+def project(
+    x_BTD: jax.Array,
+    maps: tuple[Map, ...],
+    norms: tuple[jax.Array, ...],
+    positions_BT: jax.Array,
+    target: Target,
+    facts: Facts,
+    turn: reference.Turn | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries and cache as the reference defines them; the cache is written where it lies."""
+    del turn
+    triton.require()
+    arrays = x_BTD, target.keys, target.values, *(one.weight for one in maps)
+    fused.require(arrays, target.keys.shape[-1])
+    if (D := x_BTD.shape[2]) % WIDTH:
+        raise NotImplementedError(f"it serves widths in multiples of {WIDTH}, not {D}")
+    check()
+    return _split(x_BTD, maps, norms, positions_BT, target, facts)
+
+
+def check() -> None:
+    """NotImplementedError, with the reason, where the kernels cannot run or compute wrongly."""
+    triton.require()
+    x, scale = triton.normal(0, (2, 12, 512)), 512**-0.5
+    q, kv = triton.normal(1, (512, 4, 64), scale), triton.normal(2, (512, 2, 2, 64), scale)
+    biases = triton.normal(3, (4, 64)), triton.normal(4, (2, 2, 64))
+    with jax.ensure_compile_time_eval():
+        places = jnp.stack([jnp.arange(12), jnp.arange(6, 18)]).astype(jnp.int32)
+        empty = jnp.ones((2, 16, 2, 64), jnp.bfloat16)  # the last two columns are nowhere
+    facts = Facts(1e4, None, None)
+
+    def flat(run: triton.Run) -> triton.Run:
+        def whole(x, q, kv, one, two, places, empty):  # noqa: ANN001, ANN202
+            maps, target = (Map(q, one), Map(kv, two)), Target(empty, empty, places)
+            return jnp.concatenate([a.ravel() for a in run(x, maps, (), places, target, facts)])
+
+        return whole
+
+    arrays = x, q, kv, *biases, places, empty
+    triton.canary("opening", flat(_split), flat(reference.project), *arrays)
+
+
+def _split(
+    x_BTD: jax.Array,
+    maps: tuple[Map, ...],
+    norms: tuple[jax.Array, ...],
+    positions_BT: jax.Array,
+    target: Target,
+    facts: Facts,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    from jdllm.kernels.opening import split_triton as kernels
+
+    (B, T, D), K, kind = x_BTD.shape, target.keys.shape[-1], x_BTD.dtype
+    weights = [one.weight.astype(kind).reshape(D, -1) for one in maps]
+    first, width, rows = weights[0].shape[1], sum(w.shape[1] for w in weights), B * T
+    tiles = next(tiles for most, tiles in TILES if most >= rows)
+    parts = triton.power_of_2(-(-tiles.programs * tiles.columns // width))
+    while D % (parts * tiles.inner):
+        parts //= 2
+    shape = jax.ShapeDtypeStruct((parts, rows, width), jnp.float32 if parts > 1 else kind)
+    found = triton.call(
+        kernels.products, x_BTD, weights[0], weights[-1], out=shape,
+        grid=(-(-rows // tiles.rows), width // tiles.columns, parts),
+        warps=tiles.warps, stages=tiles.stages,
+        R=rows, D=D, FIRST=first, WIDTH=width, PART=D // parts,
+        BM=tiles.rows, BN=tiles.columns, BK=tiles.inner,
+    )  # fmt: skip
+    biases = tuple(one.bias.astype(kind) for one in maps if one.bias is not None)
+    side = found.reshape(parts, B, T, width // K, K)
+    return fused.of_parts(side, biases, norms, positions_BT, target, facts, kind)

@@ -1,0 +1,33 @@
+"""The Triton kernel of split.py, imported where there is a GPU."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def products(
+    x, one, two, out,
+    R: tl.constexpr, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Program (m, n, s): the part s of the products of rows m * BM and on.
+
+    Columns n * BN and on are those of weight `one` [D, FIRST], or behind them of `two`.
+    """
+    row, n, s = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN, tl.program_id(2)
+    inner, column = s * PART + tl.arange(0, BK), tl.arange(0, BN)
+    there = row < R
+    from_x = x + row[:, None] * D + inner[None, :]
+    SECOND: tl.constexpr = FIRST if WIDTH == FIRST else WIDTH - FIRST
+    if n < FIRST:
+        wide, from_w = FIRST, one + n + inner[:, None] * FIRST + column[None, :]
+    else:
+        wide, from_w = SECOND, two + (n - FIRST) + inner[:, None] * SECOND + column[None, :]
+    found = tl.zeros((BM, BN), tl.float32)
+    for _ in range(0, PART, BK):
+        a = tl.load(from_x, mask=there[:, None], other=0.0)
+        found = tl.dot(a, tl.load(from_w), found)
+        from_x += BK
+        from_w += BK * wide
+    place = out + (s * R + row)[:, None] * WIDTH + n + column[None, :]
+    tl.store(place, found.to(out.dtype.element_ty), mask=there[:, None])
