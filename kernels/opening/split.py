@@ -14,10 +14,11 @@ from jdllm.kernels.rotary import fused
 from jdllm.kernels.rotary.reference import Facts, Target
 
 WIDTH = 128  # what the inner width must be a multiple of
+COLUMNS = 64  # of a tile: the columns of each map are a multiple of them
 # Up to so many rows: those of closing; not tuned.
 TILES: tuple[tuple[float, Tiles], ...] = (
-    (32, Tiles(32, 64, 64, 128, 4, 6)),
-    (float("inf"), Tiles(64, 64, 64, 128, 4, 4)),
+    (32, Tiles(32, COLUMNS, 64, 128, 4, 6)),
+    (float("inf"), Tiles(64, COLUMNS, 64, 128, 4, 4)),
 )
 
 
@@ -37,6 +38,8 @@ def project(
     fused.require(arrays, target.keys.shape[-1])
     if (D := x_BTD.shape[2]) % WIDTH:
         raise NotImplementedError(f"it serves widths in multiples of {WIDTH}, not {D}")
+    if odd := [n for one in maps if (n := one.weight.size // D) % COLUMNS]:
+        raise NotImplementedError(f"it serves outputs in multiples of {COLUMNS}, not {odd[0]}")
     check()
     return _split(x_BTD, maps, norms, positions_BT, target, facts)
 

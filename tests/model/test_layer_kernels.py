@@ -119,6 +119,15 @@ def test_inputs_become_queries_and_columns(
     assert_close(found, opening.project(x, maps, norms, positions, target, facts), 0.03)
 
 
+def test_odd_heads_stand_alone(interpreted: None):
+    """Of 3 heads of 32 channels no tile of columns is made."""
+    maps, places = (Map(normal(0, 128, 3, 3, 32), None),), jnp.zeros((1, 2), jnp.int32)
+    target = Target(normal(1, 1, 4, 3, 32), normal(2, 1, 4, 3, 32), places)
+    given = normal(3, 1, 2, 128), maps, (), places, target
+    with pytest.raises(ValueError, match="outputs in multiples of 64, not 288"):
+        ours("opening", *given, facts=Facts(1e4, None, None))
+
+
 def test_gate_and_up(interpreted: None):
     x, weight = normal(0, 1, 20, 128), normal(1, 128, 2, 128, scale=128**-0.5)
     assert_close(ours("mlp", x, weight), mlp.gated(x, weight), 0.02)
