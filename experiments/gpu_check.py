@@ -29,7 +29,7 @@ from jdllm.kernels import choose, shapes
 from jdllm.kernels.attention import reference
 from jdllm.kernels.attention.split import in_pages
 from jdllm.kernels.experts import dense, grouped
-from jdllm.kernels.opening.reference import Map
+from jdllm.kernels.opening.reference import Projection
 from jdllm.kernels.quantised import quantise
 from jdllm.kernels.rotary.reference import Facts, Target
 from jdllm.llm import LLM
@@ -159,7 +159,7 @@ def block_cases(shape: shapes.Block) -> Iterator[tuple[str, tuple[Any, ...], dic
     yield "product", (x.reshape(-1, D), narrow.values.reshape(F, D), narrow.scale.reshape(F)), {}
     packed = (normal(B, T, 3, H, K),) if H == G else (normal(B, T, H, K), normal(B, T, 2, G, K))
     sizes = [one.shape[2:] for one in packed]
-    maps = tuple(Map(normal(D, *size, scale=D**-0.5), normal(*size)) for size in sizes)
+    maps = tuple(Projection(normal(D, *size, scale=D**-0.5), normal(*size)) for size in sizes)
     norms = (normal(K), normal(K)) if head_norms else ()
     k, v, paged = normal(B, 1024, G, K), normal(B, 1024, G, K), (-1, shapes.PAGE, G, K)
     places = jnp.broadcast_to(jnp.arange(512, 512 + T, dtype=jnp.int32), (B, T))

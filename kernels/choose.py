@@ -27,7 +27,7 @@ from jdllm.kernels.norm import fused as norm_fused
 from jdllm.kernels.norm import reference as norm_reference
 from jdllm.kernels.opening import reference as opening_reference
 from jdllm.kernels.opening import split as opening_split
-from jdllm.kernels.opening.reference import Map
+from jdllm.kernels.opening.reference import Projection
 from jdllm.kernels.product import narrow
 from jdllm.kernels.product import reference as plain
 from jdllm.kernels.quantised import Quantised
@@ -208,7 +208,7 @@ def turn(
 
 def project(
     x_BTD: jax.Array,
-    maps: tuple[Map, ...],
+    projections: tuple[Projection, ...],
     norms: tuple[jax.Array, ...],
     positions_BT: jax.Array,
     target: Target,
@@ -216,7 +216,7 @@ def project(
     kernel: str = "auto",
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries [B, T, H, K] and a cache with new columns: see kernels/opening/reference.py."""
-    arrays, own = (x_BTD, maps, norms, positions_BT, target), partial(turn, kernel=kernel)
+    arrays, own = (x_BTD, projections, norms, positions_BT, target), partial(turn, kernel=kernel)
     return run("opening", kernel, *arrays, facts=facts, turn=own)
 
 

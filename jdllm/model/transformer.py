@@ -17,7 +17,7 @@ from flax import nnx
 from jdllm.kernels import choose
 from jdllm.kernels.choose import attention, paged_attention
 from jdllm.kernels.norm.reference import rms_norm
-from jdllm.kernels.opening.reference import Map
+from jdllm.kernels.opening.reference import Projection
 from jdllm.kernels.rotary.reference import Facts, Target, normed, rotate, split
 from jdllm.model.cache import Cache
 from jdllm.model.config import ModelConfig
@@ -131,13 +131,13 @@ class Attention(nnx.Module):
             kv += self.kv_bias[...].astype(kind)
         return q, kv
 
-    def maps(self) -> tuple[Map, ...]:
+    def projections(self) -> tuple[Projection, ...]:
         """The same products, for a kernel that makes more of them; none where it cannot."""
         names = ("qkv",) if self.fused else ("q", "kv")
         weights = [array(getattr(self, name)) for name in names]
         biases = [getattr(self, f"{name}_bias")[...] if self.biased else None for name in names]
         pairs = zip(weights, biases, strict=True)
-        found = tuple(Map(weight, one) for weight, one in pairs if weight is not None)
+        found = tuple(Projection(weight, one) for weight, one in pairs if weight is not None)
         return found if len(found) == len(names) else ()
 
     def facts_of(self, cache: Cache) -> Facts:
@@ -154,14 +154,14 @@ class Attention(nnx.Module):
     ) -> tuple[Branch | jax.Array, Cache | None]:
         """The attention branch, and the cache after this layer's update."""
         norms = (self.q_norm[...], self.k_norm[...]) if self.facts.eps is not None else ()
-        maps = None if cache is None else self.maps()
+        projections = None if cache is None else self.projections()
         if cache is None:
             q, k, v = split(self.project(x_BTD))
             q, k = normed(q, k, norms, self.facts)
             q, k = (rotate(x, positions_BT, self.facts.theta, self.facts.width) for x in (q, k))
-        elif maps:
+        elif projections:
             target, facts = cache.target(self.number), self.facts_of(cache)
-            given = x_BTD, maps, norms, positions_BT, target, facts, kernel
+            given = x_BTD, projections, norms, positions_BT, target, facts, kernel
             q, keys, values = choose.project(*given)
             cache = cache.holding(self.number, keys, values)
         else:

@@ -12,7 +12,7 @@ from jdllm.kernels.rotary.reference import Facts, Target
 Turn = Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
 
 
-class Map(NamedTuple):
+class Projection(NamedTuple):
     """A linear map of the inputs to heads."""
 
     weight: jax.Array
@@ -23,7 +23,7 @@ class Map(NamedTuple):
 
 def project(
     x_BTD: jax.Array,
-    maps: tuple[Map, ...],
+    projections: tuple[Projection, ...],
     norms: tuple[jax.Array, ...],
     positions_BT: jax.Array,
     target: Target,
@@ -35,8 +35,8 @@ def project(
     `turn` does what follows the products where they stand alone.
     """
 
-    def mapped(one: Map) -> jax.Array:
+    def mapped(one: Projection) -> jax.Array:
         found = jnp.einsum("BTD,D...->BT...", x_BTD, one.weight.astype(x_BTD.dtype))
         return found if one.bias is None else found + one.bias.astype(found.dtype)
 
-    return turn(tuple(map(mapped, maps)), norms, positions_BT, target, facts)
+    return turn(tuple(map(mapped, projections)), norms, positions_BT, target, facts)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jdllm.kernels import triton_call as triton
 from jdllm.kernels.closing.split import Tiles
 from jdllm.kernels.opening import reference
-from jdllm.kernels.opening.reference import Map
+from jdllm.kernels.opening.reference import Projection
 from jdllm.kernels.rotary import fused
 from jdllm.kernels.rotary.reference import Facts, Target
 
@@ -24,7 +24,7 @@ TILES: tuple[tuple[float, Tiles], ...] = (
 
 def project(
     x_BTD: jax.Array,
-    maps: tuple[Map, ...],
+    projections: tuple[Projection, ...],
     norms: tuple[jax.Array, ...],
     positions_BT: jax.Array,
     target: Target,
@@ -34,14 +34,14 @@ def project(
     """Queries and cache as the reference defines them; the cache is written where it lies."""
     del turn
     triton.require()
-    arrays = x_BTD, target.keys, target.values, *(one.weight for one in maps)
+    arrays = x_BTD, target.keys, target.values, *(one.weight for one in projections)
     fused.require(arrays, target.keys.shape[-1])
     if (D := x_BTD.shape[2]) % WIDTH:
         raise NotImplementedError(f"it serves widths in multiples of {WIDTH}, not {D}")
-    if odd := [n for one in maps if (n := one.weight.size // D) % COLUMNS]:
+    if odd := [n for one in projections if (n := one.weight.size // D) % COLUMNS]:
         raise NotImplementedError(f"it serves outputs in multiples of {COLUMNS}, not {odd[0]}")
     check()
-    return _split(x_BTD, maps, norms, positions_BT, target, facts)
+    return _split(x_BTD, projections, norms, positions_BT, target, facts)
 
 
 def check() -> None:
@@ -57,8 +57,9 @@ def check() -> None:
 
     def flat(run: triton.Run) -> triton.Run:
         def whole(x, q, kv, one, two, places, empty):  # noqa: ANN001, ANN202
-            maps, target = (Map(q, one), Map(kv, two)), Target(empty, empty, places)
-            return jnp.concatenate([a.ravel() for a in run(x, maps, (), places, target, facts)])
+            both, target = (Projection(q, one), Projection(kv, two)), Target(empty, empty, places)
+            found = run(x, both, (), places, target, facts)
+            return jnp.concatenate([a.ravel() for a in found])
 
         return whole
 
@@ -68,7 +69,7 @@ def check() -> None:
 
 def _split(
     x_BTD: jax.Array,
-    maps: tuple[Map, ...],
+    projections: tuple[Projection, ...],
     norms: tuple[jax.Array, ...],
     positions_BT: jax.Array,
     target: Target,
@@ -77,7 +78,7 @@ def _split(
     from jdllm.kernels.opening import split_triton as kernels
 
     (B, T, D), K, kind = x_BTD.shape, target.keys.shape[-1], x_BTD.dtype
-    weights = [one.weight.astype(kind).reshape(D, -1) for one in maps]
+    weights = [one.weight.astype(kind).reshape(D, -1) for one in projections]
     first, width, rows = weights[0].shape[1], sum(w.shape[1] for w in weights), B * T
     tiles = next(tiles for most, tiles in TILES if most >= rows)
     parts = triton.power_of_2(-(-tiles.programs * tiles.columns // width))
@@ -91,6 +92,6 @@ def _split(
         R=rows, D=D, FIRST=first, WIDTH=width, PART=D // parts,
         BM=tiles.rows, BN=tiles.columns, BK=tiles.inner,
     )  # fmt: skip
-    biases = tuple(one.bias.astype(kind) for one in maps if one.bias is not None)
+    biases = tuple(one.bias.astype(kind) for one in projections if one.bias is not None)
     side = found.reshape(parts, B, T, width // K, K)
     return fused.of_parts(side, biases, norms, positions_BT, target, facts, kind)

@@ -18,7 +18,7 @@ from jdllm.kernels.mlp import reference as mlp
 from jdllm.kernels.norm import fused as norm_fused
 from jdllm.kernels.norm import reference as norm
 from jdllm.kernels.opening import reference as opening
-from jdllm.kernels.opening.reference import Map
+from jdllm.kernels.opening.reference import Projection
 from jdllm.kernels.rotary import reference as rotary
 from jdllm.kernels.rotary.reference import Facts, Target
 from jdllm.model.config import NAMED, ModelConfig
@@ -106,7 +106,7 @@ def test_inputs_become_queries_and_columns(
     B, T, D, H, G, K = rows, 9, 256, 4, 2 if grouped else 4, 64
     shapes = [(D, H, K), (D, 2, G, K)] if grouped else [(D, 3, H, K)]
     maps = tuple(
-        Map(normal(i, *size, scale=D**-0.5), normal(i + 2, *size[1:]) if biased else None)
+        Projection(normal(i, *size, scale=D**-0.5), normal(i + 2, *size[1:]) if biased else None)
         for i, size in enumerate(shapes)
     )
     norms = (normal(5, K), normal(6, K)) if grouped else ()
@@ -121,7 +121,7 @@ def test_inputs_become_queries_and_columns(
 
 def test_odd_heads_stand_alone(interpreted: None):
     """Of 3 heads of 32 channels no tile of columns is made."""
-    maps, places = (Map(normal(0, 128, 3, 3, 32), None),), jnp.zeros((1, 2), jnp.int32)
+    maps, places = (Projection(normal(0, 128, 3, 3, 32), None),), jnp.zeros((1, 2), jnp.int32)
     target = Target(normal(1, 1, 4, 3, 32), normal(2, 1, 4, 3, 32), places)
     given = normal(3, 1, 2, 128), maps, (), places, target
     with pytest.raises(ValueError, match="outputs in multiples of 64, not 288"):

@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 from jdllm.kernels import choose, triton_call
 from jdllm.kernels.experts import grouped
 from jdllm.kernels.head.reference import Noise
-from jdllm.kernels.opening.reference import Map
+from jdllm.kernels.opening.reference import Projection
 from jdllm.kernels.quantised import KINDS, Quantised
 from jdllm.kernels.rotary.reference import Facts, Target
 
@@ -121,7 +121,7 @@ def heads() -> None:
     B, T, D, K = 2, 9, 256, 64
     for H, G, biased, normed in ((4, 4, False, False), (4, 2, True, False), (4, 2, False, True)):
         sizes = [(3, H, K)] if H == G else [(H, K), (2, G, K)]
-        maps = tuple(Map(low(D, *size), low(*size) if biased else None) for size in sizes)
+        maps = tuple(Projection(low(D, *size), low(*size) if biased else None) for size in sizes)
         norms = (low(K), low(K)) if normed else ()
         packed = tuple(low(B, T, *size) for size in sizes)
         for by_row, shape in ((True, (B, 16, G, K)), (False, (8, 4, G, K))):

@@ -5,6 +5,7 @@ The interpreter reads memory by address, so that kernels run as they are, one pr
 
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,9 @@ import numpy as np
 import pytest
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
+
+
+ALONE = threading.Lock()  # the interpreter changes Triton's own functions while a kernel runs
 
 
 class Memory:
@@ -74,7 +78,8 @@ def triton_call(
             # Nobody may rely on what is in memory that nobody has written.
             fresh = np.full(shape.shape, 77, shape.dtype)
             outputs.append(inputs[aliases[number]] if number in aliases else fresh)
-        with np.errstate(all="ignore"):  # as a GPU, which has infinities, says nothing of them
+        # As a GPU, which has infinities, says nothing of them.
+        with ALONE, np.errstate(all="ignore"):
             kernel[grid](*map(Memory, [*inputs, *outputs]), **constants)
         return tuple(outputs)
 
