@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from layer_parts import median_seconds, versions
 
 from jdllm.kernels import choose
-from jdllm.kernels.closing import split
+from jdllm.kernels import split_product as split
 from jdllm.kernels.head import fused as head
 from jdllm.kernels.mlp import fused as mlp
 from jdllm.kernels.triton_call import power_of_2

@@ -5,7 +5,6 @@ residual sum and the norm of it.
 """
 
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,27 +12,9 @@ import jax.numpy as jnp
 from jdllm.kernels import triton_call as triton
 from jdllm.kernels.closing import reference
 from jdllm.kernels.norm.fused import WIDEST
+from jdllm.kernels.split_product import parts
 
 WIDTH = 256  # what the inner width must be a multiple of
-
-
-class Tiles(NamedTuple):
-    """Sizes of a kernel's work: rows, columns, inner numbers at a time; how many programs there are
-    at least, for which inner numbers are cut into parts; warps, loads in flight."""
-
-    rows: int
-    columns: int
-    inner: int
-    programs: int
-    warps: int
-    stages: int
-
-
-# Up to so many rows: for 32 the best of experiments/layer_tiles.py at LLaDA-8B's widths.
-TILES: tuple[tuple[float, Tiles], ...] = (
-    (32, Tiles(32, 64, 64, 128, 4, 6)),
-    (float("inf"), Tiles(64, 64, 64, 128, 4, 4)),
-)
 ROWS = 32  # up to which it is measured to pay
 # Columns at which it is measured to pay. Narrower layers need more parts to keep all processors
 # busy, which are written and read again.
@@ -89,22 +70,13 @@ def _split(
 ) -> tuple[jax.Array, jax.Array]:
     from jdllm.kernels.closing import split_triton as kernels
 
-    (B, T, F), D, R = x.shape, weight.shape[1], x.shape[0] * x.shape[1]
-    tiles = next(tiles for most, tiles in TILES if most >= R)
-    parts = triton.power_of_2(-(-tiles.programs * tiles.columns // D))
-    while F % (parts * tiles.inner):
-        parts //= 2
-    found = triton.call(
-        kernels.product, x, weight, out=jax.ShapeDtypeStruct((parts, R, D), jnp.float32),
-        grid=(-(-R // tiles.rows), D // tiles.columns, parts),
-        warps=tiles.warps, stages=tiles.stages,
-        R=R, D=D, F=F, PART=F // parts, BM=tiles.rows, BN=tiles.columns, BK=tiles.inner,
-    )  # fmt: skip
+    (B, T, _), D, R = x.shape, weight.shape[1], x.shape[0] * x.shape[1]
+    found = parts(x, weight)
     out, block = jax.ShapeDtypeStruct((B, T, D), x.dtype), triton.power_of_2(D)
     return triton.call(
         kernels.sum_norm, found, total, scale, out=(out, out),
         grid=(R,), warps=min(max(block // 512, 1), 16), stages=1,
-        R=R, D=D, BLOCK=block, PARTS=parts, EPS=eps,
+        R=R, D=D, BLOCK=block, PARTS=len(found), EPS=eps,
     )  # fmt: skip
 
 

@@ -7,19 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from jdllm.kernels import triton_call as triton
-from jdllm.kernels.closing.split import Tiles
 from jdllm.kernels.opening import reference
 from jdllm.kernels.opening.reference import Projection
 from jdllm.kernels.rotary import fused
 from jdllm.kernels.rotary.reference import Facts, Target
+from jdllm.kernels.split_product import parts
 
 WIDTH = 128  # what the inner width must be a multiple of
-COLUMNS = 64  # of a tile: the columns of each map are a multiple of them
-# Up to so many rows: those of closing; not tuned.
-TILES: tuple[tuple[float, Tiles], ...] = (
-    (32, Tiles(32, COLUMNS, 64, 128, 4, 6)),
-    (float("inf"), Tiles(64, COLUMNS, 64, 128, 4, 4)),
-)
+COLUMNS = 64  # of a tile: the columns of each projection are a multiple of them
 
 
 def project(
@@ -75,23 +70,8 @@ def _split(
     target: Target,
     facts: Facts,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    from jdllm.kernels.opening import split_triton as kernels
-
     (B, T, D), K, kind = x_BTD.shape, target.keys.shape[-1], x_BTD.dtype
-    weights = [one.weight.astype(kind).reshape(D, -1) for one in projections]
-    first, width, rows = weights[0].shape[1], sum(w.shape[1] for w in weights), B * T
-    tiles = next(tiles for most, tiles in TILES if most >= rows)
-    parts = triton.power_of_2(-(-tiles.programs * tiles.columns // width))
-    while D % (parts * tiles.inner):
-        parts //= 2
-    shape = jax.ShapeDtypeStruct((parts, rows, width), jnp.float32 if parts > 1 else kind)
-    found = triton.call(
-        kernels.products, x_BTD, weights[0], weights[-1], out=shape,
-        grid=(-(-rows // tiles.rows), width // tiles.columns, parts),
-        warps=tiles.warps, stages=tiles.stages,
-        R=rows, D=D, FIRST=first, WIDTH=width, PART=D // parts,
-        BM=tiles.rows, BN=tiles.columns, BK=tiles.inner,
-    )  # fmt: skip
+    found = parts(x_BTD, *(one.weight.astype(kind).reshape(D, -1) for one in projections))
     biases = tuple(one.bias.astype(kind) for one in projections if one.bias is not None)
-    side = found.reshape(parts, B, T, width // K, K)
+    side = found.reshape(len(found), B, T, -1, K)
     return fused.of_parts(side, biases, norms, positions_BT, target, facts, kind)

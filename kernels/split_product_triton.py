@@ -1,11 +1,11 @@
-"""The Triton kernel of split.py, imported where there is a GPU."""
+"""The Triton kernel of split_product.py, imported where there is a GPU."""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def products(
+def product(
     x, one, two, out,
     R: tl.constexpr, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -18,16 +18,16 @@ def products(
     inner, column = s * PART + tl.arange(0, BK), tl.arange(0, BN)
     there = row < R
     from_x = x + row[:, None] * D + inner[None, :]
-    SECOND: tl.constexpr = FIRST if WIDTH == FIRST else WIDTH - FIRST
-    if n < FIRST:
-        wide, from_w = FIRST, one + n + inner[:, None] * FIRST + column[None, :]
-    else:
-        wide, from_w = SECOND, two + (n - FIRST) + inner[:, None] * SECOND + column[None, :]
+    wide, from_w = FIRST, one + inner[:, None] * FIRST + (n + column)[None, :]
+    if WIDTH > FIRST:  # noqa: SIM102 (known before the program is made: the other is not)
+        if n >= FIRST:
+            wide = WIDTH - FIRST
+            from_w = two + inner[:, None] * (WIDTH - FIRST) + (n - FIRST + column)[None, :]
     found = tl.zeros((BM, BN), tl.float32)
     for _ in range(0, PART, BK):
         a = tl.load(from_x, mask=there[:, None], other=0.0)
         found = tl.dot(a, tl.load(from_w), found)
         from_x += BK
         from_w += BK * wide
-    place = out + (s * R + row)[:, None] * WIDTH + n + column[None, :]
-    tl.store(place, found.to(out.dtype.element_ty), mask=there[:, None])
+    place = out + (s * R + row)[:, None] * WIDTH + (n + column)[None, :]
+    tl.store(place, found, mask=there[:, None])
