@@ -75,7 +75,7 @@ TABLES: dict[str, dict[str, Callable[..., Any]]] = {
     "norm": {"fused": norm_fused.add_norm, "reference": norm_reference.add_norm},
     "mlp": {"fused": mlp_fused.gated, "reference": mlp_reference.gated},
     "closing": {"split": closing_split.close, "reference": closing_reference.close},
-    "opening": {"reference": opening_reference.project, "split": opening_split.project},
+    "opening": {"split": opening_split.project, "reference": opening_reference.project},
     "rotary": {"fused": rotary_fused.turn, "reference": rotary_reference.turn},
     "head": {"reference": head_reference.search, "fused": head_fused.search},
     "product": {
@@ -92,6 +92,7 @@ PREFERRED: dict[str, Callable[..., None]] = {
     "norm:fused": norm_fused.prefer,
     "mlp:fused": mlp_fused.prefer,
     "closing:split": closing_split.prefer,
+    "opening:split": opening_split.prefer,
 }
 
 

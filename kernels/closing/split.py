@@ -15,7 +15,7 @@ from jdllm.kernels.norm.fused import WIDEST
 from jdllm.kernels.split_product import parts
 
 WIDTH = 256  # what the inner width must be a multiple of
-ROWS = 32  # up to which it is measured to pay
+ROWS = 64  # up to which it is measured to pay
 # Columns at which it is measured to pay. Narrower layers need more parts to keep all processors
 # busy, which are written and read again.
 FEWEST = 3584

@@ -15,6 +15,7 @@ from jdllm.kernels.split_product import parts
 
 WIDTH = 128  # what the inner width must be a multiple of
 COLUMNS = 64  # of a tile: the columns of each projection are a multiple of them
+ROWS = 128  # up to which it is measured to pay
 
 
 def project(
@@ -37,6 +38,13 @@ def project(
         raise NotImplementedError(f"it serves outputs in multiples of {COLUMNS}, not {odd[0]}")
     check()
     return _split(x_BTD, projections, norms, positions_BT, target, facts)
+
+
+def prefer(x_BTD: jax.Array, *_: object) -> None:
+    """NotImplementedError, with the reason, where XLA's products are as quick."""
+    triton.require()
+    if (rows := x_BTD.shape[0] * x_BTD.shape[1]) > ROWS:
+        raise NotImplementedError(f"{rows} rows are more than {ROWS}")
 
 
 def check() -> None:

@@ -89,24 +89,25 @@ def test_tokamaxs_layer_is_the_reference():
 
 
 def test_the_best_of_tokamaxs_tiles_counts(script: dict, monkeypatch: pytest.MonkeyPatch):
-    """Those that cannot run are left out; with none left the reason is told."""
+    """Those that cannot run say why; with none left the reason is raised."""
 
     def made(config: Any) -> int:
         if config.block_m > 64:
             raise NotImplementedError("too many rows")
         return config.block_m
 
-    own = SimpleNamespace(Config=SimpleNamespace, PallasMosaicGpuRaggedDot=made)
+    sides = SimpleNamespace(MatmulDimension=SimpleNamespace(M=0, N=1))
+    own = SimpleNamespace(Config=SimpleNamespace, PallasMosaicGpuRaggedDot=made, common=sides)
     tokamax = SimpleNamespace(ragged_dot=lambda *, implementation: implementation[0])
     monkeypatch.setitem(sys.modules, "tokamax", tokamax)
     monkeypatch.setitem(sys.modules, "tokamax._src.ops.ragged_dot.pallas_mosaic_gpu", own)
     monkeypatch.setitem(script["quickest"].__globals__, "by_ragged_dot", lambda dot: dot)
-    tiles = [{"block_m": rows} for rows in (32, 128, 16)]
+    tiles = [{"block_m": rows, "grid_minor_dim": "M"} for rows in (32, 128, 16)]
     found = script["quickest"](lambda layer: float(layer()), tiles)
-    assert found == {
-        "ms": 16.0,
-        "tiles": [{"block_m": 16, "ms": 16.0}, {"block_m": 32, "ms": 32.0}],
-    }
+    wide, *narrow = ({"grid_minor_dim": "M", "block_m": rows} for rows in (128, 16, 32))
+    refused = wide | {"reason": "NotImplementedError: too many rows"}
+    assert found["ms"] == 16.0
+    assert found["tiles"] == [one | {"ms": float(one["block_m"])} for one in narrow] + [refused]
     with pytest.raises(NotImplementedError, match="too many rows"):
         script["quickest"](float, tiles[1:2])
 
