@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jdllm.kernels import split_product
 from jdllm.kernels.attention import cudnn, mosaic, reference, split, tiled, xla
 from jdllm.kernels.closing import reference as closing_reference
 from jdllm.kernels.closing import split as closing_split
@@ -27,7 +28,7 @@ from jdllm.kernels.norm import fused as norm_fused
 from jdllm.kernels.norm import reference as norm_reference
 from jdllm.kernels.opening import reference as opening_reference
 from jdllm.kernels.opening import split as opening_split
-from jdllm.kernels.opening.reference import Projection
+from jdllm.kernels.opening.reference import Projection, Times
 from jdllm.kernels.product import narrow
 from jdllm.kernels.product import reference as plain
 from jdllm.kernels.quantised import Quantised
@@ -119,6 +120,8 @@ CHECKS = {
     "rotary:fused": rotary_fused.check,
     "mlp:fused": mlp_fused.check,
     "closing:split": closing_split.check,
+    "opening and closing:split in 8 bits": split_product.check_narrow,
+    "mlp:fused in 8 bits": mlp_fused.check_narrow,
     "head:fused": head_fused.check,
     "experts:grouped in training": grouped.check_training,
     "experts:grouped in 8 bits": grouped.check_narrow,
@@ -177,22 +180,28 @@ def add_norm(
     return run("norm", kernel, x_BTD, branch_BTD, scale_D, eps=eps)
 
 
-def gated(x_BTD: jax.Array, gate_up_DCF: jax.Array, kernel: str = "auto") -> jax.Array:
+def gated(
+    x_BTD: jax.Array,
+    gate_up_DCF: jax.Array | Quantised,
+    kernel: str = "auto",
+    times: Times = plain.times,
+) -> jax.Array:
     """The inner numbers of a feed-forward [B, T, F]: see kernels/mlp/reference.py."""
-    return run("mlp", kernel, x_BTD, gate_up_DCF)
+    return run("mlp", kernel, x_BTD, gate_up_DCF, times=times)
 
 
 def close(
     x_BTF: jax.Array,
-    weight_FD: jax.Array,
+    weight_FD: jax.Array | Quantised,
     total_BTD: jax.Array,
     scale_D: jax.Array,
     eps: float,
     kernel: str = "auto",
+    times: Times = plain.times,
 ) -> tuple[jax.Array, jax.Array]:
     """A product, added to the residual stream, and the norm of it: kernels/closing/reference.py."""
-    arrays = x_BTF, weight_FD, total_BTD, scale_D
-    return run("closing", kernel, *arrays, eps=eps, add_norm=partial(add_norm, kernel=kernel))
+    arrays, own = (x_BTF, weight_FD, total_BTD, scale_D), partial(add_norm, kernel=kernel)
+    return run("closing", kernel, *arrays, eps=eps, add_norm=own, times=times)
 
 
 def turn(
@@ -215,10 +224,11 @@ def project(
     target: Target,
     facts: Facts,
     kernel: str = "auto",
+    times: Times = plain.times,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries [B, T, H, K] and a cache with new columns: see kernels/opening/reference.py."""
     arrays, own = (x_BTD, projections, norms, positions_BT, target), partial(turn, kernel=kernel)
-    return run("opening", kernel, *arrays, facts=facts, turn=own)
+    return run("opening", kernel, *arrays, facts=facts, turn=own, times=times)
 
 
 def head(

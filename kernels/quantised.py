@@ -61,6 +61,11 @@ class Quantised:
         """That of the values."""
         return self.values.dtype
 
+    def matrix(self) -> "Quantised":
+        """The same [inputs, outputs], which must be the order of its axes."""
+        values = self.values.reshape(self.scale.size, -1)
+        return Quantised(values, self.scale.reshape(-1), (0,))
+
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:
         """The weight as an array."""
         scale = self.scale.reshape(*self.scale.shape, *[1] * len(self.inputs))
@@ -90,6 +95,22 @@ def quantise(weight: jax.Array, inputs: tuple[int, ...], kind: str = "int8") -> 
     if jnp.issubdtype(dtype, jnp.integer):
         values = jnp.round(values)
     return Quantised(values.astype(dtype), jnp.squeeze(scale, summed), inputs)
+
+
+def matrix(weight: jax.Array | Quantised, width: int) -> jax.Array | Quantised:
+    """A weight of either form as [width, outputs]; the first axes are its inputs."""
+    return weight.matrix() if isinstance(weight, Quantised) else weight.reshape(width, -1)
+
+
+def cast(weight: jax.Array | Quantised, dtype: Any) -> jax.Array | Quantised:
+    """An array in `dtype`; one in 8 bits as it is."""
+    return weight if isinstance(weight, Quantised) else weight.astype(dtype)
+
+
+def taken_apart(weight: jax.Array | Quantised) -> tuple[jax.Array, jax.Array]:
+    """What a kernel is handed of a weight: its numbers, and a scale, which it reads of one in 8
+    bits alone."""
+    return (weight.values, weight.scale) if isinstance(weight, Quantised) else (weight, weight)
 
 
 def wide(weight: jax.Array | Quantised, dtype: Any) -> jax.Array:

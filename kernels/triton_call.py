@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import ShapedArray
 
+from jdllm.kernels.quantised import Quantised
+
 Run = Callable[..., Any]
 CAPABILITY = 8.0  # Ampere: the first with bfloat16 products and asynchronous copies
 FP8 = 8.9  # the first that widens fp8 itself
@@ -48,6 +50,16 @@ def require() -> None:
 def capability() -> float:
     """The compute capability of the first device."""
     return float(jax.local_devices()[0].compute_capability)
+
+
+def require_kinds(*arrays: Any) -> None:
+    """NotImplementedError where kernels do not serve inputs, or weights, of these dtypes."""
+    for one in arrays:
+        if isinstance(one, Quantised):
+            if one.dtype != jnp.int8:
+                require_fp8()
+        elif one.dtype not in (jnp.bfloat16, jnp.float16):
+            raise NotImplementedError(f"it serves 16-bit numbers, not {one.dtype}")
 
 
 def require_fp8() -> None:

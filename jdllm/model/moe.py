@@ -15,7 +15,7 @@ from flax import nnx
 from jdllm.kernels import choose
 from jdllm.kernels.choose import experts
 from jdllm.model.config import MoEConfig
-from jdllm.model.weights import array, bias, dense, placed, product, weight, whole
+from jdllm.model.weights import bare, bias, dense, placed, product, times, weight, whole
 from jdllm.runtime import sharding
 
 
@@ -70,8 +70,8 @@ def route(logits_BTE: jax.Array, bias_E: jax.Array | None, moe: MoEConfig) -> Ro
 
 def gated(x_BTD: jax.Array, gate_up_DCF: Any, kernel: str = "auto") -> jax.Array:
     """silu(gate x) * up x, in the dtype of x; the weight is what `product` takes."""
-    if (plain := array(gate_up_DCF)) is not None:
-        return choose.gated(x_BTD, plain, kernel)
+    if (plain := bare(gate_up_DCF)) is not None:
+        return choose.gated(x_BTD, plain, kernel, times)
     gate_up = product("BTD,DCF->BTCF", x_BTD, gate_up_DCF)
     return jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
 

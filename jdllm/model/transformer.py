@@ -18,13 +18,14 @@ from jdllm.kernels import choose
 from jdllm.kernels.choose import attention, paged_attention
 from jdllm.kernels.norm.reference import rms_norm
 from jdllm.kernels.opening.reference import Projection
+from jdllm.kernels.quantised import Quantised, matrix
 from jdllm.kernels.rotary.reference import Facts, Target, normed, rotate, split
 from jdllm.model.cache import Cache
 from jdllm.model.config import ModelConfig
 from jdllm.model.head import NOTHING, Best, Sampling, Special, best
 from jdllm.model.mask import Mask
 from jdllm.model.moe import Experts, gated
-from jdllm.model.weights import array, bias, probing, product, weight
+from jdllm.model.weights import bare, bias, probing, product, times, weight
 from jdllm.runtime import sharding
 
 Remat = Literal["none", "products", "layers"]
@@ -64,15 +65,16 @@ class Branch(NamedTuple):
     """What a branch adds to the residual stream, before the product that closes it."""
 
     inner_BTF: jax.Array
-    weight_FD: jax.Array
+    weight_FD: jax.Array | Quantised
 
 
 def close(spec: str, inner: jax.Array, weight: nnx.Param, later: bool) -> "Branch | jax.Array":
     """What a branch adds: the product itself, or where it may wait for the sum, what makes it."""
-    plain = array(weight) if later else None
+    plain = bare(weight) if later else None
     if plain is None:
         return product(spec, inner, weight)
-    return Branch(inner.reshape(*inner.shape[:2], -1), plain.reshape(-1, plain.shape[-1]))
+    inner_BTF = inner.reshape(*inner.shape[:2], -1)
+    return Branch(inner_BTF, matrix(plain, inner_BTF.shape[-1]))
 
 
 def add_norm(
@@ -82,7 +84,7 @@ def add_norm(
     if branch is None:
         return x_BTD, rms_norm(x_BTD, scale[...], eps)
     if isinstance(branch, Branch):
-        return choose.close(*branch, x_BTD, scale[...], eps, kernel)
+        return choose.close(*branch, x_BTD, scale[...], eps, kernel, times)
     rows = ("batch", None, "embed")
     run = partial(choose.add_norm, eps=eps, kernel=kernel)
     run = sharding.per_shard(run, scale, (rows, rows, ("embed",)), [rows, rows])
@@ -134,7 +136,7 @@ class Attention(nnx.Module):
     def projections(self) -> tuple[Projection, ...]:
         """The same products, for a kernel that makes more of them; none where it cannot."""
         names = ("qkv",) if self.fused else ("q", "kv")
-        weights = [array(getattr(self, name)) for name in names]
+        weights = [bare(getattr(self, name)) for name in names]
         biases = [getattr(self, f"{name}_bias")[...] if self.biased else None for name in names]
         pairs = zip(weights, biases, strict=True)
         found = tuple(Projection(weight, one) for weight, one in pairs if weight is not None)
@@ -162,7 +164,7 @@ class Attention(nnx.Module):
         elif projections:
             target, facts = cache.target(self.number), self.facts_of(cache)
             given = x_BTD, projections, norms, positions_BT, target, facts, kernel
-            q, keys, values = choose.project(*given)
+            q, keys, values = choose.project(*given, times)
             cache = cache.holding(self.number, keys, values)
         else:
             q, cache = self.store(self.project(x_BTD), norms, positions_BT, cache, kernel)

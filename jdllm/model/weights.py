@@ -115,16 +115,23 @@ def product(
     return found
 
 
-def array(weight: Any) -> jax.Array | None:
+def bare(weight: Any) -> jax.Array | Quantised | None:
     """The weight as a kernel takes it that makes more than the product; None where it cannot.
 
-    It is an array in one piece, and nobody has asked for its product (`probing`).
+    It is an array or one in 8 bits, in one piece, and nobody asked for its product (`probing`).
     """
     value = held(weight)
-    if not isinstance(value, jax.Array) or _asked.get(None):
+    if not isinstance(value, jax.Array | Quantised) or _asked.get(None):
         return None
-    mesh = jax.typeof(value).sharding.mesh
+    numbers = value.values if isinstance(value, Quantised) else value
+    mesh = jax.typeof(numbers).sharding.mesh
     return value if mesh.size <= 1 or mesh.manual_axes else None
+
+
+def times(x_BTD: jax.Array, weight: jax.Array | Quantised) -> jax.Array:
+    """The product [B, T, ...] with what `bare` returns [D, ...], in the dtype of `x_BTD`."""
+    rest = "EFG"[: len(weight.shape) - 1]
+    return multiply(f"BTD,D{rest}->BT{rest}", x_BTD, weight)
 
 
 @contextlib.contextmanager

@@ -3,24 +3,26 @@
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
 from jdllm.kernels.norm import reference
+from jdllm.kernels.product.reference import times as plain
+from jdllm.kernels.quantised import Quantised
 
+Times = Callable[[jax.Array, jax.Array | Quantised], jax.Array]
 Sum = Callable[[jax.Array, jax.Array, jax.Array, float], tuple[jax.Array, jax.Array]]
 
 
 def close(
     x_BTF: jax.Array,
-    weight_FD: jax.Array,
+    weight_FD: jax.Array | Quantised,
     total_BTD: jax.Array,
     scale_D: jax.Array,
     eps: float,
     add_norm: Sum = reference.add_norm,
+    times: Times = plain,
 ) -> tuple[jax.Array, jax.Array]:
     """The residual stream [B, T, D] with the product of `x_BTF` added, and its norm.
 
-    `add_norm` does the sum and the norm where the product stands alone.
+    `times` makes the product, and `add_norm` the sum and the norm.
     """
-    branch_BTD = jnp.einsum("BTF,FD->BTD", x_BTF, weight_FD.astype(x_BTF.dtype))
-    return add_norm(total_BTD, branch_BTD, scale_D, eps)
+    return add_norm(total_BTD, times(x_BTF, weight_FD), scale_D, eps)

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jdllm.kernels import triton_call as triton
 from jdllm.kernels.closing import reference
 from jdllm.kernels.norm.fused import WIDEST
-from jdllm.kernels.split_product import parts
+from jdllm.kernels.quantised import Quantised, cast
+from jdllm.kernels.split_product import check_narrow, parts
 
 WIDTH = 256  # what the inner width must be a multiple of
 ROWS = 64  # up to which it is measured to pay
@@ -23,28 +24,31 @@ FEWEST = 3584
 
 def close(
     x_BTF: jax.Array,
-    weight_FD: jax.Array,
+    weight_FD: jax.Array | Quantised,
     total_BTD: jax.Array,
     scale_D: jax.Array,
     eps: float,
     add_norm: reference.Sum | None = None,
+    times: reference.Times | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The sum and its norm as the reference defines them; the gradient is the reference's."""
-    del add_norm
+    del add_norm, times
     triton.require()
-    for array in (x_BTF, weight_FD, total_BTD):
-        if array.dtype not in (jnp.bfloat16, jnp.float16):
-            raise NotImplementedError(f"it serves 16-bit numbers, not {array.dtype}")
+    triton.require_kinds(x_BTF, weight_FD, total_BTD)
     F, D = weight_FD.shape
     if F % WIDTH or D % 128 or D > WIDEST:
         raise NotImplementedError(f"it serves widths in multiples of {WIDTH}, not {F} and {D}")
     check()
-    return _split(x_BTF, weight_FD.astype(x_BTF.dtype), total_BTD, scale_D, eps)
+    if isinstance(weight_FD, Quantised):
+        check_narrow()
+    return _split(x_BTF, cast(weight_FD, x_BTF.dtype), total_BTD, scale_D, eps)
 
 
-def prefer(x_BTF: jax.Array, weight_FD: jax.Array, *_: object) -> None:
+def prefer(x_BTF: jax.Array, weight_FD: jax.Array | Quantised, *_: object) -> None:
     """NotImplementedError, with the reason, where XLA's product is as quick."""
     triton.require()
+    if isinstance(weight_FD, Quantised):
+        raise NotImplementedError("with weights in 8 bits it is not measured")
     (B, T), D = x_BTF.shape[:2], weight_FD.shape[1]
     if ROWS < B * T:
         raise NotImplementedError(f"{B * T} rows are more than {ROWS}")
@@ -66,7 +70,7 @@ def check() -> None:
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _split(
-    x: jax.Array, weight: jax.Array, total: jax.Array, scale: jax.Array, eps: float
+    x: jax.Array, weight: jax.Array | Quantised, total: jax.Array, scale: jax.Array, eps: float
 ) -> tuple[jax.Array, jax.Array]:
     from jdllm.kernels.closing import split_triton as kernels
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from jdllm.kernels import triton_call as triton
 from jdllm.kernels.experts import dense, grouped_grad
-from jdllm.kernels.quantised import Quantised, quantise
+from jdllm.kernels.quantised import Quantised, quantise, taken_apart
 from jdllm.kernels.triton_call import Tiles
 
 WIDTH = 128  # what the widths of tokens and experts must be multiples of
@@ -140,12 +140,12 @@ def _grouped(
     scaled = isinstance(gate_up_EDCM, Quantised)
     _, first, second = next(row for row in (NARROW if scaled else TILES) if row[0] * E >= N)
     hidden_NM = triton.call(
-        kernels.gate_up, x_TD, *_leaves(gate_up_EDCM), order_N, starts, out=array((N, M), kind),
+        kernels.gate_up, x_TD, *taken_apart(gate_up_EDCM), order_N, starts, out=array((N, M), kind),
         grid=(E, M // first.columns), warps=first.warps, stages=first.stages,
         D=D, M=M, P=P, BM=first.rows, BN=first.columns, BK=first.inner, SCALED=int(scaled),
     )  # fmt: skip
     each_ND = triton.call(
-        kernels.down, hidden_NM, *_leaves(down_EMD), order_N, starts,
+        kernels.down, hidden_NM, *taken_apart(down_EMD), order_N, starts,
         out=array((N, D), jnp.float32),
         grid=(E, D // second.columns), warps=second.warps, stages=second.stages,
         D=D, M=M, BM=second.rows, BN=second.columns, BK=second.inner, SCALED=int(scaled),
@@ -153,11 +153,6 @@ def _grouped(
     here_TP = (picks_TP >= 0) & (picks_TP < E)  # nobody has written the rows of other picks
     each_TPD = jnp.where(here_TP[..., None], each_ND.reshape(T, P, D), 0)
     return jnp.sum(each_TPD * weights_TP[..., None], axis=1).astype(kind)
-
-
-def _leaves(weight: jax.Array | Quantised) -> tuple[jax.Array, jax.Array]:
-    """What a kernel is handed of a weight: its numbers, and a scale, which is not read of all."""
-    return (weight.values, weight.scale) if isinstance(weight, Quantised) else (weight, weight)
 
 
 def _forward(

@@ -1,12 +1,21 @@
 """The inner numbers of a SwiGLU feed-forward, in plain jnp."""
 
+from collections.abc import Callable
+
 import jax
-import jax.numpy as jnp
+
+from jdllm.kernels.product.reference import times as plain
+from jdllm.kernels.quantised import Quantised
+
+Times = Callable[[jax.Array, jax.Array | Quantised], jax.Array]
 
 
-def gated(x_BTD: jax.Array, gate_up_DCF: jax.Array) -> jax.Array:
-    """silu(gate x) * up x: [B, T, F] in the dtype of x; gate and up are one weight [D, 2, F]."""
+def gated(x_BTD: jax.Array, gate_up_DCF: jax.Array | Quantised, times: Times = plain) -> jax.Array:
+    """silu(gate x) * up x: [B, T, F] in the dtype of x; gate and up are one weight [D, 2, F].
+
+    `times` makes the product.
+    """
     # The halves stand beside each other, as the product makes them: in training what goes back is
     # summed over both at once, and would have to be turned round otherwise.
-    gate_up = jnp.einsum("BTD,DCF->BTCF", x_BTD, gate_up_DCF.astype(x_BTD.dtype))
+    gate_up = times(x_BTD, gate_up_DCF)
     return jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]

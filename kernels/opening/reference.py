@@ -4,18 +4,20 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
+from jdllm.kernels.product.reference import times as plain
+from jdllm.kernels.quantised import Quantised
 from jdllm.kernels.rotary import reference
 from jdllm.kernels.rotary.reference import Facts, Target
 
 Turn = Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+Times = Callable[[jax.Array, jax.Array | Quantised], jax.Array]
 
 
 class Projection(NamedTuple):
     """A linear map of the inputs to heads."""
 
-    weight: jax.Array
+    weight: jax.Array | Quantised
     """[D, 3, H, K] of queries, keys and values; or [D, H, K] of queries and [D, 2, G, K]."""
     bias: jax.Array | None
     """Without D; None where there is none."""
@@ -29,14 +31,15 @@ def project(
     target: Target,
     facts: Facts,
     turn: Turn = reference.turn,
+    times: Times = plain,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries [B, T, H, K] and the cache with new keys and values, of normed inputs.
 
-    `turn` does what follows the products where they stand alone.
+    `times` makes the products, and `turn` does what follows them.
     """
 
     def mapped(one: Projection) -> jax.Array:
-        found = jnp.einsum("BTD,D...->BT...", x_BTD, one.weight.astype(x_BTD.dtype))
+        found = times(x_BTD, one.weight)
         return found if one.bias is None else found + one.bias.astype(found.dtype)
 
     return turn(tuple(map(mapped, projections)), norms, positions_BT, target, facts)

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jdllm.kernels import triton_call as triton
 from jdllm.kernels.opening import reference
 from jdllm.kernels.opening.reference import Projection
+from jdllm.kernels.quantised import Quantised, cast, matrix
 from jdllm.kernels.rotary import fused
 from jdllm.kernels.rotary.reference import Facts, Target
-from jdllm.kernels.split_product import parts
+from jdllm.kernels.split_product import check_narrow, parts
 
 WIDTH = 128  # what the inner width must be a multiple of
 COLUMNS = 64  # of a tile: the columns of each projection are a multiple of them
@@ -26,23 +27,32 @@ def project(
     target: Target,
     facts: Facts,
     turn: reference.Turn | None = None,
+    times: reference.Times | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries and cache as the reference defines them; the cache is written where it lies."""
-    del turn
+    del turn, times
     triton.require()
-    arrays = x_BTD, target.keys, target.values, *(one.weight for one in projections)
-    fused.require(arrays, target.keys.shape[-1])
+    weights = [one.weight for one in projections]
+    narrow = [one for one in weights if isinstance(one, Quantised)]
+    fused.require((x_BTD, target.keys, target.values), target.keys.shape[-1])
+    triton.require_kinds(*weights)
+    if 0 < len(narrow) < len(weights):
+        raise NotImplementedError("it serves weights of one kind")
     if (D := x_BTD.shape[2]) % WIDTH:
         raise NotImplementedError(f"it serves widths in multiples of {WIDTH}, not {D}")
     if odd := [n for one in projections if (n := one.weight.size // D) % COLUMNS]:
         raise NotImplementedError(f"it serves outputs in multiples of {COLUMNS}, not {odd[0]}")
     check()
+    if narrow:
+        check_narrow()
     return _split(x_BTD, projections, norms, positions_BT, target, facts)
 
 
-def prefer(x_BTD: jax.Array, *_: object) -> None:
+def prefer(x_BTD: jax.Array, projections: tuple[Projection, ...], *_: object) -> None:
     """NotImplementedError, with the reason, where XLA's products are as quick."""
     triton.require()
+    if any(isinstance(one.weight, Quantised) for one in projections):
+        raise NotImplementedError("with weights in 8 bits it is not measured")
     if (rows := x_BTD.shape[0] * x_BTD.shape[1]) > ROWS:
         raise NotImplementedError(f"{rows} rows are more than {ROWS}")
 
@@ -79,7 +89,7 @@ def _split(
     facts: Facts,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     (B, T, D), K, kind = x_BTD.shape, target.keys.shape[-1], x_BTD.dtype
-    found = parts(x_BTD, *(one.weight.astype(kind).reshape(D, -1) for one in projections))
+    found = parts(x_BTD, *(matrix(cast(one.weight, kind), D) for one in projections))
     biases = tuple(one.bias.astype(kind) for one in projections if one.bias is not None)
     side = found.reshape(len(found), B, T, -1, K)
     return fused.of_parts(side, biases, norms, positions_BT, target, facts, kind)

@@ -19,6 +19,7 @@ from jdllm.kernels.norm import fused as norm_fused
 from jdllm.kernels.norm import reference as norm
 from jdllm.kernels.opening import reference as opening
 from jdllm.kernels.opening.reference import Projection
+from jdllm.kernels.quantised import KINDS, quantise
 from jdllm.kernels.rotary import reference as rotary
 from jdllm.kernels.rotary.reference import Facts, Target
 from jdllm.model.config import NAMED, ModelConfig
@@ -58,6 +59,9 @@ def test_canaries_hold_and_a_cpu_alone_is_refused(operation: str, request: Any):
         check()
     request.getfixturevalue("interpreted")
     check()
+    for name, one in choose.CHECKS.items():
+        if name.startswith(operation) and name.endswith("in 8 bits"):
+            one()
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 384), (2, 2, 256)])
@@ -118,7 +122,57 @@ def test_inputs_become_queries_and_columns(
     found = ours("opening", x, maps, norms, positions, target, facts=facts)
     assert_close(found, opening.project(x, maps, norms, positions, target, facts), 0.03)
     with pytest.raises(NotImplementedError, match="140 rows are more than 128"):
-        choose.PREFERRED["opening:split"](normal(0, 4, 35, D))
+        choose.PREFERRED["opening:split"](normal(0, 4, 35, D), maps)
+
+
+def narrow(weight: jax.Array, kind: str) -> Any:
+    return quantise(weight, (0,), kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_inputs_become_queries_and_columns_by_weights_in_8_bits(
+    rows: int, grouped: bool, kind: str, interpreted: None
+):
+    B, T, D, H, G, K = rows, 9, 512, 4, 2 if grouped else 4, 64
+    shapes = [(D, H, K), (D, 2, G, K)] if grouped else [(D, 3, H, K)]
+    biases = [normal(i + 2, *size[1:]) if grouped else None for i, size in enumerate(shapes)]
+    weights = [narrow(normal(i, *size, scale=D**-0.5), kind) for i, size in enumerate(shapes)]
+    maps = tuple(map(Projection, weights, biases))
+    x, positions = normal(7, B, T, D), jnp.broadcast_to(jnp.arange(3, 3 + T), (B, T))
+    target = Target(normal(8, B, 16, G, K), normal(9, B, 16, G, K), positions)
+    given, facts = (x, maps, (), positions, target), Facts(1e4, None, None)
+    assert_close(ours("opening", *given, facts=facts), opening.project(*given, facts), 0.03)
+    with pytest.raises(NotImplementedError, match="in 8 bits it is not measured"):
+        choose.PREFERRED["opening:split"](*given)
+    if grouped:  # queries in 8 bits, keys and values in 16
+        mixed = (maps[0], Projection(normal(1, *shapes[1]), biases[1]))
+        with pytest.raises(ValueError, match="weights of one kind"):
+            ours("opening", x, mixed, (), positions, target, facts=facts)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [3, 40])
+def test_layers_with_weights_in_8_bits(rows: int, kind: str, interpreted: None):
+    """The inner numbers and what closes a branch; the gradient of inputs is the reference's."""
+    x, total, scale = normal(0, 1, rows, 512), normal(1, 1, rows, 128), normal(2, 128)
+    gate_up = narrow(normal(3, 512, 2, 128, scale=512**-0.5), kind)
+    down = narrow(normal(4, 512, 128, scale=512**-0.5), kind)
+    assert_close(ours("mlp", x, gate_up), mlp.gated(x, gate_up), 0.02)
+    given = x, down, total, scale
+    assert_close(ours("closing", *given, eps=1e-5), closing.close(*given, 1e-5), 0.02)
+
+    def slope(run: Callable[..., jax.Array]) -> jax.Array:
+        return jax.grad(lambda x: jnp.sum(jnp.square(run(x, gate_up)).astype(jnp.float32)))(x)
+
+    def by_name(x: jax.Array, weight: Any) -> jax.Array:
+        return ours("mlp", x, weight)
+
+    assert_close(slope(by_name), slope(mlp.gated), 0.05)
+    for operation, arrays in (("mlp", (x, gate_up)), ("closing", given)):
+        with pytest.raises(NotImplementedError, match="in 8 bits it is not measured"):
+            choose.PREFERRED[f"{operation}:{OURS[operation]}"](*arrays)
 
 
 def test_odd_heads_stand_alone(interpreted: None):

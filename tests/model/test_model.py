@@ -208,6 +208,7 @@ def test_probes_are_products_by_name(model: Model, remat: Any):
         columns(2, T),
         mask.resolve(columns(2, T)),
     )
+    assert isinstance(mixed, jax.Array)
     np.testing.assert_allclose(found.probes["layers.0.attention.out"], mixed, atol=1e-5)
     plain = model(x, columns(2, T), mask)
     assert plain.probes == {}

@@ -115,6 +115,8 @@ def products() -> None:
         for kind in KINDS:
             values = narrow(kind, (0,), 512, 256)
             run("product", "narrow", low(rows, 512), values.values, values.scale)
+            run("mlp", "fused", x, narrow(kind, (0,), 512, 2, 256))
+            run("closing", "split", x, values, total, low(256), eps=1e-5)
 
 
 def heads() -> None:
@@ -129,6 +131,9 @@ def heads() -> None:
             facts = Facts(1e4, None, 1e-5 if normed else None, by_row)
             run("rotary", "fused", packed, *rest, facts=facts)
             run("opening", "split", low(B, T, D), maps, *rest, facts=facts)
+            for kind in KINDS:
+                small = tuple(Projection(narrow(kind, (0,), D, *size), None) for size in sizes)
+                run("opening", "split", low(B, T, D), small, *rest, facts=facts)
 
 
 def vocabulary() -> None:
