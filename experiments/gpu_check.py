@@ -30,7 +30,7 @@ from jdllm.kernels.attention import reference
 from jdllm.kernels.attention.split import in_pages
 from jdllm.kernels.experts import dense, grouped
 from jdllm.kernels.opening.reference import Projection
-from jdllm.kernels.quantised import quantise
+from jdllm.kernels.quantised import Quantised, quantise
 from jdllm.kernels.rotary.reference import Facts, Target
 from jdllm.llm import LLM
 from jdllm.load import weight_bytes
@@ -153,13 +153,21 @@ def block_cases(shape: shapes.Block) -> Iterator[tuple[str, tuple[Any, ...], dic
 
     x, branch, scale, eps = normal(B, T, D), normal(B, T, D), normal(D), {"eps": 1e-5}
     yield "norm", (x, branch, scale), eps
-    yield "mlp", (x, normal(D, 2, F, scale=D**-0.5)), {}
-    yield "closing", (normal(B, T, F), normal(F, D, scale=F**-0.5), x, scale), eps
-    narrow = quantise(normal(D, F, scale=D**-0.5), (0,), "int8")
-    yield "product", (x.reshape(-1, D), narrow.values.reshape(F, D), narrow.scale.reshape(F)), {}
+
+    def narrow(weight: jax.Array) -> Quantised:
+        return quantise(weight, (0,), "int8")
+
+    inner, both = normal(B, T, F), (normal(D, 2, F, scale=D**-0.5), normal(F, D, scale=F**-0.5))
+    for gate_up, down in (both, tuple(map(narrow, both))):
+        yield "mlp", (x, gate_up), {}
+        yield "closing", (inner, down, x, scale), eps
+    one = narrow(normal(D, F, scale=D**-0.5))
+    yield "product", (x.reshape(-1, D), one.values, one.scale), {}
     packed = (normal(B, T, 3, H, K),) if H == G else (normal(B, T, H, K), normal(B, T, 2, G, K))
     sizes = [one.shape[2:] for one in packed]
-    maps = tuple(Projection(normal(D, *size, scale=D**-0.5), normal(*size)) for size in sizes)
+    pairs = [(normal(D, *size, scale=D**-0.5), normal(*size)) for size in sizes]
+    maps = tuple(Projection(weight, bias) for weight, bias in pairs)
+    small = tuple(Projection(narrow(weight), bias) for weight, bias in pairs)
     norms = (normal(K), normal(K)) if head_norms else ()
     k, v, paged = normal(B, 1024, G, K), normal(B, 1024, G, K), (-1, shapes.PAGE, G, K)
     places = jnp.broadcast_to(jnp.arange(512, 512 + T, dtype=jnp.int32), (B, T))
@@ -168,7 +176,8 @@ def block_cases(shape: shapes.Block) -> Iterator[tuple[str, tuple[Any, ...], dic
     for by_row, target in ((True, Target(k, v, places)), (False, by_page)):
         facts = Facts(1e4, None, 1e-6 if head_norms else None, by_row)
         yield "rotary", (packed, norms, places, target), {"facts": facts}
-        yield "opening", (x, maps, norms, places, target), {"facts": facts}
+        for each in (maps, small):
+            yield "opening", (x, each, norms, places, target), {"facts": facts}
     head, all_V = normal(D, V, scale=D**-0.5), jnp.ones(V, bool)
     noise = Sampling(jax.random.split(next(keys), B), 0.7, 1.3).noise(T, V)
     for drawn in (None, noise):
@@ -185,6 +194,8 @@ def held(
         expected = [np.asarray(x) for x in jax.tree.leaves(jax.jit(run)(*wide))]
     for name in choose.TABLES[operation]:
         row: dict[str, Any] = {"operation": operation, "name": name, "shapes": shape._asdict()}
+        if any(x.dtype == jnp.int8 for x in jax.tree.leaves(arrays)):
+            row["weights"] = "int8"
         if operation == "head":
             row["sampled"] = arrays[-1] is not None
         if operation in ("rotary", "opening"):

@@ -23,10 +23,11 @@ from collections.abc import Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from gpu_loop import held
 
 from jdllm.llm import LLM
 from jdllm.load import enable_compilation_cache
@@ -47,6 +48,8 @@ class PartsConfig:
 
     output: Path
     model: str = "random:llada-8b"
+    weights: Literal["bf16", "int8", "fp8"] = "bf16"
+    """How the layers' linear maps are held."""
     kernels: str = "/".join(KERNELS)
     """What `kernel=` says, several with / between them; what it does not name is chosen."""
     rows: tuple[int, ...] = (1, 8)
@@ -208,7 +211,9 @@ def main(config: PartsConfig) -> None:
         for kernel in ("head:reference", "head:fused"):
             what = {"head_rows": rows, "kernel": kernel}
             measured(what, partial(head_row, rows, config, kernel))
-    model = LLM.load(config.model, sharding.parse_mesh("1x1")).model
+    llm = LLM.load(config.model, sharding.parse_mesh("1x1"))
+    model = held(llm, config.weights).model
+    del llm
     for rows in config.rows:
         for kernel in config.kernels.split("/"):
             forced = dataclasses.replace(model, kernel=kernel)

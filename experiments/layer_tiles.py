@@ -2,6 +2,7 @@
 
 python experiments/layer_tiles.py output=FILE                       (about four minutes, one GPU)
 python experiments/layer_tiles.py output=FILE model=dream-7b rows=33 parts=out,down
+python experiments/layer_tiles.py output=FILE weights=int8 parts=mlp,out,down
 
 Products run one after the other over weights that no cache holds, each waiting for the one before.
 Beside: the reference, and the time that the weights take at the copy rate.
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from jdllm.kernels import choose
 from jdllm.kernels import split_product as split
 from jdllm.kernels.head import fused as head
 from jdllm.kernels.mlp import fused as mlp
+from jdllm.kernels.quantised import KINDS, quantise
 from jdllm.kernels.triton_call import power_of_2
 from jdllm.load import enable_compilation_cache
 from jdllm.model.config import NAMED
@@ -40,6 +42,14 @@ CLOSING = (
     (32, 128, 256, 4, 5), (64, 128, 256, 4, 3), (64, 128, 512, 4, 3), (128, 64, 256, 8, 4),
     (64, 64, 128, 4, 6), (32, 64, 512, 2, 6), (64, 64, 256, 4, 6),
 )  # fmt: skip
+NARROW_GATED = (
+    (64, 128, 4, 4), (64, 128, 4, 3), (64, 64, 4, 6), (32, 128, 4, 5), (64, 256, 4, 3),
+    (64, 128, 8, 4), (128, 128, 8, 3),
+)  # fmt: skip
+NARROW_CLOSING = (
+    (64, 128, 250, 4, 4), (64, 128, 500, 4, 4), (64, 128, 128, 4, 4), (64, 64, 250, 4, 6),
+    (128, 128, 250, 4, 4), (128, 128, 500, 4, 4), (64, 256, 250, 4, 3), (32, 128, 250, 4, 5),
+)  # fmt: skip
 HEAD = (
     (128, 64, 4, 4), (64, 64, 4, 5), (256, 64, 8, 3), (128, 128, 4, 3), (64, 128, 4, 4),
     (128, 64, 8, 4), (128, 32, 4, 6), (128, 64, 4, 3),
@@ -54,15 +64,22 @@ class TilesConfig:
     model: str = "llada-8b"
     """Whose widths: a name in model/config.py."""
     rows: int = 32
+    weights: Literal["bf16", "int8", "fp8"] = "bf16"
+    """How they are held; the head's always in bf16."""
     parts: tuple[str, ...] = ("mlp", "out", "down", "head", "sampled head")
     gigabytes: float = 1.5
     """Of weights that a product goes through."""
     repeats: int = 3
 
 
-def weights(count: int, *shape: int) -> list[jax.Array]:
+def weights(count: int, kind: str, *shape: int) -> list[Any]:
     """Random ones; the first axis is that of the inputs."""
-    make = jax.jit(lambda key: jax.random.normal(key, shape, jnp.bfloat16) * shape[0] ** -0.5)
+
+    @jax.jit
+    def make(key: jax.Array) -> Any:
+        one = jax.random.normal(key, shape, jnp.bfloat16) * shape[0] ** -0.5
+        return quantise(one, (0,), kind) if kind in KINDS else one
+
     return [make(key) for key in jax.random.split(jax.random.key(0), count)]
 
 
@@ -121,9 +138,13 @@ def cases(config: TilesConfig) -> Iterator[tuple[Any, ...]]:
     rows = jax.random.normal(jax.random.key(1), (1, config.rows, F), jnp.bfloat16)
     ones, all_V = jnp.ones(D, jnp.bfloat16), jnp.ones(V, bool)
     x = rows[..., :D]
-    yield "mlp", gated, mlp, GATED, (D, 2, F), x
-    yield "out", closed, split, CLOSING, (D, D), (x, x, ones)
-    yield "down", closed, split, CLOSING, (F, D), (rows, x, ones)
+    narrow = config.weights in KINDS
+    first, last = (NARROW_GATED, NARROW_CLOSING) if narrow else (GATED, CLOSING)
+    yield "mlp", gated, mlp, first, (D, 2, F), x
+    yield "out", closed, split, last, (D, D), (x, x, ones)
+    yield "down", closed, split, last, (F, D), (rows, x, ones)
+    if narrow:
+        return
     flags = all_V.at[5].set(False), all_V
     yield "head", best, head, HEAD, (D, V), (x, *flags)
     noise = Sampling(jax.random.split(jax.random.key(2), 1), 1.0).noise(config.rows, V)
@@ -143,8 +164,8 @@ def main(config: TilesConfig) -> None:
     for name, make, module, tiles, shape, carry in cases(config):
         if name not in config.parts:
             continue
-        size = 2 * math.prod(shape)
-        given = weights(max(int(config.gigabytes * 1e9 / size), 1), *shape)
+        size = math.prod(shape) * (1 if config.weights in KINDS else 2)
+        given = weights(max(int(config.gigabytes * 1e9 / size), 1), config.weights, *shape)
         operation = "closing" if module is split else name.removeprefix("sampled ")
         fused = "split" if module is split else "fused"
         for tile in (None, *tiles):
@@ -153,7 +174,8 @@ def main(config: TilesConfig) -> None:
             try:
                 if tile is not None:
                     height = max(power_of_2(config.rows), 16)
-                    module.TILES = ((math.inf, module.Tiles(height, *tile)),)
+                    table = "NARROW" if config.weights in KINDS else "TILES"
+                    setattr(module, table, ((math.inf, module.Tiles(height, *tile)),))
                 kernel = f"{operation}:{fused if tile else 'reference'}"
                 row["us"] = microseconds(make(kernel), config, given, carry)
             except Exception as error:  # one that fails says why; the others go on

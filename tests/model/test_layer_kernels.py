@@ -1,6 +1,7 @@
 """The Triton kernels of a layer and of the head, interpreted, against their references."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ from jdllm.kernels.rotary.reference import Facts, Target
 from jdllm.model.config import NAMED, ModelConfig
 from jdllm.model.mask import Mask
 from jdllm.model.model import Model
+from jdllm.model.quantise import quantise_params
 from jdllm.runtime import sharding
 from jdllm.store import checkpoint
 from tests.support.interpreted import interpreted
@@ -339,9 +341,14 @@ def small() -> Model:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("operation", OURS)
-def test_a_model_over_its_cache(operation: str, small: Model, interpreted: None):
+@pytest.mark.parametrize(
+    ("operation", "weights"),
+    [*((name, "bf16") for name in OURS), *itertools.product(("opening", "mlp", "closing"), KINDS)],
+)
+def test_a_model_over_its_cache(operation: str, weights: str, small: Model, interpreted: None):
     """One call of the whole model by each kernel: hidden states, keys and best tokens."""
+    if weights in KINDS:
+        small = dataclasses.replace(small, params=quantise_params(small.params, weights))
     tokens = jnp.arange(12).reshape(2, 6)
     columns = jnp.broadcast_to(jnp.arange(6, 12), (2, 6))
     slots = columns.at[1, 5].set(16)  # beyond the cache: dropped
