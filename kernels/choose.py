@@ -28,9 +28,10 @@ from jdllm.kernels.norm import fused as norm_fused
 from jdllm.kernels.norm import reference as norm_reference
 from jdllm.kernels.opening import reference as opening_reference
 from jdllm.kernels.opening import split as opening_split
-from jdllm.kernels.opening.reference import Projection, Times
+from jdllm.kernels.opening.reference import Projection
 from jdllm.kernels.product import narrow
 from jdllm.kernels.product import reference as plain
+from jdllm.kernels.product.reference import Times
 from jdllm.kernels.quantised import Quantised
 from jdllm.kernels.rotary import fused as rotary_fused
 from jdllm.kernels.rotary import reference as rotary_reference

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import jax
 
 from jdllm.kernels.norm import reference
-from jdllm.kernels.product.reference import times as plain
+from jdllm.kernels.product import reference as plain
+from jdllm.kernels.product.reference import Times
 from jdllm.kernels.quantised import Quantised
 
-Times = Callable[[jax.Array, jax.Array | Quantised], jax.Array]
 Sum = Callable[[jax.Array, jax.Array, jax.Array, float], tuple[jax.Array, jax.Array]]
 
 
@@ -19,7 +19,7 @@ def close(
     scale_D: jax.Array,
     eps: float,
     add_norm: Sum = reference.add_norm,
-    times: Times = plain,
+    times: Times = plain.times,
 ) -> tuple[jax.Array, jax.Array]:
     """The residual stream [B, T, D] with the product of `x_BTF` added, and its norm.
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jdllm.kernels import triton_call as triton
 from jdllm.kernels.closing import reference
 from jdllm.kernels.norm.fused import WIDEST
+from jdllm.kernels.product.reference import Times
 from jdllm.kernels.quantised import Quantised, cast
 from jdllm.kernels.split_product import check_narrow, parts
 
@@ -29,7 +30,7 @@ def close(
     scale_D: jax.Array,
     eps: float,
     add_norm: reference.Sum | None = None,
-    times: reference.Times | None = None,
+    times: Times | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The sum and its norm as the reference defines them; the gradient is the reference's."""
     del add_norm, times

@@ -4,6 +4,7 @@ import jax
 
 from jdllm.kernels import triton_call as triton
 from jdllm.kernels.mlp import reference
+from jdllm.kernels.product.reference import Times
 from jdllm.kernels.quantised import Quantised, cast, quantise, taken_apart
 from jdllm.kernels.triton_call import Tiles
 
@@ -30,7 +31,7 @@ FEWEST, MOST = 128, 264
 def gated(
     x_BTD: jax.Array,
     gate_up_DCF: jax.Array | Quantised,
-    times: reference.Times | None = None,
+    times: Times | None = None,
 ) -> jax.Array:
     """The inner numbers as the reference defines them, rounded once. The gradient is its own."""
     del times

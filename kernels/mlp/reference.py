@@ -1,16 +1,15 @@
 """The inner numbers of a SwiGLU feed-forward, in plain jnp."""
 
-from collections.abc import Callable
-
 import jax
 
-from jdllm.kernels.product.reference import times as plain
+from jdllm.kernels.product import reference as plain
+from jdllm.kernels.product.reference import Times
 from jdllm.kernels.quantised import Quantised
 
-Times = Callable[[jax.Array, jax.Array | Quantised], jax.Array]
 
-
-def gated(x_BTD: jax.Array, gate_up_DCF: jax.Array | Quantised, times: Times = plain) -> jax.Array:
+def gated(
+    x_BTD: jax.Array, gate_up_DCF: jax.Array | Quantised, times: Times = plain.times
+) -> jax.Array:
     """silu(gate x) * up x: [B, T, F] in the dtype of x; gate and up are one weight [D, 2, F].
 
     `times` makes the product.

@@ -5,13 +5,13 @@ from typing import NamedTuple
 
 import jax
 
-from jdllm.kernels.product.reference import times as plain
+from jdllm.kernels.product import reference as plain
+from jdllm.kernels.product.reference import Times
 from jdllm.kernels.quantised import Quantised
 from jdllm.kernels.rotary import reference
 from jdllm.kernels.rotary.reference import Facts, Target
 
 Turn = Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
-Times = Callable[[jax.Array, jax.Array | Quantised], jax.Array]
 
 
 class Projection(NamedTuple):
@@ -31,7 +31,7 @@ def project(
     target: Target,
     facts: Facts,
     turn: Turn = reference.turn,
-    times: Times = plain,
+    times: Times = plain.times,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries [B, T, H, K] and the cache with new keys and values, of normed inputs.
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jdllm.kernels import triton_call as triton
 from jdllm.kernels.opening import reference
 from jdllm.kernels.opening.reference import Projection
+from jdllm.kernels.product.reference import Times
 from jdllm.kernels.quantised import Quantised, cast, matrix
 from jdllm.kernels.rotary import fused
 from jdllm.kernels.rotary.reference import Facts, Target
@@ -27,7 +28,7 @@ def project(
     target: Target,
     facts: Facts,
     turn: reference.Turn | None = None,
-    times: reference.Times | None = None,
+    times: Times | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries and cache as the reference defines them; the cache is written where it lies."""
     del turn, times

@@ -1,9 +1,14 @@
 """The product with an 8-bit weight as XLA makes it: the reference, which serves every case."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from jdllm.kernels.quantised import Quantised
+
+Times = Callable[[jax.Array, jax.Array | Quantised], jax.Array]
+"""How inputs [B, T, D] meet a weight [D, ...] in 8 bits or in more; `times` is the plain one."""
 
 
 def product(x_MK: jax.Array, values_NK: jax.Array, scale_N: jax.Array) -> jax.Array:
