@@ -32,6 +32,7 @@ from jdllm.kernels.experts import dense, grouped
 from jdllm.kernels.opening.reference import Projection
 from jdllm.kernels.quantised import Quantised, quantise
 from jdllm.kernels.rotary.reference import Facts, Target
+from jdllm.kernels.routing.reference import Rule
 from jdllm.llm import LLM
 from jdllm.load import weight_bytes
 from jdllm.model.config import NAMED
@@ -135,12 +136,30 @@ def kernels() -> list[dict[str, Any]]:
 def blocks() -> list[dict[str, Any]]:
     """What surrounds attention, in bfloat16, against the references in float32: by field of what an
     implementation returns its relative error, or for ids the share that is the same."""
-    return [
+    found = [
         row
         for shape in shapes.PUBLISHED_BLOCKS
         for operation, arrays, facts in block_cases(shape)
         for row in held(operation, shape, arrays, facts)
     ]
+    for shape in shapes.PUBLISHED_EXPERTS:
+        found += held("routing", shape, *routing_case(shape))
+    return found
+
+
+def routing_case(shape: shapes.Experts) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Random tokens, router and bias, and LLaDA2's rule."""
+    T, P, E, D, _ = shape
+    x, router, bias = (
+        jax.random.normal(key, size) * scale
+        for key, (size, scale) in zip(
+            jax.random.split(jax.random.key(3), 3),
+            (((T, D), 1), ((D, E), D**-0.5), ((E,), 0.1)),
+            strict=True,
+        )
+    )
+    rule = Rule(P, "sigmoid", "selection", groups=8, top_groups=4, renormalise=True, scale=2.5)
+    return (x.astype(jnp.bfloat16), router, bias), {"rule": rule}
 
 
 def block_cases(shape: shapes.Block) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
@@ -185,7 +204,7 @@ def block_cases(shape: shapes.Block) -> Iterator[tuple[str, tuple[Any, ...], dic
 
 
 def held(
-    operation: str, shape: shapes.Block, arrays: tuple[Any, ...], facts: dict[str, Any]
+    operation: str, shape: Any, arrays: tuple[Any, ...], facts: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """A row for each implementation of an operation; its reason if it declines."""
     wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, arrays)

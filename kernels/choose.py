@@ -36,6 +36,9 @@ from jdllm.kernels.quantised import Quantised
 from jdllm.kernels.rotary import fused as rotary_fused
 from jdllm.kernels.rotary import reference as rotary_reference
 from jdllm.kernels.rotary.reference import Facts, Target
+from jdllm.kernels.routing import fused as routing_fused
+from jdllm.kernels.routing import reference as routing_reference
+from jdllm.kernels.routing.reference import Rule
 
 
 def gathered(
@@ -74,6 +77,7 @@ TABLES: dict[str, dict[str, Callable[..., Any]]] = {
         "reference": dense.experts,
         "ragged": ragged.experts,
     },
+    "routing": {"reference": routing_reference.route, "fused": routing_fused.route},
     "norm": {"fused": norm_fused.add_norm, "reference": norm_reference.add_norm},
     "mlp": {"fused": mlp_fused.gated, "reference": mlp_reference.gated},
     "closing": {"split": closing_split.close, "reference": closing_reference.close},
@@ -116,6 +120,7 @@ CHECKS = {
     "paged_attention:split": split.check_paged,
     "paged_attention:mosaic": mosaic.check_paged,
     "experts:grouped": grouped.check,
+    "routing:fused": routing_fused.check,
     "norm:fused": norm_fused.check,
     "opening:split": opening_split.check,
     "rotary:fused": rotary_fused.check,
@@ -172,6 +177,17 @@ def experts(
 ) -> jax.Array:
     """The mixed outputs of each token's experts [T, D]: see kernels/experts/dense.py."""
     return run("experts", kernel, x_TD, gate_up_EDCM, down_EMD, picks_TP, weights_TP)
+
+
+def route(
+    x_TD: jax.Array,
+    router_DE: jax.Array,
+    bias_E: jax.Array | None,
+    rule: Rule,
+    kernel: str = "auto",
+) -> tuple[jax.Array, jax.Array]:
+    """Picks and factors [T, P] of each token: see kernels/routing/reference.py."""
+    return run("routing", kernel, x_TD, router_DE, bias_E, rule=rule)
 
 
 def add_norm(

@@ -5,7 +5,6 @@ those of model.py: E experts, P picks of a token, M expert mlp, J experts of a g
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +13,7 @@ from flax import nnx
 
 from jdllm.kernels import choose
 from jdllm.kernels.choose import experts
+from jdllm.kernels.routing.reference import Rule, logits, pick
 from jdllm.model.config import MoEConfig
 from jdllm.model.weights import bare, bias, dense, placed, product, times, weight, whole
 from jdllm.runtime import sharding
@@ -30,42 +30,9 @@ class Routing(NamedTuple):
     """float32 [..., P]: the factor of each picked expert."""
 
 
-def router_logits(x_BTD: jax.Array, router_DE: jax.Array) -> jax.Array:
-    """Float32 logits [..., E]: the input is upcast and the product not rounded below float32."""
-    x, highest = x_BTD.astype(jnp.float32), jax.lax.Precision.HIGHEST
-    return product("...D,DE->...E", x, router_DE, precision=highest)
-
-
-def keep_best_groups(scores_BTE: jax.Array, moe: MoEConfig) -> jax.Array:
-    """Scores with -inf outside the best groups; a group counts the sum of its two best scores."""
-    grouped = scores_BTE.reshape(*scores_BTE.shape[:-1], moe.groups, -1)
-    best, _ = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))
-    _, kept = jax.lax.top_k(best.sum(-1), moe.top_groups)
-    open_ = jax.nn.one_hot(kept, moe.groups, dtype=bool).any(-2)
-    return jnp.where(open_[..., None], grouped, -jnp.inf).reshape(scores_BTE.shape)
-
-
-@partial(jax.jit, static_argnames="moe", inline=True)  # traced once for all layers
-def route(logits_BTE: jax.Array, bias_E: jax.Array | None, moe: MoEConfig) -> Routing:
-    """Picks and weights for float32 logits [..., E].
-
-    The bias is added after the score function. LLaDA2's only selects, and the weights are those
-    scores without it; the one that LLaDA-MoE's code knows changes the weights, too.
-    """
-    if moe.score == "softmax":
-        scores = jax.nn.softmax(logits_BTE, axis=-1)
-    else:
-        scores = jax.nn.sigmoid(logits_BTE)
-    ranked = scores if bias_E is None else scores + bias_E
-    if moe.expert_bias == "score":
-        scores = ranked
-    if moe.groups > 1:
-        ranked = keep_best_groups(ranked, moe)
-    _, picks = jax.lax.top_k(ranked, moe.top_k)
-    weights = jnp.take_along_axis(scores, picks, axis=-1)
-    if moe.renormalise and moe.top_k > 1:
-        weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
-    return Routing(logits_BTE, picks, weights * moe.scale)
+def rule(moe: MoEConfig) -> Rule:
+    """What routing is told of a model."""
+    return Rule(**{name: getattr(moe, name) for name in Rule._fields})
 
 
 def gated(x_BTD: jax.Array, gate_up_DCF: Any, kernel: str = "auto") -> jax.Array:
@@ -98,7 +65,8 @@ class Experts(nnx.Module):
     def route(self, x_BTD: jax.Array) -> Routing:
         """Logits, picks and weights of every token."""
         bias_E = None if self.moe.expert_bias == "none" else self.bias[...].astype(jnp.float32)
-        return route(router_logits(x_BTD, dense(self.router)), bias_E, self.moe)
+        logits_BTE = logits(x_BTD, dense(self.router))
+        return Routing(logits_BTE, *pick(logits_BTE, bias_E, rule(self.moe)))
 
     def __call__(
         self, x_BTD: jax.Array, shared: Sequence[nnx.Param] = (), kernel: str = "auto"
@@ -114,11 +82,11 @@ class Experts(nnx.Module):
         def run(x_BTD: jax.Array, *leaves: jax.Array) -> jax.Array:
             router_DE, gate_up, down, *more = jax.tree.unflatten(tree, leaves)
             bias_E = more[-1].astype(jnp.float32) if biased else None
-            _, picks, factors = route(router_logits(x_BTD, router_DE), bias_E, self.moe)
+            B, T, D = x_BTD.shape
+            x = x_BTD.reshape(-1, D)
+            picks, factors = choose.route(x, router_DE, bias_E, rule(self.moe), kernel)
             own = picks - sharding.shard_index("experts") * gate_up.shape[0]
-            P, (B, T, D) = self.moe.top_k, x_BTD.shape
-            flat = x_BTD.reshape(-1, D), own.reshape(-1, P), factors.reshape(-1, P)
-            mixed_BTD = experts(flat[0], gate_up, down, *flat[1:], kernel).reshape(B, T, D)
+            mixed_BTD = experts(x, gate_up, down, own, factors, kernel).reshape(B, T, D)
             if shared:
                 mixed_BTD += swiglu(x_BTD, *more[:2], kernel=kernel)
             return sharding.sum_shards(mixed_BTD, "experts")

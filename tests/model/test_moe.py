@@ -13,11 +13,12 @@ from jax.sharding import PartitionSpec as P
 
 from jdllm import DecodeConfig
 from jdllm.kernels.choose import TABLES, experts
+from jdllm.kernels.routing import reference as routing
 from jdllm.llm import LLM
 from jdllm.model.config import NAMED, ModelConfig, MoEConfig, count_parameters
 from jdllm.model.mask import Mask
 from jdllm.model.model import assemble, forward, named
-from jdllm.model.moe import route, router_logits
+from jdllm.model.moe import rule
 from jdllm.runtime import sharding
 from jdllm.store.checkpoint import placements, random_model, restore_model, save_model
 
@@ -78,24 +79,25 @@ def test_routing_equals_the_twin(moe: MoEConfig, seed: int):
     rng = np.random.default_rng(seed)
     logits = rng.normal(size=(2, 3, moe.experts)).astype(np.float32)
     bias = None if moe.expert_bias == "none" else rng.normal(size=moe.experts).astype(np.float32)
-    ours = route(jnp.array(logits), None if bias is None else jnp.array(bias), moe)
-    assert ours.picks.dtype == jnp.int32 and ours.weights.dtype == jnp.float32
+    given = jnp.array(logits), None if bias is None else jnp.array(bias), rule(moe)
+    found, factors = routing.pick(*given)
+    assert found.dtype == jnp.int32 and factors.dtype == jnp.float32
     for at in np.ndindex(2, 3):
         picks, weights = routes(moe, logits[at], bias)
-        assert ours.picks[at].tolist() == picks
-        np.testing.assert_allclose(ours.weights[at], weights, rtol=1e-4, atol=1e-6)
+        assert found[at].tolist() == picks
+        np.testing.assert_allclose(factors[at], weights, rtol=1e-4, atol=1e-6)
 
 
 def test_equal_scores_go_to_the_lower_expert():
     moe = MoEConfig(experts=8, top_k=3, expert_mlp=8, groups=4, top_groups=2, score="sigmoid")
-    assert route(jnp.zeros((1, 8)), None, moe).picks.tolist() == [[0, 1, 2]]
+    assert routing.pick(jnp.zeros((1, 8)), None, rule(moe))[0].tolist() == [[0, 1, 2]]
 
 
 def test_the_router_computes_in_float32():
     """In bfloat16 the two products would be rounded to one value."""
     x = jnp.array([[1.0, 0.0078125]], jnp.bfloat16)
     router = jnp.array([[256.0, 256.0], [0.0, 1.0]], jnp.float32)
-    logits = router_logits(x, router)
+    logits = routing.logits(x, router)
     assert logits.dtype == jnp.float32 and logits[0, 1] > logits[0, 0]
 
 

@@ -24,6 +24,7 @@ from jdllm.kernels.head.reference import Noise
 from jdllm.kernels.opening.reference import Projection
 from jdllm.kernels.quantised import KINDS, Quantised
 from jdllm.kernels.rotary.reference import Facts, Target
+from jdllm.kernels.routing.reference import Rule
 
 TARGET = GPUTarget("cuda", 90, 32)
 POINTERS = {
@@ -147,7 +148,17 @@ def vocabulary() -> None:
             run("head", "fused", low(1, rows, D), table, all_V, all_V, noise, tied=tied)
 
 
-PARTS: tuple[Callable[[], None], ...] = (attention, experts, products, heads, vocabulary)
+def routing() -> None:
+    router, bias = Shape((256, 256), jnp.float32), Shape((256,), jnp.float32)
+    for tokens in (5, 40):
+        for added, rule in (
+            (None, Rule(8)),
+            (bias, Rule(8, "sigmoid", "selection", 8, 4, True, 2.5)),
+        ):
+            run("routing", "fused", low(tokens, 256), router, added, rule=rule)
+
+
+PARTS: tuple[Callable[[], None], ...] = (attention, experts, routing, products, heads, vocabulary)
 
 
 def main() -> None:
