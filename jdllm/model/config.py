@@ -14,7 +14,7 @@ DTYPES = ("float32", "bfloat16", "float16")  # of stored weights
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
-    """The facts of a model's mixture-of-experts layers; `jdllm.model.moe.route` follows them."""
+    """The facts of a model's mixture-of-experts layers; `jdllm.kernels.routing` follows them."""
 
     experts: int
     top_k: int
