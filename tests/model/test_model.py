@@ -235,7 +235,7 @@ def test_a_kernel_is_forced_in_every_layer(model: Model, monkeypatch: pytest.Mon
     found, plain = (forward(m, ids(1, T), seen) for m in (forced, model))
     np.testing.assert_allclose(found, plain, atol=1e-4)
     chosen = {(row["operation"], row["chosen"]) for row in choose.choices()}
-    others = {("norm", "reference"), ("mlp", "reference")}
+    others = {(name, "reference") for name in ("norm", "mlp", "routing")}
     experts = {("experts", "ragged"), ("experts", "reference")}
     assert chosen == {("attention", "reference"), *experts, *others}
     with pytest.raises(ValueError, match="kernel=attention:cudnn does not serve.*it needs a GPU"):
