@@ -1,7 +1,7 @@
 """Mixture of experts: which experts a token goes to, with what weights, and the layer of them.
 
-Routing is in float32 whatever the model computes in, and follows MoEConfig alone. Letters besides
-those of model.py: E experts, P picks of a token, M expert mlp, J experts of a group.
+Routing (kernels/routing) is in float32 whatever the model computes in, and follows MoEConfig alone.
+Letters besides those of model.py: E experts, P picks of a token, M expert mlp.
 """
 
 from collections.abc import Sequence
